@@ -1,1 +1,23 @@
-//! Placeholder.
+//! The words and decisions of hetmem: objects, tiers, allocation, eviction, wire messages and the engine.
+//!
+//! Not a place for effects: nothing here does I/O, reads a clock, logs, or is async. Time and events come in as
+//! arguments, actions go out as values. What a peer, a client or a file sends is checked and never panics.
+
+#![forbid(unsafe_code)]
+
+pub mod checksum;
+mod error;
+mod key;
+mod meta;
+pub mod receipt;
+mod tier;
+pub mod wire;
+
+pub use checksum::Checksum;
+pub use error::{ErrorKind, StoreError};
+pub use key::{KEY_LEN_MAX, Key, fingerprint};
+pub use meta::{DIMS_MAX, DType, OBJECT_LEN_MAX, ObjectMeta, Shape};
+pub use tier::{
+    ClientId, Epoch, Extent, Generation, LeaseId, LinkId, NodeId, ObjectId, RemoteExtent, RemoteKey,
+    SegmentId, SlotId, Tier, TransferId,
+};

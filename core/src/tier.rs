@@ -1,0 +1,218 @@
+//! Where bytes are: tiers, segments and extents, and the numbers that name things. Not memory itself: this crate
+//! never holds an address. Invariant: an `Extent` that was built by `Extent::new` does not overflow.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::StoreError;
+
+/// A kind of memory, and which one of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Tier {
+    /// Host shared memory.
+    Host,
+    /// The memory of one GPU, by its ordinal on the node.
+    Gpu(u16),
+}
+
+impl Tier {
+    /// The number that stands for this tier in the shared index: 0 is host, `1 + ordinal` a GPU.
+    #[must_use]
+    pub const fn code(self) -> u32 {
+        match self {
+            Self::Host => 0,
+            Self::Gpu(ordinal) => 1 + ordinal as u32,
+        }
+    }
+
+    /// The tier of a number in the shared index.
+    #[must_use]
+    pub fn from_code(code: u32) -> Option<Self> {
+        match code {
+            0 => Some(Self::Host),
+            code => u16::try_from(code - 1).ok().map(Self::Gpu),
+        }
+    }
+}
+
+impl fmt::Display for Tier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Host => f.write_str("host"),
+            Self::Gpu(ordinal) => write!(f, "gpu:{ordinal}"),
+        }
+    }
+}
+
+macro_rules! number {
+    ($(#[$doc:meta])* $name:ident($inner:ty)) => {
+        $(#[$doc])*
+        #[derive(
+            Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+        )]
+        #[serde(transparent)]
+        pub struct $name(pub $inner);
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(&self.0, f)
+            }
+        }
+    };
+}
+
+number!(
+    /// One allocation of a tier on one node. Numbers are not used twice by one incarnation of a node.
+    SegmentId(u32)
+);
+number!(
+    /// A daemon, across its restarts: XXH3-64 of its name.
+    NodeId(u64)
+);
+number!(
+    /// One incarnation of a daemon; later ones are greater.
+    Epoch(u64)
+);
+number!(
+    /// One use of an extent by one object. A node never uses a number twice within an epoch, so a generation
+    /// names the object and the place together; 0 is never one.
+    Generation(u64)
+);
+number!(
+    /// A session of a client with its node.
+    ClientId(u32)
+);
+number!(
+    /// A place in the shared index.
+    SlotId(u32)
+);
+number!(
+    /// A remote reader's right to read an extent.
+    LeaseId(u64)
+);
+number!(
+    /// A connection of the fabric to one peer.
+    LinkId(u64)
+);
+number!(
+    /// One read in progress.
+    TransferId(u64)
+);
+number!(
+    /// What names a registered segment to a peer.
+    RemoteKey(u64)
+);
+
+/// What an object is, beyond its key: two objects with one key and different births are different objects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct ObjectId {
+    /// The node on which it was put.
+    pub origin: NodeId,
+    /// That node's incarnation.
+    pub epoch: Epoch,
+    /// Counts the objects put on that node in that incarnation.
+    pub number: u64,
+}
+
+/// Where an object's bytes are: `len_bytes` bytes at `offset` of `segment`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Extent {
+    /// The segment.
+    pub segment: SegmentId,
+    /// Bytes from the segment's start.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len_bytes: u64,
+}
+
+impl Extent {
+    /// An extent inside a segment of `segment_len` bytes.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Invalid`] if any byte of it lies outside.
+    pub fn new(
+        segment: SegmentId,
+        offset: u64,
+        len_bytes: u64,
+        segment_len: u64,
+    ) -> Result<Self, StoreError> {
+        match offset.checked_add(len_bytes) {
+            Some(end) if end <= segment_len => Ok(Self {
+                segment,
+                offset,
+                len_bytes,
+            }),
+            _ => Err(StoreError::invalid(
+                "extent",
+                format!(
+                    "{len_bytes} bytes at {offset} are not inside segment {segment} of {segment_len} bytes"
+                ),
+            )),
+        }
+    }
+
+    /// The part of this extent from `start`, `len_bytes` long.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Invalid`] if any byte of it lies outside this extent.
+    pub fn slice(self, start: u64, len_bytes: u64) -> Result<Self, StoreError> {
+        match start.checked_add(len_bytes) {
+            Some(end) if end <= self.len_bytes => Ok(Self {
+                segment: self.segment,
+                offset: self.offset + start,
+                len_bytes,
+            }),
+            _ => Err(StoreError::invalid(
+                "range",
+                format!(
+                    "{len_bytes} bytes from {start} are not inside {} bytes",
+                    self.len_bytes
+                ),
+            )),
+        }
+    }
+}
+
+/// An extent of a peer's registered segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct RemoteExtent {
+    /// Names the peer's registered segment.
+    pub key: RemoteKey,
+    /// Bytes from the segment's start.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len_bytes: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extents_do_not_reach_outside() {
+        let segment = SegmentId(1);
+        assert!(Extent::new(segment, 0, 10, 10).is_ok());
+        assert!(Extent::new(segment, 1, 10, 10).is_err());
+        assert!(Extent::new(segment, u64::MAX, 2, 10).is_err());
+        let extent = Extent::new(segment, 4, 6, 10).expect("inside");
+        assert_eq!(
+            extent.slice(2, 4).expect("inside"),
+            Extent {
+                segment,
+                offset: 6,
+                len_bytes: 4
+            }
+        );
+        assert!(extent.slice(3, 4).is_err());
+        assert!(extent.slice(u64::MAX, 1).is_err());
+    }
+
+    #[test]
+    fn tier_codes_return() {
+        for tier in [Tier::Host, Tier::Gpu(0), Tier::Gpu(u16::MAX)] {
+            assert_eq!(Tier::from_code(tier.code()), Some(tier));
+        }
+        assert_eq!(Tier::from_code(u32::MAX), None);
+    }
+}
