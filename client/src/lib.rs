@@ -1,1 +1,39 @@
-//! Placeholder.
+//! The Rust client of hetmem: objects of this node in place from shared memory, everything else by asking the node.
+//! Not a transport between nodes and not a copy of the store: bytes are borrowed from segments that the node owns.
+//! Invariant: an [`Object`]'s bytes stay where they are, unchanged, until it is dropped.
+//!
+//! ```no_run
+//! use hetmem_client::{Key, ObjectMeta, DType, Store};
+//!
+//! # fn main() -> Result<(), hetmem_client::StoreError> {
+//! let store = Store::connect(None)?;
+//! let key = Key::new("layer.0.weight")?;
+//! store.put(&key, ObjectMeta::tensor(DType::U8, &[2, 3])?, &[1, 2, 3, 4, 5, 6])?;
+//! let object = store.get(&key)?;
+//! assert_eq!(&object[..2], [1, 2]);
+//! # Ok(())
+//! # }
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod late;
+mod list;
+mod object;
+mod options;
+mod reservation;
+mod segments;
+mod session;
+mod socket_path;
+mod store;
+
+pub use hetmem_core::receipt::Path;
+pub use hetmem_core::wire::{IfExists, Listed, Range, Status};
+pub use hetmem_core::{Checksum, DType, ErrorKind, Key, ObjectId, ObjectMeta, Shape, StoreError, Tier};
+pub use list::Listing;
+pub use object::Object;
+pub use options::{ConnectOptions, GetOptions, PutOptions, PutOutcome, Stat};
+pub use reservation::{Reservation, Reserved};
+pub use session::UnixSession;
+pub use socket_path::default_socket;
+pub use store::Store;

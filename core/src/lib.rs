@@ -5,8 +5,11 @@
 
 #![forbid(unsafe_code)]
 
+pub mod alloc;
 pub mod checksum;
+pub mod engine;
 mod error;
+pub mod evict;
 mod key;
 mod meta;
 pub mod receipt;

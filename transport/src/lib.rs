@@ -1,1 +1,13 @@
-//! Placeholder.
+//! The Fabric seam of hetmem and its implementations: `tcp` over sockets, `sim` in memory and virtual time.
+//!
+//! Not the engine: which bytes move, when, and what to do when that fails is decided above. Invariant: both
+//! implementations pass one conformance suite.
+
+mod fabric;
+mod memory;
+
+pub use fabric::{
+    Access, Fabric, FabricEvent, FabricKind, FabricSink, Landing, LandingStats, LandingToken, ReadStats,
+    SendToken, Sent,
+};
+pub use memory::{HeapRegion, RegionMemory};

@@ -26,6 +26,9 @@ pub enum IfExists {
 pub struct PutHints {
     /// Never evict it.
     pub pin: bool,
+    /// It may be evicted when room is needed, even if no other node holds it. Without this hint only copies of what
+    /// another node holds are evicted: what was put stays until it is deleted.
+    pub cache: bool,
     /// Drop it this many milliseconds after it was sealed.
     pub ttl_ms: Option<u64>,
     /// Move the bytes to memory that the producer cannot write, at seal.

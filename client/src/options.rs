@@ -1,0 +1,117 @@
+//! What callers may choose, and what they learn. Not defaults of the node. Invariant: `Default` is what most want.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use hetmem_core::wire::{IfExists, PutHints, Range};
+use hetmem_core::{ObjectId, ObjectMeta, Tier};
+
+/// How long an operation may take unless its caller says otherwise.
+pub(crate) const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How to reach a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConnectOptions {
+    /// The node's socket; [`crate::default_socket`] if none.
+    pub socket: Option<PathBuf>,
+    /// How long an operation may take that has no timeout of its own (30 s).
+    pub timeout: Duration,
+}
+
+impl Default for ConnectOptions {
+    fn default() -> Self {
+        Self {
+            socket: None,
+            timeout: TIMEOUT,
+        }
+    }
+}
+
+/// How to get an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GetOptions {
+    /// How long a get from another node may take (30 s).
+    pub timeout: Duration,
+    /// Keep a copy that came from another node, for later readers here (true).
+    pub keep: bool,
+    /// The part of the object wanted; all of it if none.
+    pub range: Option<Range>,
+    /// Compare the bytes with their checksum before they are handed out (false). A part has no checksum of its own.
+    pub verify: bool,
+}
+
+impl Default for GetOptions {
+    fn default() -> Self {
+        Self {
+            timeout: TIMEOUT,
+            keep: true,
+            range: None,
+            verify: false,
+        }
+    }
+}
+
+/// How to put an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PutOptions {
+    /// What if the key exists (keep what is there).
+    pub if_exists: IfExists,
+    /// Never evict it (false).
+    pub pin: bool,
+    /// Drop it this long after it was sealed (never).
+    pub ttl: Option<Duration>,
+    /// Move the bytes at seal to memory that this process cannot write (false).
+    pub seal_copy: bool,
+    /// Store a checksum of the bytes (true). Without one nobody can verify them.
+    pub checksum: bool,
+    /// How long each step may take (30 s).
+    pub timeout: Duration,
+}
+
+impl Default for PutOptions {
+    fn default() -> Self {
+        Self {
+            if_exists: IfExists::Keep,
+            pin: false,
+            ttl: None,
+            seal_copy: false,
+            checksum: true,
+            timeout: TIMEOUT,
+        }
+    }
+}
+
+impl PutOptions {
+    pub(crate) fn hints(&self) -> PutHints {
+        let millis = |ttl: Duration| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
+        PutHints {
+            pin: self.pin,
+            ttl_ms: self.ttl.map(millis),
+            seal_copy: self.seal_copy,
+        }
+    }
+}
+
+/// What a put has led to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PutOutcome {
+    /// Which object has the key now.
+    pub object: ObjectId,
+    /// Whether an object was there and has been kept.
+    pub kept: bool,
+}
+
+/// What is known about an object without its bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stat {
+    /// Which object has the key.
+    pub object: ObjectId,
+    /// What its bytes mean.
+    pub meta: ObjectMeta,
+    /// Its tier on this node, if it is here.
+    pub tier: Option<Tier>,
+    /// Whether this node never evicts it.
+    pub pinned: bool,
+    /// Names of the nodes that hold it, where known.
+    pub holders: Vec<String>,
+}

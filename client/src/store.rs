@@ -1,0 +1,676 @@
+//! The store as a client sees it: every operation, each one question at most, none for an object that is here.
+//! Not the socket and not the mappings. Invariant: what the node answers is checked before it is used.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hetmem_core::receipt::Path as BytesPath;
+use hetmem_core::wire::{
+    self, ClientMessage, ClientReply, IfExists, Listed, PROTOCOL_MAX, PROTOCOL_MIN, Range, Status,
+};
+use hetmem_core::{
+    Checksum, ErrorKind, Extent, Key, ObjectMeta, SegmentId, StoreError, Tier, checksum,
+};
+use hetmem_host_mem::{Answer, ClientPage, IndexReader, Pinned, Session};
+
+use crate::list::Listing;
+use crate::object::{Located, Object};
+use crate::options::{ConnectOptions, GetOptions, PutOptions, PutOutcome, Stat};
+use crate::reservation::{Place, Reservation, Reserved, check_len};
+use crate::segments::{Grants, ReadMappings};
+use crate::session::{Ticket, UnixSession};
+use crate::{late, socket_path};
+
+/// What a question may take beyond the time that the node itself gives it: the node answers that its own deadline
+/// has passed, and says why.
+const ANSWER_GRACE: Duration = Duration::from_secs(2);
+
+/// The most gets of one `get_many` that are out at once.
+const GETS_IN_FLIGHT: usize = 64;
+
+/// A connection to the node of this machine. Cheap to clone; all clones and threads share one socket.
+#[derive(Clone)]
+pub struct Store {
+    shared: Arc<Shared>,
+}
+
+/// What all clones of a store share.
+pub(crate) struct Shared {
+    pub(crate) page: ClientPage,
+    pub(crate) segments: ReadMappings,
+    pub(crate) grants: Grants,
+    index: IndexReader,
+    session: Link,
+    inline_put_max: u64,
+    timeout: Duration,
+    node: String,
+}
+
+/// How questions reach the node. A Unix session can have many out at once for one thread.
+enum Link {
+    Unix(Arc<UnixSession>),
+    Other(Arc<dyn Session>),
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store").field("node", &self.shared.node).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("node", &self.node).finish_non_exhaustive()
+    }
+}
+
+impl Store {
+    /// Connects to the node that listens at `socket`, or at [`crate::default_socket`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unavailable`] when no node listens there, [`ErrorKind::Protocol`] when it speaks another
+    /// version, with both versions.
+    pub fn connect(socket: Option<&Path>) -> Result<Self, StoreError> {
+        Self::connect_with(&ConnectOptions {
+            socket: socket.map(Path::to_path_buf),
+            ..ConnectOptions::default()
+        })
+    }
+
+    /// The same with options.
+    ///
+    /// # Errors
+    /// As [`Store::connect`].
+    pub fn connect_with(options: &ConnectOptions) -> Result<Self, StoreError> {
+        let path = options.socket.clone().unwrap_or_else(socket_path::default_socket);
+        let session = Arc::new(UnixSession::connect(&path)?);
+        let store = Self::greet(Link::Unix(Arc::clone(&session)), options.timeout)?;
+        session.on_late(late::hook(Arc::downgrade(&store.shared)));
+        Ok(store)
+    }
+
+    /// A store over another kind of session, such as a node in this process.
+    ///
+    /// # Errors
+    /// As [`Store::connect`].
+    pub fn over(session: Arc<dyn Session>) -> Result<Self, StoreError> {
+        Self::greet(Link::Other(session), ConnectOptions::default().timeout)
+    }
+
+    fn greet(session: Link, timeout: Duration) -> Result<Self, StoreError> {
+        let hello = ClientMessage::Hello {
+            version_min: PROTOCOL_MIN,
+            version_max: PROTOCOL_MAX,
+        };
+        let answer = session.as_session().call(&hello, &[], timeout)?;
+        let ClientReply::Welcome {
+            version,
+            node,
+            inline_put_max,
+            ..
+        } = answer.reply
+        else {
+            return Err(unexpected(&hello, &answer.reply));
+        };
+        wire::negotiate(version, version)?;
+        let mut descriptors = answer.descriptors.into_iter();
+        let (Some(index), Some(page)) = (descriptors.next(), descriptors.next()) else {
+            return Err(StoreError::protocol(
+                "the node's welcome came without the descriptors of index and page (is the limit of open files \
+                 reached?)",
+            ));
+        };
+        Ok(Self {
+            shared: Arc::new(Shared {
+                page: ClientPage::map(page)?,
+                segments: ReadMappings::new(),
+                grants: Grants::default(),
+                index: IndexReader::map(index)?,
+                session,
+                inline_put_max: u64::from(inline_put_max),
+                timeout,
+                node,
+            }),
+        })
+    }
+
+    /// The name of the node.
+    #[must_use]
+    pub fn node(&self) -> &str {
+        &self.shared.node
+    }
+
+    /// An object, in place. One that is on this node is found without asking anybody.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`], [`ErrorKind::TimedOut`], [`ErrorKind::Busy`] when this client holds more objects
+    /// than it has pins, [`ErrorKind::PeerLost`].
+    #[inline]
+    pub fn get(&self, key: &Key) -> Result<Object, StoreError> {
+        match self.local(key)? {
+            Some(object) => Ok(object),
+            None => self.get_with(key, &GetOptions::default()),
+        }
+    }
+
+    /// The same with options.
+    ///
+    /// # Errors
+    /// As [`Store::get`]; [`ErrorKind::Invalid`] for a range outside the object; with `verify`,
+    /// [`ErrorKind::Corrupt`] if the bytes do not match their checksum.
+    pub fn get_with(&self, key: &Key, options: &GetOptions) -> Result<Object, StoreError> {
+        if let Some(object) = self.local_part(key, options) {
+            return object;
+        }
+        let message = get_message(key, options);
+        let answer = self.shared.call(&message, &[], options.timeout + ANSWER_GRACE)?;
+        self.remote(key, &message, answer, options)
+    }
+
+    /// `len_bytes` bytes of an object, from `start`.
+    ///
+    /// # Errors
+    /// As [`Store::get_with`].
+    pub fn get_range(&self, key: &Key, start: u64, len_bytes: u64) -> Result<Object, StoreError> {
+        let options = GetOptions {
+            range: Some(Range { start, len_bytes }),
+            ..GetOptions::default()
+        };
+        self.get_with(key, &options)
+    }
+
+    /// Many objects: those on this node in place, the others asked for all at once. One result per key, in order.
+    #[must_use]
+    pub fn get_many(&self, keys: &[Key]) -> Vec<Result<Object, StoreError>> {
+        self.get_many_with(keys, &GetOptions::default())
+    }
+
+    /// The same with options.
+    #[must_use]
+    pub fn get_many_with(&self, keys: &[Key], options: &GetOptions) -> Vec<Result<Object, StoreError>> {
+        let mut results: Vec<_> = keys.iter().map(|key| self.local_part(key, options)).collect();
+        let missing: Vec<usize> = (0..keys.len()).filter(|&at| results[at].is_none()).collect();
+        let messages: Vec<_> = missing.iter().map(|&at| get_message(&keys[at], options)).collect();
+        let answers = self.ask_all(&messages, options.timeout + ANSWER_GRACE);
+        for ((at, message), answer) in missing.into_iter().zip(&messages).zip(answers) {
+            let object = answer.and_then(|answer| self.remote(&keys[at], message, answer, options));
+            results[at] = Some(object);
+        }
+        let unanswered = || Err(StoreError::protocol("a get has no answer"));
+        results.into_iter().map(|result| result.unwrap_or_else(unanswered)).collect()
+    }
+
+    /// Asks all questions, many out at a time where the session can.
+    fn ask_all(&self, messages: &[ClientMessage], timeout: Duration) -> Vec<Result<Answer, StoreError>> {
+        let Link::Unix(session) = &self.shared.session else {
+            return messages.iter().map(|message| self.shared.call(message, &[], timeout)).collect();
+        };
+        let mut answers = Vec::with_capacity(messages.len());
+        let mut out: std::collections::VecDeque<Result<Ticket<'_>, StoreError>> = Default::default();
+        let mut rest = messages.iter();
+        loop {
+            while out.len() < GETS_IN_FLIGHT
+                && let Some(message) = rest.next()
+            {
+                out.push_back(session.submit(message, &[], timeout));
+            }
+            let Some(ticket) = out.pop_front() else {
+                return answers;
+            };
+            answers.push(ticket.and_then(|ticket| ticket.wait(timeout)));
+        }
+    }
+
+    /// Stores an object. Its bytes can be read by everyone when this returns.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] if `bytes` is not as long as the metadata says, [`ErrorKind::NoSpace`],
+    /// [`ErrorKind::PeerLost`].
+    pub fn put(&self, key: &Key, meta: ObjectMeta, bytes: &[u8]) -> Result<PutOutcome, StoreError> {
+        self.put_with(key, meta, bytes, &PutOptions::default())
+    }
+
+    /// Stores plain bytes.
+    ///
+    /// # Errors
+    /// As [`Store::put`].
+    pub fn put_bytes(&self, key: &Key, bytes: &[u8]) -> Result<PutOutcome, StoreError> {
+        self.put(key, ObjectMeta::bytes(bytes.len() as u64)?, bytes)
+    }
+
+    /// The same as [`Store::put`] with options.
+    ///
+    /// # Errors
+    /// As [`Store::put`]; [`ErrorKind::AlreadyExists`] if the options ask for it.
+    pub fn put_with(
+        &self,
+        key: &Key,
+        meta: ObjectMeta,
+        bytes: &[u8],
+        options: &PutOptions,
+    ) -> Result<PutOutcome, StoreError> {
+        check_len(key, &meta, bytes)?;
+        if meta.len_bytes > self.shared.inline_put_max {
+            return match self.reserve_unbuffered(key, meta, options)? {
+                Reserved::Open(reservation) => reservation.fill(bytes),
+                Reserved::Kept(outcome) => Ok(outcome),
+            };
+        }
+        meta.check()?;
+        let checksum = match options.checksum {
+            true => Checksum::Xxh3Blocks(checksum::of(bytes)),
+            false => Checksum::None,
+        };
+        let message = ClientMessage::Put {
+            key: key.clone(),
+            meta: meta.with_checksum(checksum),
+            hints: options.hints(),
+            if_exists: options.if_exists,
+        };
+        match self.shared.call(&message, bytes, options.timeout)?.reply {
+            ClientReply::Sealed { object, kept, .. } => Ok(PutOutcome { object, kept }),
+            reply => Err(unexpected(&message, &reply)),
+        }
+    }
+
+    /// Asks for memory to write an object into, in place where the node grants it.
+    ///
+    /// # Errors
+    /// As [`Store::put_with`].
+    pub fn reserve(&self, key: &Key, meta: ObjectMeta, options: &PutOptions) -> Result<Reserved, StoreError> {
+        match self.reserve_unbuffered(key, meta, options)? {
+            Reserved::Open(reservation) => reservation.with_buffer().map(Reserved::Open),
+            kept @ Reserved::Kept(_) => Ok(kept),
+        }
+    }
+
+    fn reserve_unbuffered(
+        &self,
+        key: &Key,
+        meta: ObjectMeta,
+        options: &PutOptions,
+    ) -> Result<Reserved, StoreError> {
+        let meta = meta.with_checksum(Checksum::None);
+        meta.check()?;
+        let message = ClientMessage::Reserve {
+            key: key.clone(),
+            meta,
+            hints: options.hints(),
+            if_exists: options.if_exists,
+        };
+        let answer = self.shared.call(&message, &[], options.timeout)?;
+        let (reservation, extent, map) = match answer.reply {
+            ClientReply::Reserved {
+                reservation,
+                extent,
+                map,
+            } => (reservation, extent, map),
+            ClientReply::Sealed { object, kept, .. } if options.if_exists == IfExists::Keep => {
+                return Ok(Reserved::Kept(PutOutcome { object, kept }));
+            }
+            reply => return Err(unexpected(&message, &reply)),
+        };
+        // Made first, so that every error from here on gives the memory back.
+        let place = Place::Sent(Vec::new());
+        let shared = Arc::clone(&self.shared);
+        let mut reserved = Reservation::new(shared, key.clone(), meta, *options, reservation, place);
+        if let Some(segment_len) = map {
+            if let Some(fd) = answer.descriptors.into_iter().next() {
+                self.shared.grants.add(extent.segment, fd, segment_len);
+            }
+            if extent.len_bytes != meta.len_bytes {
+                return Err(wrong_length(key, &extent, meta.len_bytes));
+            }
+            reserved.write_into(self.shared.granted(&extent, options.timeout)?);
+        }
+        Ok(Reserved::Open(reserved))
+    }
+
+    /// Returns when an object of this key exists anywhere.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TimedOut`] when there is none after `timeout`.
+    pub fn wait(&self, key: &Key, timeout: Duration) -> Result<(), StoreError> {
+        if self.shared.index.find(key, key.fingerprint())?.is_some() {
+            return Ok(());
+        }
+        let message = ClientMessage::Wait {
+            key: key.clone(),
+            timeout_ms: millis(timeout),
+        };
+        match self.shared.call(&message, &[], timeout.saturating_add(ANSWER_GRACE))?.reply {
+            ClientReply::Exists => Ok(()),
+            reply => Err(unexpected(&message, &reply)),
+        }
+    }
+
+    /// Whether an object of this key exists anywhere, now.
+    ///
+    /// # Errors
+    /// [`ErrorKind::PeerLost`].
+    pub fn exists(&self, key: &Key) -> Result<bool, StoreError> {
+        if self.shared.index.find(key, key.fingerprint())?.is_some() {
+            return Ok(true);
+        }
+        let message = ClientMessage::Wait {
+            key: key.clone(),
+            timeout_ms: 0,
+        };
+        match self.shared.call(&message, &[], self.shared.timeout) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+            // The node's own word: an answer that never came has waited longer than it was asked to.
+            Err(StoreError::TimedOut { timeout_ms: 0, .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What is known about an object, without its bytes.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`], [`ErrorKind::TimedOut`].
+    pub fn stat(&self, key: &Key) -> Result<Stat, StoreError> {
+        let message = ClientMessage::Stat {
+            key: key.clone(),
+            timeout_ms: millis(self.shared.timeout),
+        };
+        match self.shared.call(&message, &[], self.shared.timeout + ANSWER_GRACE)?.reply {
+            ClientReply::Stat {
+                object,
+                meta,
+                tier,
+                pinned,
+                holders,
+            } => Ok(Stat {
+                object,
+                meta,
+                tier,
+                pinned,
+                holders,
+            }),
+            reply => Err(unexpected(&message, &reply)),
+        }
+    }
+
+    /// Objects whose keys start with `prefix` (empty: all), in order of keys, from the whole cluster.
+    #[must_use]
+    pub fn list(&self, prefix: &str) -> Listing {
+        Listing::new(Arc::clone(&self.shared), prefix.to_owned())
+    }
+
+    /// At most `limit` of them after the key `after`, and whether there are more.
+    ///
+    /// # Errors
+    /// [`ErrorKind::PeerLost`].
+    pub fn list_page(
+        &self,
+        prefix: &str,
+        after: Option<Key>,
+        limit: u32,
+    ) -> Result<(Vec<Listed>, bool), StoreError> {
+        self.shared.list_page(prefix, after, limit)
+    }
+
+    /// Deletes an object on every node; whether there was one. Readers keep what they hold.
+    ///
+    /// # Errors
+    /// [`ErrorKind::PeerLost`].
+    pub fn delete(&self, key: &Key) -> Result<bool, StoreError> {
+        let message = ClientMessage::Delete { key: key.clone() };
+        match self.shared.call(&message, &[], self.shared.timeout)?.reply {
+            ClientReply::Deleted { existed } => Ok(existed),
+            reply => Err(unexpected(&message, &reply)),
+        }
+    }
+
+    /// Sets or clears whether this node ever evicts the object.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if it is not on this node.
+    pub fn pin(&self, key: &Key, pin: bool) -> Result<(), StoreError> {
+        let key = key.clone();
+        self.shared.ask_done(&ClientMessage::Pin { key, pin })
+    }
+
+    /// Drops this node's copy of an object that another node holds too, or any copy with `force`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`], [`ErrorKind::Denied`] for the last copy.
+    pub fn evict(&self, key: &Key, force: bool) -> Result<(), StoreError> {
+        let key = key.clone();
+        self.shared.ask_done(&ClientMessage::Evict { key, force })
+    }
+
+    /// The node's view of itself and its cluster.
+    ///
+    /// # Errors
+    /// [`ErrorKind::PeerLost`].
+    pub fn status(&self) -> Result<Status, StoreError> {
+        match self.shared.call(&ClientMessage::Status, &[], self.shared.timeout)?.reply {
+            ClientReply::Status(status) => Ok(*status),
+            reply => Err(unexpected(&ClientMessage::Status, &reply)),
+        }
+    }
+
+    /// The whole object, if it is on this node. Allocates nothing and takes no lock once its segment is mapped.
+    #[inline]
+    fn local(&self, key: &Key) -> Result<Option<Object>, StoreError> {
+        let shared = &self.shared;
+        let Some(pinned) = shared.index.get(key, key.fingerprint(), &shared.page)? else {
+            return Ok(None);
+        };
+        let object = Object::new(Arc::clone(shared), key.clone(), located_here(&pinned));
+        // The object owns the pin from here on, so an error gives it back.
+        shared.map(object.extent(), pinned.entry.tier)?;
+        Ok(Some(object))
+    }
+
+    /// The part that the options ask for, if the object is on this node.
+    fn local_part(&self, key: &Key, options: &GetOptions) -> Option<Result<Object, StoreError>> {
+        let part = |mut object: Object| {
+            object.narrow(options.range)?;
+            verified(object, options)
+        };
+        self.local(key).transpose().map(|found| found.and_then(part))
+    }
+
+    /// The object that the node has located and pinned.
+    fn remote(
+        &self,
+        key: &Key,
+        message: &ClientMessage,
+        answer: Answer,
+        options: &GetOptions,
+    ) -> Result<Object, StoreError> {
+        let ClientReply::Located(located) = answer.reply else {
+            return Err(unexpected(message, &answer.reply));
+        };
+        let tier = located.tier;
+        let located = Located {
+            object: located.object,
+            meta: located.meta,
+            extent: located.extent,
+            generation: located.generation,
+            pin: located.pin,
+            path: located.path,
+        };
+        let object = Object::new(Arc::clone(&self.shared), key.clone(), located);
+        let wanted = options.range.map_or(located.meta.len_bytes, |range| range.len_bytes);
+        if located.extent.len_bytes != wanted {
+            return Err(wrong_length(key, &located.extent, wanted));
+        }
+        self.shared.map(object.extent(), tier)?;
+        verified(object, options)
+    }
+}
+
+impl Shared {
+    pub(crate) fn call(
+        &self,
+        message: &ClientMessage,
+        payload: &[u8],
+        timeout: Duration,
+    ) -> Result<Answer, StoreError> {
+        self.session.as_session().call(message, payload, timeout)
+    }
+
+    /// Says something whose answer is of no interest.
+    pub(crate) fn tell(&self, message: &ClientMessage) {
+        match &self.session {
+            Link::Unix(session) => session.tell(message),
+            Link::Other(session) => {
+                let _ = session.call(message, &[], self.timeout);
+            }
+        }
+    }
+
+    fn ask_done(&self, message: &ClientMessage) -> Result<(), StoreError> {
+        match self.call(message, &[], self.timeout)?.reply {
+            ClientReply::Done => Ok(()),
+            reply => Err(unexpected(message, &reply)),
+        }
+    }
+
+    pub(crate) fn list_page(
+        &self,
+        prefix: &str,
+        after: Option<Key>,
+        limit: u32,
+    ) -> Result<(Vec<Listed>, bool), StoreError> {
+        let message = ClientMessage::List {
+            prefix: prefix.to_owned(),
+            after,
+            limit,
+        };
+        match self.call(&message, &[], self.timeout)?.reply {
+            ClientReply::Listed { objects, more } => Ok((objects, more)),
+            reply => Err(unexpected(&message, &reply)),
+        }
+    }
+
+    /// Makes sure that an extent can be read in place.
+    #[inline]
+    fn map(&self, extent: &Extent, tier: Tier) -> Result<(), StoreError> {
+        if tier == Tier::Host && self.segments.bytes(extent).is_some() {
+            return Ok(());
+        }
+        self.map_segment(extent, tier)
+    }
+
+    #[cold]
+    fn map_segment(&self, extent: &Extent, tier: Tier) -> Result<(), StoreError> {
+        if tier != Tier::Host {
+            return Err(StoreError::unavailable(
+                format!("an object in tier {tier}"),
+                "this client maps host memory only",
+            ));
+        }
+        if extent.len_bytes == 0 {
+            return Ok(());
+        }
+        if self.segments.get(extent.segment).is_none() {
+            self.fetch_segment(extent.segment)?;
+        }
+        match self.segments.bytes(extent) {
+            Some(_) => Ok(()),
+            None => Err(StoreError::protocol(format!(
+                "{} bytes at {} are not inside segment {}",
+                extent.len_bytes, extent.offset, extent.segment
+            ))),
+        }
+    }
+
+    fn fetch_segment(&self, segment: SegmentId) -> Result<(), StoreError> {
+        let message = ClientMessage::Segment { segment };
+        let answer = self.call(&message, &[], self.timeout)?;
+        let ClientReply::Segment { len_bytes, .. } = answer.reply else {
+            return Err(unexpected(&message, &answer.reply));
+        };
+        let Some(fd) = answer.descriptors.into_iter().next() else {
+            return Err(StoreError::protocol(format!(
+                "segment {segment} came without a descriptor (is the limit of open files reached?)"
+            )));
+        };
+        self.segments.add(segment, fd, len_bytes)
+    }
+
+    /// The memory of a reservation in a granted segment. The node learns that the segment is mapped before
+    /// anything in it can be sealed.
+    fn granted(&self, extent: &Extent, timeout: Duration) -> Result<Place, StoreError> {
+        let granted = self.grants.get(extent.segment, Instant::now() + timeout)?;
+        if granted.tell {
+            let segment = extent.segment;
+            self.ask_done(&ClientMessage::Mapped { segment })?;
+            self.grants.told(segment);
+        }
+        granted.mapping.extent_mut(extent.offset, extent.len_bytes).map(Place::Mapped)
+    }
+}
+
+impl Link {
+    fn as_session(&self) -> &dyn Session {
+        match self {
+            Self::Unix(session) => &**session,
+            Self::Other(session) => &**session,
+        }
+    }
+}
+
+fn located_here(pinned: &Pinned) -> Located {
+    let entry = &pinned.entry;
+    Located {
+        object: entry.object,
+        meta: entry.meta,
+        extent: entry.extent,
+        generation: entry.generation,
+        pin: pinned.pin,
+        path: BytesPath::Local,
+    }
+}
+
+fn verified(object: Object, options: &GetOptions) -> Result<Object, StoreError> {
+    if options.verify {
+        object.verify()?;
+    }
+    Ok(object)
+}
+
+fn get_message(key: &Key, options: &GetOptions) -> ClientMessage {
+    ClientMessage::Get {
+        key: key.clone(),
+        range: options.range,
+        timeout_ms: millis(options.timeout),
+        keep: options.keep,
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn wrong_length(key: &Key, extent: &Extent, wanted: u64) -> StoreError {
+    StoreError::protocol(format!(
+        "the node answered {} bytes for {key:?} where {wanted} belong",
+        extent.len_bytes
+    ))
+}
+
+/// The node answered something that does not belong to this question.
+pub(crate) fn unexpected(message: &ClientMessage, reply: &ClientReply) -> StoreError {
+    let reply = match reply {
+        ClientReply::Welcome { .. } => "Welcome",
+        ClientReply::Reserved { .. } => "Reserved",
+        ClientReply::Sealed { .. } => "Sealed",
+        ClientReply::Done => "Done",
+        ClientReply::Located(_) => "Located",
+        ClientReply::Segment { .. } => "Segment",
+        ClientReply::Exists => "Exists",
+        ClientReply::Stat { .. } => "Stat",
+        ClientReply::Listed { .. } => "Listed",
+        ClientReply::Deleted { .. } => "Deleted",
+        ClientReply::Status(_) => "Status",
+    };
+    StoreError::protocol(format!("the node answered {} with {reply}", message.name()))
+}

@@ -1,0 +1,105 @@
+//! What the engine wants done. Not how. Invariant: actions are carried out in the order in which they come.
+
+use bytes::Bytes;
+
+use crate::error::StoreError;
+use crate::key::Key;
+use crate::meta::ObjectMeta;
+use crate::tier::{
+    ClientId, Extent, Generation, LinkId, NodeId, ObjectId, RemoteExtent, SegmentId, SlotId, Tier, TransferId,
+};
+use crate::wire::{ClientReply, Located, PeerMessage};
+
+/// A descriptor that travels beside a reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attachment {
+    /// The index and the client's page.
+    Session,
+    /// A segment, read-only or (granted, not yet mapped) writable.
+    Segment(SegmentId),
+}
+
+/// What the shared index says of an object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PublishedObject {
+    /// Its name.
+    pub key: Key,
+    /// Which object of that name.
+    pub object: ObjectId,
+    /// What its bytes mean.
+    pub meta: ObjectMeta,
+    /// The extent's generation.
+    pub generation: Generation,
+    /// Where the bytes are.
+    pub extent: Extent,
+    /// The tier of the extent's segment.
+    pub tier: Tier,
+}
+
+/// Something for logs and metrics.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the variants say what happened")]
+pub enum Event {
+    PeerUp { node: NodeId, name: String, address: String },
+    PeerDown { node: NodeId, name: String, why: String },
+    DirectoryLost { why: String },
+    DirectoryFound,
+    Evicted { objects: u64, len_bytes: u64 },
+    ClientLeft { client: ClientId, reservations: usize },
+    PeerRefused { link: LinkId, why: String },
+    SegmentFailed { segment: SegmentId, why: String },
+    SegmentGranted { segment: SegmentId, client: ClientId, len_bytes: u64 },
+    SegmentRetired { segment: SegmentId, len_bytes: u64 },
+}
+
+/// What is to be done.
+#[derive(Debug)]
+#[allow(missing_docs, reason = "the fields are the types' own words")]
+pub enum Action {
+    /// Answer a client.
+    Reply {
+        client: ClientId,
+        request: u64,
+        reply: Result<ClientReply, StoreError>,
+        attachment: Option<Attachment>,
+    },
+    /// Pin the generation in the client's page, put the place into `located.pin`, and answer with it; `Busy` if the
+    /// page is full.
+    PinAndReply { client: ClientId, request: u64, located: Located },
+    /// End a session that broke the protocol.
+    CloseClient { client: ClientId, why: StoreError },
+
+    /// Write these bytes at the extent's start.
+    Fill { extent: Extent, bytes: Bytes },
+    /// Copy between extents of equal length; `Input::CopyDone` follows.
+    Copy { generation: Generation, from: Extent, to: Extent },
+    /// Show an object in the shared index.
+    Publish { slot: SlotId, object: PublishedObject },
+    /// Take it out; the generation word changes before this ends.
+    Withdraw { slot: SlotId },
+    /// Look at every live client's pins; `Input::PinScan` follows at once, before any other input.
+    ScanPins,
+
+    /// Make a segment; `SegmentReady` or `SegmentFailed` follows.
+    CreateSegment { segment: SegmentId, len_bytes: u64, owner: Option<ClientId> },
+    /// No new writable mapping of a granted segment from now on.
+    CloseToWriters { segment: SegmentId },
+    /// Deregister and release a segment. Nothing is in it.
+    RetireSegment { segment: SegmentId, len_bytes: u64 },
+
+    /// Connect to a peer; `LinkUp` or `ConnectFailed` with this address follows.
+    Connect { address: String },
+    /// End a connection; `LinkDown` follows.
+    Disconnect { link: LinkId },
+    /// Send a message, with the bytes of an extent as payload. `SendDone` with the number follows if there is one.
+    Send { link: LinkId, request: u64, message: PeerMessage, payload: Option<(Extent, u64)> },
+    /// Let the payload of the message that is being handled go here. `Landed` with the request follows.
+    Land { request: u64, extent: Extent },
+    /// Read from a peer; exactly one `ReadDone` follows.
+    Read { link: LinkId, transfer: TransferId, remote: RemoteExtent, local: Extent },
+    /// Make a read end soon; its `ReadDone` still follows.
+    CancelRead { transfer: TransferId },
+
+    /// For logs and metrics.
+    Note(Event),
+}

@@ -1,0 +1,196 @@
+//! Who holds which object, in memory. Not the truth about it: the nodes are, and announce again when asked.
+//! Invariant: a key is in the books exactly as long as it has a holder.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Bound;
+
+use crate::key::Key;
+use crate::tier::{NodeId, ObjectId};
+use crate::wire::Announced;
+
+/// Deletions that are remembered, so that a copy that was under way meanwhile does not bring an object back.
+const DELETED_MAX: usize = 65_536;
+
+/// What becomes of an announcement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is in the books.
+    Kept,
+    /// The announcer is to drop its object.
+    Refused,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Held {
+    object: ObjectId,
+    len_bytes: u64,
+}
+
+/// The directory of a cluster, kept by one node.
+#[derive(Debug, Default)]
+pub struct Directory {
+    keys: BTreeMap<Key, BTreeMap<NodeId, Held>>,
+    by_node: BTreeMap<NodeId, BTreeSet<Key>>,
+    deleted: BTreeSet<ObjectId>,
+    deleted_order: VecDeque<ObjectId>,
+}
+
+impl Directory {
+    /// Notes that `node` holds an object.
+    ///
+    /// Refused are objects that were deleted, other objects under a known key if `exclusive`, and copies of an
+    /// object that is no longer the one of its key. Two nodes that each put the key stay both: the bytes of an
+    /// immutable object under one key are one value.
+    pub fn announce(&mut self, node: NodeId, announced: &Announced, exclusive: bool) -> Verdict {
+        if self.deleted.contains(&announced.object) {
+            return Verdict::Refused;
+        }
+        if let Some(holders) = self.keys.get(&announced.key) {
+            let other = holders.iter().any(|(&holder, held)| holder != node && held.object != announced.object);
+            let same = holders.values().any(|held| held.object == announced.object);
+            let is_copy = announced.object.origin != node;
+            if other && !same && (exclusive || is_copy) {
+                return Verdict::Refused;
+            }
+        }
+        let held = Held { object: announced.object, len_bytes: announced.len_bytes };
+        self.keys.entry(announced.key.clone()).or_default().insert(node, held);
+        self.by_node.entry(node).or_default().insert(announced.key.clone());
+        Verdict::Kept
+    }
+
+    /// Notes that `node` no longer holds an object; another object of the same key stays.
+    pub fn withdraw(&mut self, node: NodeId, key: &Key, object: ObjectId) {
+        let Some(holders) = self.keys.get_mut(key) else { return };
+        if holders.get(&node).is_none_or(|held| held.object != object) {
+            return;
+        }
+        holders.remove(&node);
+        if holders.is_empty() {
+            self.keys.remove(key);
+        }
+        if let Some(keys) = self.by_node.get_mut(&node) {
+            keys.remove(key);
+        }
+    }
+
+    /// Forgets what `node` held.
+    pub fn node_lost(&mut self, node: NodeId) {
+        for key in self.by_node.remove(&node).unwrap_or_default() {
+            if let Some(holders) = self.keys.get_mut(&key) {
+                holders.remove(&node);
+                if holders.is_empty() {
+                    self.keys.remove(&key);
+                }
+            }
+        }
+    }
+
+    /// Who holds an object of this key, and which.
+    pub fn holders(&self, key: &Key) -> impl Iterator<Item = (NodeId, ObjectId)> + '_ {
+        self.keys.get(key).into_iter().flatten().map(|(&node, held)| (node, held.object))
+    }
+
+    /// Remembers that an object was deleted.
+    pub fn deleted(&mut self, object: ObjectId) {
+        if self.deleted.insert(object) {
+            self.deleted_order.push_back(object);
+        }
+        if self.deleted_order.len() > DELETED_MAX
+            && let Some(oldest) = self.deleted_order.pop_front()
+        {
+            self.deleted.remove(&oldest);
+        }
+    }
+
+    /// Keys that start with `prefix`, in order, after `after`, with one of their objects and all their holders.
+    pub fn list<'a>(
+        &'a self,
+        prefix: &'a str,
+        after: Option<&'a Key>,
+    ) -> impl Iterator<Item = (Announced, Vec<NodeId>)> + 'a {
+        let start = match after {
+            Some(after) if after.as_str() >= prefix => Bound::Excluded(after.as_str()),
+            _ => Bound::Included(prefix),
+        };
+        self.keys
+            .range::<str, _>((start, Bound::Unbounded))
+            .take_while(move |(key, _)| key.as_str().starts_with(prefix))
+            .filter_map(|(key, holders)| {
+                let held = holders.values().next()?;
+                let announced =
+                    Announced { key: key.clone(), object: held.object, len_bytes: held.len_bytes };
+                Some((announced, holders.keys().copied().collect()))
+            })
+    }
+
+    /// How many keys are known.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// Whether no key is known.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.keys.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tier::Epoch;
+
+    fn announced(key: &str, origin: u64, number: u64) -> Announced {
+        let object = ObjectId { origin: NodeId(origin), epoch: Epoch(1), number };
+        Announced { key: Key::new(key).expect("a key"), object, len_bytes: 1 }
+    }
+
+    #[test]
+    fn a_lost_node_takes_only_its_own_entries() {
+        let mut directory = Directory::default();
+        let (one, two) = (announced("a", 1, 1), announced("b", 2, 1));
+        assert_eq!(directory.announce(NodeId(1), &one, false), Verdict::Kept);
+        assert_eq!(directory.announce(NodeId(2), &one, false), Verdict::Kept);
+        assert_eq!(directory.announce(NodeId(2), &two, false), Verdict::Kept);
+        directory.node_lost(NodeId(2));
+        assert_eq!(directory.holders(&one.key).collect::<Vec<_>>(), [(NodeId(1), one.object)]);
+        assert_eq!(directory.holders(&two.key).count(), 0);
+        assert_eq!(directory.len(), 1);
+        directory.withdraw(NodeId(1), &one.key, one.object);
+        assert!(directory.is_empty());
+    }
+
+    #[test]
+    fn deleted_and_outdated_objects_do_not_come_back() {
+        let mut directory = Directory::default();
+        let old = announced("k", 1, 1);
+        directory.deleted(old.object);
+        assert_eq!(directory.announce(NodeId(2), &old, false), Verdict::Refused);
+        let new = announced("k", 1, 2);
+        assert_eq!(directory.announce(NodeId(1), &new, false), Verdict::Kept);
+        let older_copy = announced("k", 1, 0);
+        assert_eq!(directory.announce(NodeId(2), &older_copy, false), Verdict::Refused, "a copy of another object");
+        let own = announced("k", 2, 5);
+        assert_eq!(directory.announce(NodeId(2), &own, true), Verdict::Refused, "exclusive");
+        assert_eq!(directory.announce(NodeId(2), &own, false), Verdict::Kept, "put on both nodes");
+    }
+
+    #[test]
+    fn lists_by_prefix_in_order_in_pages() {
+        let mut directory = Directory::default();
+        for key in ["b/2", "a", "b/1", "b/3", "c"] {
+            directory.announce(NodeId(1), &announced(key, 1, 1), false);
+        }
+        let page = |after: Option<&str>| {
+            let after = after.map(|key| Key::new(key).expect("a key"));
+            let keys: Vec<String> =
+                directory.list("b/", after.as_ref()).take(2).map(|(a, _)| a.key.to_string()).collect();
+            keys
+        };
+        assert_eq!(page(None), ["b/1", "b/2"]);
+        assert_eq!(page(Some("b/2")), ["b/3"]);
+        assert_eq!(page(Some("a")), ["b/1", "b/2"]);
+    }
+}

@@ -1,0 +1,89 @@
+//! What comes into the engine, and its configuration. Not where it comes from. Invariant: none.
+
+use std::collections::HashSet;
+
+use bytes::Bytes;
+
+use crate::error::StoreError;
+use crate::tier::{ClientId, Generation, LinkId, RemoteKey, SegmentId, SlotId, TransferId};
+use crate::wire::{ClientMessage, Member, PeerMessage};
+
+/// Objects up to this many bytes come inside the answer, until something better is known (DESIGN: one more round
+/// trip of 2 to 5 us costs as much as copying 16 to 59 KiB at 8 to 12 GB/s).
+pub const THRESHOLD_DEFAULT: u64 = 32 * 1024;
+
+/// Which of the node's fabrics; the node numbers them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FabricId(pub u8);
+
+/// What an engine is told once.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// This node.
+    pub member: Member,
+    /// The node that keeps the directory; none if it is this one.
+    pub join: Option<String>,
+    /// Bytes of the host tier.
+    pub capacity_bytes: u64,
+    /// The most bytes of it in segments granted to one client.
+    pub client_quota_bytes: u64,
+    /// Slots of the shared index.
+    pub objects_max: u32,
+    /// The index, registered with each fabric.
+    pub index_keys: Vec<(FabricId, RemoteKey)>,
+    /// Where slot 0's generation word is in the index, in bytes.
+    pub generation_base: u64,
+    /// Bytes from one slot's generation word to the next.
+    pub generation_stride: u64,
+    /// The eager threshold, in bytes, if it is forced.
+    pub threshold_bytes: Option<u64>,
+    /// How long a remote reader may take, in milliseconds.
+    pub lease_ms: u32,
+    /// How often nodes say that they are alive, in milliseconds; five missed ones are a death.
+    pub heartbeat_ms: u64,
+}
+
+/// What happened.
+#[derive(Debug)]
+#[allow(missing_docs, reason = "the variants say what happened, their fields are named as in `Action`")]
+pub enum Input {
+    /// The first input.
+    Start,
+    /// Time has passed.
+    Tick,
+
+    /// A client has connected. A trusted one runs inside the node's process.
+    ClientJoined { client: ClientId, trusted: bool },
+    /// A client asks.
+    ClientRequest { client: ClientId, request: u64, message: ClientMessage, payload: Bytes },
+    /// A client's session has ended; its page is no longer looked at.
+    ClientLeft { client: ClientId },
+    /// The process of a client that left has ended: nobody can write to its segments any more.
+    ClientProcessGone { client: ClientId },
+
+    /// A connection can be used. `address` is what was dialled, or where the peer comes from.
+    LinkUp { link: LinkId, fabric: FabricId, address: String, inbound: bool },
+    /// A connection has ended; nothing is read or sent through it any more.
+    LinkDown { link: LinkId, why: StoreError },
+    /// `Action::Connect` came to nothing.
+    ConnectFailed { address: String, why: StoreError },
+    /// A peer says something. If `payload_len` is not 0, the answer may hold one `Action::Land` for it.
+    PeerMessage { link: LinkId, request: u64, message: PeerMessage, payload_len: u64 },
+    /// A peer sent something that is no message.
+    Refused { link: LinkId, why: StoreError },
+    /// The payload of the answer to `request` is in its place, or never will be.
+    Landed { request: u64, result: Result<(), StoreError> },
+    /// A read has ended; no more bytes land.
+    ReadDone { transfer: TransferId, result: Result<(), StoreError> },
+    /// The payload of a send is no longer read from its extent.
+    SendDone { send: u64 },
+
+    /// The answer to `Action::ScanPins`: every generation that a live client pins, and slots that were read.
+    PinScan { pinned: HashSet<Generation>, touched: Vec<SlotId> },
+    /// A segment is there, registered under these keys.
+    SegmentReady { segment: SegmentId, keys: Vec<(FabricId, RemoteKey)> },
+    /// A segment could not be made.
+    SegmentFailed { segment: SegmentId, why: StoreError },
+    /// `Action::Copy` has ended.
+    CopyDone { generation: Generation, result: Result<(), StoreError> },
+}

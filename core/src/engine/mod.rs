@@ -1,0 +1,213 @@
+//! The engine: what a node decides, as a state machine without I/O.
+//!
+//! Not a daemon: it owns no memory, socket, clock or thread. Inputs and the time come in, actions go out, and the
+//! caller must carry them out in order before it hands in the next input. Invariant: an extent is given to a new
+//! object only after the old one was withdrawn, its generation raised, and no pin, lease, send or read names it.
+
+mod action;
+mod cluster;
+mod delete;
+mod directory;
+mod fetch;
+mod input;
+mod lifecycle;
+mod local;
+mod objects;
+mod owner;
+mod room;
+mod space;
+mod status;
+mod timer;
+
+pub use action::{Action, Attachment, Event, PublishedObject};
+pub use directory::{Directory, Verdict};
+pub use input::{EngineConfig, FabricId, Input, THRESHOLD_DEFAULT};
+pub use lifecycle::State;
+pub use timer::Time;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use crate::evict::S3Fifo;
+use crate::tier::{ClientId, Generation, LeaseId, LinkId, NodeId, TransferId};
+use crate::wire::NodeStatus;
+use cluster::{Link, Peer};
+use fetch::{Fetch, FetchId, Hints};
+use local::{Client, WaitingKey};
+use objects::Objects;
+use owner::Lease;
+use room::SpaceRequest;
+use space::Space;
+use timer::{Timer, Timers};
+
+/// The largest put that travels inside its message, in bytes.
+pub const INLINE_PUT_MAX: u32 = 64 * 1024;
+
+/// One node's decisions. See the module's documentation.
+#[derive(Debug)]
+pub struct Engine {
+    config: EngineConfig,
+    now: Time,
+    out: Vec<Action>,
+    timers: Timers,
+    counters: NodeStatus,
+
+    objects: Objects,
+    /// Objects that may go when room is needed, in the order in which they would.
+    eviction: S3Fifo<Generation>,
+    space: Space,
+    /// Requests that wait for room, oldest first.
+    waiting_space: VecDeque<SpaceRequest>,
+    /// Whether an object was withdrawn since the last look at the pins.
+    scan_wanted: bool,
+
+    clients: BTreeMap<ClientId, Client>,
+    /// Seals that wait for their bytes to be copied: who asked, and where the copy goes.
+    pending_copies: BTreeMap<Generation, (ClientId, u64)>,
+    copy_targets: BTreeMap<Generation, crate::Extent>,
+    waiting_keys: BTreeMap<crate::Key, Vec<WaitingKey>>,
+
+    leases: BTreeMap<LeaseId, Lease>,
+    next_lease: u64,
+    /// Sends that still read from an extent, by the number their completion will carry.
+    sends: BTreeMap<u64, Generation>,
+    next_send: u64,
+
+    links: BTreeMap<LinkId, Link>,
+    peers: BTreeMap<NodeId, Peer>,
+    dialling: BTreeSet<String>,
+    directory_link: Option<LinkId>,
+    reconnect_attempts: u32,
+    directory: Option<Directory>,
+
+    fetches: BTreeMap<FetchId, Fetch>,
+    next_fetch: u64,
+    /// Reads under way: the object that is filled, and for which fetch.
+    transfers: BTreeMap<TransferId, (Generation, FetchId)>,
+    /// Payloads under way, by the request that they answer.
+    landing: BTreeMap<u64, (Generation, FetchId)>,
+    next_transfer: u64,
+    hints: Hints,
+
+    /// Questions to peers that wait for an answer, by request number.
+    pending: BTreeMap<u64, (LinkId, cluster::Pending)>,
+    next_request: u64,
+    deletes: BTreeMap<u64, delete::Delete>,
+    asks: BTreeMap<u64, cluster::Ask>,
+    next_operation: u64,
+}
+
+impl Engine {
+    /// An engine that has done nothing yet. Feed [`Input::Start`] first.
+    #[must_use]
+    pub fn new(config: EngineConfig) -> Self {
+        let directory = config.join.is_none().then(Directory::default);
+        Self {
+            now: Time::default(),
+            out: Vec::new(),
+            timers: Timers::default(),
+            counters: NodeStatus::default(),
+            objects: Objects::new(config.objects_max),
+            eviction: S3Fifo::default(),
+            space: Space::new(config.capacity_bytes, config.client_quota_bytes),
+            waiting_space: VecDeque::new(),
+            scan_wanted: false,
+            clients: BTreeMap::new(),
+            pending_copies: BTreeMap::new(),
+            copy_targets: BTreeMap::new(),
+            waiting_keys: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            next_lease: 1,
+            sends: BTreeMap::new(),
+            next_send: 1,
+            links: BTreeMap::new(),
+            peers: BTreeMap::new(),
+            dialling: BTreeSet::new(),
+            directory_link: None,
+            reconnect_attempts: 0,
+            directory,
+            fetches: BTreeMap::new(),
+            next_fetch: 1,
+            transfers: BTreeMap::new(),
+            landing: BTreeMap::new(),
+            next_transfer: 1,
+            hints: Hints::default(),
+            pending: BTreeMap::new(),
+            next_request: 1,
+            deletes: BTreeMap::new(),
+            asks: BTreeMap::new(),
+            next_operation: 1,
+            config,
+        }
+    }
+
+    /// Takes one input at a time `now` (never earlier than the last) and returns what is to be done, in order.
+    pub fn handle(&mut self, now: Time, input: Input) -> Vec<Action> {
+        self.now = self.now.max(now);
+        match input {
+            Input::Start => self.start(),
+            Input::Tick => {}
+            Input::ClientJoined { client, trusted } => self.client_joined(client, trusted),
+            Input::ClientRequest { client, request, message, payload } => {
+                self.client_request(client, request, message, payload);
+            }
+            Input::ClientLeft { client } => self.client_left(client),
+            Input::ClientProcessGone { client } => self.space.adopt_segments_of(client),
+            Input::LinkUp { link, fabric, address, inbound } => self.link_up(link, fabric, address, inbound),
+            Input::LinkDown { link, why } => self.link_down(link, &why),
+            Input::ConnectFailed { address, why } => self.connect_failed(&address, &why),
+            Input::PeerMessage { link, request, message, payload_len } => {
+                self.peer_message(link, request, message, payload_len);
+            }
+            Input::Refused { link, why } => self.peer_refused(link, &why),
+            Input::Landed { request, result } => self.landed(request, result),
+            Input::ReadDone { transfer, result } => self.read_done(transfer, result),
+            Input::SendDone { send } => self.send_done(send),
+            Input::PinScan { pinned, touched } => self.pin_scan(&pinned, &touched),
+            Input::SegmentReady { segment, keys } => self.segment_ready(segment, keys),
+            Input::SegmentFailed { segment, why } => self.segment_failed(segment, &why),
+            Input::CopyDone { generation, result } => self.copy_done(generation, result),
+        }
+        self.run_timers();
+        if self.scan_wanted {
+            self.scan_wanted = false;
+            self.out.push(Action::ScanPins);
+        }
+        std::mem::take(&mut self.out)
+    }
+
+    /// When [`Input::Tick`] is due at the latest, if nothing else comes in.
+    #[must_use]
+    pub fn next_timer(&self) -> Option<Time> {
+        self.timers.next()
+    }
+
+    fn start(&mut self) {
+        for (segment, len_bytes) in self.space.first_segments() {
+            self.out.push(Action::CreateSegment { segment, len_bytes, owner: None });
+        }
+        self.timers.set(self.now.after_ms(self.config.heartbeat_ms), Timer::Heartbeat);
+        if let Some(address) = self.config.join.clone() {
+            self.dial(&address);
+        }
+    }
+
+    fn run_timers(&mut self) {
+        while let Some(timer) = self.timers.due(self.now) {
+            match timer {
+                Timer::Heartbeat => self.heartbeat(),
+                Timer::Reconnect => self.reconnect(),
+                Timer::Lease(lease) => self.lease_over(lease),
+                Timer::Ttl(generation) => self.ttl_over(generation),
+                Timer::Fetch(fetch) => self.fetch_deadline(fetch),
+                Timer::Retry(fetch) => self.fetch_retry(fetch),
+                Timer::Wait => self.wait_deadlines(),
+                Timer::Space => self.space_deadlines(),
+                Timer::Drain => self.drain_again(),
+                Timer::Operation(operation) => self.operation_deadline(operation),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

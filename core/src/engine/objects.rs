@@ -1,0 +1,217 @@
+//! The books of objects: by generation, by key, and the slots of the shared index. Not their memory (`space`).
+//! Invariant: a key maps to at most one sealed object, and that object has a slot.
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+
+use super::action::PublishedObject;
+use super::lifecycle::State;
+use super::timer::Time;
+use crate::checksum::Checksum;
+use crate::error::StoreError;
+use crate::key::Key;
+use crate::meta::ObjectMeta;
+use crate::tier::{ClientId, Extent, Generation, ObjectId, SlotId, Tier};
+use crate::wire::{Announced, IfExists, PutHints};
+
+#[derive(Debug)]
+pub(super) struct Object {
+    pub(super) key: Key,
+    pub(super) id: ObjectId,
+    pub(super) meta: ObjectMeta,
+    pub(super) extent: Extent,
+    pub(super) state: State,
+    pub(super) slot: Option<SlotId>,
+    pub(super) hints: PutHints,
+    pub(super) if_exists: IfExists,
+    /// The client that writes it; only while it is reserved.
+    pub(super) writer: Option<ClientId>,
+    /// Whether that client writes it through its own mapping.
+    pub(super) in_place: bool,
+    /// Whether the bytes came from a peer.
+    pub(super) copied_here: bool,
+    pub(super) leases: u32,
+    pub(super) sends: u32,
+    /// A read, landing or copy into the extent is under way.
+    pub(super) filling: bool,
+    /// Not to be shown to anyone but those who asked: a range, or a copy that nobody wants kept.
+    pub(super) transient: bool,
+}
+
+impl Object {
+    pub(super) fn announced(&self) -> Announced {
+        Announced { key: self.key.clone(), object: self.id, len_bytes: self.meta.len_bytes }
+    }
+
+    /// Whether only pins can still hold it.
+    pub(super) const fn only_pins_hold(&self) -> bool {
+        self.leases == 0 && self.sends == 0 && !self.filling
+    }
+
+    pub(super) fn published(&self, generation: Generation) -> PublishedObject {
+        PublishedObject {
+            key: self.key.clone(),
+            object: self.id,
+            meta: self.meta,
+            generation,
+            extent: self.extent,
+            tier: Tier::Host,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Objects {
+    table: BTreeMap<Generation, Object>,
+    keys: BTreeMap<Key, Generation>,
+    slots: BTreeMap<SlotId, Generation>,
+    free_slots: Vec<SlotId>,
+    next_slot: u32,
+    slots_max: u32,
+    next_generation: u64,
+    next_object: u64,
+    draining: BTreeMap<Generation, Time>,
+}
+
+impl Objects {
+    pub(super) fn new(slots_max: u32) -> Self {
+        Self {
+            table: BTreeMap::new(),
+            keys: BTreeMap::new(),
+            slots: BTreeMap::new(),
+            free_slots: Vec::new(),
+            next_slot: 0,
+            slots_max,
+            next_generation: 1,
+            next_object: 1,
+            draining: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn next_object_number(&mut self) -> u64 {
+        self.next_object += 1;
+        self.next_object - 1
+    }
+
+    pub(super) fn insert(&mut self, object: Object) -> Generation {
+        let generation = Generation(self.next_generation);
+        self.next_generation += 1;
+        self.table.insert(generation, object);
+        generation
+    }
+
+    pub(super) fn get(&self, generation: Generation) -> Option<&Object> {
+        self.table.get(&generation)
+    }
+
+    pub(super) fn get_mut(&mut self, generation: Generation) -> Option<&mut Object> {
+        self.table.get_mut(&generation)
+    }
+
+    /// The sealed object of a key.
+    pub(super) fn sealed(&self, key: &Key) -> Option<(Generation, &Object)> {
+        let generation = *self.keys.get(key)?;
+        Some((generation, self.table.get(&generation)?))
+    }
+
+    pub(super) fn generation_of_slot(&self, slot: SlotId) -> Option<Generation> {
+        self.slots.get(&slot).copied()
+    }
+
+    /// Makes an object with this generation the sealed one of its key and gives it a slot.
+    ///
+    /// # Errors
+    /// `AlreadyExists` if its key has one; `NoSpace`-like `TooLarge` if the index is full; a wrong step.
+    pub(super) fn seal(&mut self, generation: Generation, checksum: Checksum) -> Result<SlotId, StoreError> {
+        let Some(object) = self.table.get_mut(&generation) else {
+            return Err(StoreError::stale("seal", generation, "there is no such reservation"));
+        };
+        if self.keys.contains_key(&object.key) {
+            return Err(StoreError::AlreadyExists { key: object.key.to_string() });
+        }
+        let slot = match self.free_slots.pop() {
+            Some(slot) => slot,
+            None if self.next_slot < self.slots_max => {
+                self.next_slot += 1;
+                SlotId(self.next_slot - 1)
+            }
+            None => {
+                let limit = u64::from(self.slots_max);
+                return Err(StoreError::too_large("put", "number of objects (max_objects)", limit + 1, limit));
+            }
+        };
+        if let Err(error) = object.state.advance(State::Sealed, object.key.as_str()) {
+            self.free_slots.push(slot);
+            return Err(error);
+        }
+        object.meta.checksum = checksum;
+        object.slot = Some(slot);
+        object.writer = None;
+        object.filling = false;
+        self.keys.insert(object.key.clone(), generation);
+        self.slots.insert(slot, generation);
+        Ok(slot)
+    }
+
+    /// Takes an object out of reach of new readers. Returns its slot if it had one.
+    pub(super) fn drain(&mut self, generation: Generation, now: Time) -> Option<SlotId> {
+        let object = self.table.get_mut(&generation)?;
+        let was_sealed = object.state == State::Sealed;
+        object.state.advance(State::Draining, object.key.as_str()).ok()?;
+        object.writer = None;
+        self.draining.insert(generation, now);
+        if was_sealed {
+            self.keys.remove(&object.key);
+        }
+        let slot = object.slot.take()?;
+        self.slots.remove(&slot);
+        self.free_slots.push(slot);
+        Some(slot)
+    }
+
+    /// Takes an object out of the books. Its extent can be freed.
+    pub(super) fn remove(&mut self, generation: Generation) -> Option<Object> {
+        self.draining.remove(&generation);
+        self.table.remove(&generation)
+    }
+
+    pub(super) fn draining(&self) -> impl Iterator<Item = Generation> + '_ {
+        self.draining.keys().copied()
+    }
+
+    pub(super) fn is_draining(&self, generation: Generation) -> bool {
+        self.draining.contains_key(&generation)
+    }
+
+    pub(super) fn draining_count(&self) -> usize {
+        self.draining.len()
+    }
+
+    pub(super) fn sealed_count(&self) -> usize {
+        self.keys.len()
+    }
+
+    pub(super) fn unsealed_count(&self) -> usize {
+        self.table.len() - self.keys.len() - self.draining.len()
+    }
+
+    pub(super) fn iter_sealed(&self) -> impl Iterator<Item = (&Key, &Object)> {
+        self.keys.iter().filter_map(|(key, generation)| Some((key, self.table.get(generation)?)))
+    }
+
+    /// Sealed keys that start with `prefix`, in order, after `after`.
+    pub(super) fn list<'a>(
+        &'a self,
+        prefix: &'a str,
+        after: Option<&'a Key>,
+    ) -> impl Iterator<Item = &'a Object> + 'a {
+        let start = match after {
+            Some(after) if after.as_str() >= prefix => Bound::Excluded(after.as_str()),
+            _ => Bound::Included(prefix),
+        };
+        self.keys
+            .range::<str, _>((start, Bound::Unbounded))
+            .take_while(move |(key, _)| key.as_str().starts_with(prefix))
+            .filter_map(|(_, generation)| self.table.get(generation))
+    }
+}

@@ -1,0 +1,154 @@
+//! What this node gives to others: DATA, GRANT, leases, and when an extent is free of them. Not what it asks for
+//! itself (`fetch`). Invariant: while a lease lives, its object's extent is not freed.
+
+use super::action::Action;
+use super::timer::{Time, Timer};
+use super::Engine;
+use crate::error::StoreError;
+use crate::key::Key;
+use crate::tier::{Generation, LeaseId, LinkId, RemoteExtent};
+use crate::wire::{Granted, PeerMessage, Range};
+
+/// Leases that may be out at once: a bound on what peers can make this node keep.
+const LEASES_MAX: usize = 65_536;
+/// Bytes of a generation word.
+const GENERATION_LEN: u64 = 8;
+
+#[derive(Debug)]
+pub(super) struct Lease {
+    generation: Generation,
+    link: LinkId,
+    until: Time,
+}
+
+impl Engine {
+    /// Answers GET if the object is here; false if it is not.
+    pub(super) fn serve_get(
+        &mut self,
+        link: LinkId,
+        request: u64,
+        key: &Key,
+        range: Option<Range>,
+        inline_max: u64,
+    ) -> bool {
+        let Some((generation, object)) = self.objects.sealed(key) else { return false };
+        let (id, meta) = (object.id, object.meta);
+        let part = match range {
+            None => Ok(object.extent),
+            Some(range) => range
+                .check(key, meta.len_bytes)
+                .and_then(|()| object.extent.slice(range.start, range.len_bytes)),
+        };
+        let extent = match part {
+            Ok(extent) => extent,
+            Err(error) => {
+                self.answer_peer(link, request, PeerMessage::Failed { error });
+                return true;
+            }
+        };
+        if extent.len_bytes <= inline_max {
+            self.counters.served_eager += 1;
+            let message = PeerMessage::Data { object: id, meta };
+            let payload = (extent.len_bytes > 0).then(|| (extent, self.begin_send(generation)));
+            self.out.push(Action::Send { link, request, message, payload });
+            return true;
+        }
+        let message = match self.grant(link, generation, extent) {
+            Ok(granted) => {
+                self.counters.served_grants += 1;
+                PeerMessage::Grant { object: id, meta, granted }
+            }
+            Err(error) => PeerMessage::Failed { error },
+        };
+        self.answer_peer(link, request, message);
+        true
+    }
+
+    fn begin_send(&mut self, generation: Generation) -> u64 {
+        let send = self.next_send;
+        self.next_send += 1;
+        self.sends.insert(send, generation);
+        if let Some(object) = self.objects.get_mut(generation) {
+            object.sends += 1;
+        }
+        send
+    }
+
+    pub(super) fn send_done(&mut self, send: u64) {
+        let Some(generation) = self.sends.remove(&send) else { return };
+        if let Some(object) = self.objects.get_mut(generation) {
+            object.sends = object.sends.saturating_sub(1);
+            self.reader_left(generation);
+        }
+    }
+
+    fn grant(
+        &mut self,
+        link: LinkId,
+        generation: Generation,
+        extent: crate::Extent,
+    ) -> Result<Granted, StoreError> {
+        let no_key = || StoreError::unavailable("a registration", "the object's segment is not registered");
+        let fabric = self.links.get(&link).map(|link| link.fabric).ok_or_else(no_key)?;
+        let key = self.space.key(extent.segment, fabric).ok_or_else(no_key)?;
+        let index = self.config.index_keys.iter().find(|(id, _)| *id == fabric).map(|(_, key)| *key);
+        let slot = self.objects.get(generation).and_then(|object| object.slot);
+        let (Some(index), Some(slot)) = (index, slot) else { return Err(no_key()) };
+        if self.leases.len() >= LEASES_MAX {
+            return Err(StoreError::busy("get", format!("{LEASES_MAX} leases are out")));
+        }
+        let lease = LeaseId(self.next_lease);
+        self.next_lease += 1;
+        let until = self.now.after_ms(u64::from(self.config.lease_ms));
+        self.leases.insert(lease, Lease { generation, link, until });
+        self.timers.set(until, Timer::Lease(lease));
+        if let Some(object) = self.objects.get_mut(generation) {
+            object.leases += 1;
+        }
+        let word = self.config.generation_base + u64::from(slot.0) * self.config.generation_stride;
+        Ok(Granted {
+            extent: RemoteExtent { key, offset: extent.offset, len_bytes: extent.len_bytes },
+            generation,
+            generation_at: RemoteExtent { key: index, offset: word, len_bytes: GENERATION_LEN },
+            lease,
+            lease_ms: self.config.lease_ms,
+        })
+    }
+
+    pub(super) fn lease_over(&mut self, lease: LeaseId) {
+        if self.leases.get(&lease).is_some_and(|lease| lease.until <= self.now) {
+            self.end_lease(lease);
+        }
+    }
+
+    /// RELEASE: only the link that got a lease can give it back.
+    pub(super) fn release(&mut self, link: LinkId, lease: LeaseId) {
+        if self.leases.get(&lease).is_some_and(|lease| lease.link == link) {
+            self.end_lease(lease);
+        }
+    }
+
+    /// The fabric serves no read of a link that is down, so its leases have ended.
+    pub(super) fn leases_lost(&mut self, link: LinkId) {
+        let lost: Vec<LeaseId> =
+            self.leases.iter().filter(|(_, lease)| lease.link == link).map(|(&id, _)| id).collect();
+        for lease in lost {
+            self.end_lease(lease);
+        }
+    }
+
+    fn end_lease(&mut self, lease: LeaseId) {
+        let Some(Lease { generation, .. }) = self.leases.remove(&lease) else { return };
+        if let Some(object) = self.objects.get_mut(generation) {
+            object.leases = object.leases.saturating_sub(1);
+            self.reader_left(generation);
+        }
+    }
+
+    /// Somebody who held an object in place has gone: if it is draining, it may be free now.
+    fn reader_left(&mut self, generation: Generation) {
+        if self.objects.is_draining(generation) {
+            self.scan_wanted = true;
+        }
+    }
+}

@@ -1,0 +1,325 @@
+//! Finding room: requests that need an extent, what is tried for them, and what waits. Not the books (`space`).
+//! Invariant: a request in the queue has something under way that will look at it again.
+
+use std::collections::HashSet;
+
+use bytes::Bytes;
+
+use super::action::{Action, Event};
+use super::fetch::FetchId;
+use super::input::FabricId;
+use super::space::{Growth, Owner};
+use super::timer::{Time, Timer};
+use super::{Engine, State};
+use crate::error::StoreError;
+use crate::key::Key;
+use crate::meta::ObjectMeta;
+use crate::tier::{ClientId, Extent, Generation, RemoteKey, SegmentId, SlotId, Tier};
+use crate::wire::{IfExists, PutHints};
+
+/// How often a request may evict and look again before it is told that there is no space.
+const ROUNDS_MAX: u32 = 8;
+/// How long a request waits for memory to be made or readers to leave, in milliseconds.
+const WAIT_MS: u64 = 10_000;
+/// How soon draining objects are looked at again, in milliseconds.
+pub(super) const DRAIN_MS: u64 = 50;
+
+/// A put as its client described it.
+#[derive(Clone, Debug)]
+pub(super) struct NewObject {
+    pub(super) key: Key,
+    pub(super) meta: ObjectMeta,
+    pub(super) hints: PutHints,
+    pub(super) if_exists: IfExists,
+}
+
+/// What an extent is wanted for.
+#[derive(Debug)]
+pub(super) enum Purpose {
+    Put { client: ClientId, request: u64, object: NewObject, payload: Bytes },
+    Reserve { client: ClientId, request: u64, object: NewObject },
+    Fetch { fetch: FetchId },
+    SealCopy { generation: Generation },
+}
+
+#[derive(Debug)]
+pub(super) struct SpaceRequest {
+    pub(super) purpose: Purpose,
+    pub(super) owner: Owner,
+    pub(super) len_bytes: u64,
+    deadline: Time,
+    rounds: u32,
+    /// Whether draining objects were looked at since this request came.
+    scanned: bool,
+}
+
+enum Outcome {
+    Found(Extent),
+    Wait,
+    NoSpace,
+}
+
+impl Engine {
+    /// Finds an extent now or later; `space_found` or `space_missing` goes on from there.
+    pub(super) fn want_space(&mut self, purpose: Purpose, owner: Owner, len_bytes: u64) {
+        let deadline = self.now.after_ms(WAIT_MS);
+        let request = SpaceRequest { purpose, owner, len_bytes, deadline, rounds: 0, scanned: false };
+        self.try_space(request);
+    }
+
+    /// An extent in the node's own memory, if there is one without waiting.
+    pub(super) fn space_now(&mut self, len_bytes: u64) -> Option<Extent> {
+        self.space.allocate(Owner::Node, len_bytes)
+    }
+
+    fn try_space(&mut self, mut request: SpaceRequest) {
+        loop {
+            match self.look_for_space(&mut request) {
+                Outcome::Found(extent) => return self.space_found(request.purpose, request.owner, extent),
+                Outcome::Wait => {
+                    self.timers.set(request.deadline, Timer::Space);
+                    self.waiting_space.push_back(request);
+                    return;
+                }
+                // What does not fit into memory granted to the client may fit into the node's own.
+                Outcome::NoSpace if request.owner != Owner::Node => {
+                    request.owner = Owner::Node;
+                    request.rounds = 0;
+                }
+                Outcome::NoSpace => {
+                    let error = self.no_space(&request);
+                    return self.space_missing(request.purpose, error);
+                }
+            }
+        }
+    }
+
+    fn look_for_space(&mut self, request: &mut SpaceRequest) -> Outcome {
+        let (owner, len_bytes) = (request.owner, request.len_bytes);
+        if let Some(extent) = self.space.allocate(owner, len_bytes) {
+            return Outcome::Found(extent);
+        }
+        match self.space.grow(owner, len_bytes) {
+            Growth::Create { retire, segment, len_bytes } => {
+                for (segment, len_bytes) in retire {
+                    self.out.push(Action::RetireSegment { segment, len_bytes });
+                }
+                let client = match owner {
+                    Owner::Client(client) => Some(client),
+                    Owner::Node | Owner::Left(_) => None,
+                };
+                self.out.push(Action::CreateSegment { segment, len_bytes, owner: client });
+                return Outcome::Wait;
+            }
+            Growth::UnderWay => return Outcome::Wait,
+            Growth::None => {}
+        }
+        if !request.scanned && self.objects.draining_count() > 0 {
+            request.scanned = true;
+            self.scan_wanted = true;
+            return Outcome::Wait;
+        }
+        if request.rounds < ROUNDS_MAX && self.evict(owner, len_bytes) {
+            request.rounds += 1;
+            request.scanned = true;
+            return Outcome::Wait;
+        }
+        Outcome::NoSpace
+    }
+
+    fn no_space(&self, request: &SpaceRequest) -> StoreError {
+        let operation = match &request.purpose {
+            Purpose::Put { object, .. } | Purpose::Reserve { object, .. } => format!("put {:?}", object.key),
+            Purpose::Fetch { fetch } => match self.fetches.get(fetch) {
+                Some(fetch) => format!("get {:?}", fetch.key),
+                None => "get".to_owned(),
+            },
+            Purpose::SealCopy { .. } => "seal".to_owned(),
+        };
+        StoreError::NoSpace {
+            operation: operation.into(),
+            tier: Tier::Host,
+            requested: request.len_bytes,
+            free: self.space.free_bytes(),
+        }
+    }
+
+    /// Withdraws objects that may go, if together they can make the room that is wanted. True if any went.
+    fn evict(&mut self, owner: Owner, len_bytes: u64) -> bool {
+        let evictable = self.eviction.bytes();
+        // A put that cannot succeed must not cost anything that was stored.
+        if evictable == 0 || self.space.free_bytes().saturating_add(evictable) < len_bytes {
+            return false;
+        }
+        let mut queue = std::mem::take(&mut self.eviction);
+        let victims = queue.victims(len_bytes, |generation| self.may_evict(*generation, owner));
+        self.eviction = queue;
+        let mut bytes = 0;
+        for generation in &victims {
+            bytes += self.objects.get(*generation).map_or(0, |object| object.extent.len_bytes);
+            self.withdraw(*generation);
+        }
+        if victims.is_empty() {
+            return false;
+        }
+        self.counters.evicted += victims.len() as u64;
+        self.out.push(Action::Note(Event::Evicted { objects: victims.len() as u64, len_bytes: bytes }));
+        true
+    }
+
+    /// Whether an object may be dropped to make room for `owner`: a copy whose origin lives, or one that was put as
+    /// cache; without a reader that would hold its extent anyway; in memory that the owner could use.
+    fn may_evict(&self, generation: Generation, owner: Owner) -> bool {
+        let Some(object) = self.objects.get(generation) else { return false };
+        let elsewhere = object.copied_here && self.is_alive(object.id.origin, object.id.epoch);
+        object.state == State::Sealed
+            && !object.hints.pin
+            && (object.hints.cache || elsewhere)
+            && object.only_pins_hold()
+            && self.space.owner(object.extent.segment).is_some_and(|of| of == owner || of == Owner::Node)
+    }
+
+    /// Looks at every waiting request again, oldest first.
+    pub(super) fn retry_space(&mut self) {
+        for request in std::mem::take(&mut self.waiting_space) {
+            self.try_space(request);
+        }
+    }
+
+    pub(super) fn space_deadlines(&mut self) {
+        let now = self.now;
+        let (late, waiting) = std::mem::take(&mut self.waiting_space).into_iter().partition(|r| r.deadline <= now);
+        self.waiting_space = waiting;
+        for request in Vec::from_iter::<std::collections::VecDeque<SpaceRequest>>(late) {
+            let error = self.no_space(&request);
+            self.space_missing(request.purpose, error);
+        }
+    }
+
+    fn space_found(&mut self, purpose: Purpose, owner: Owner, extent: Extent) {
+        match purpose {
+            Purpose::Put { client, request, object, payload } => {
+                self.put_into(client, request, object, payload, extent);
+            }
+            Purpose::Reserve { client, request, object } => {
+                self.reserve_in(client, request, object, extent, owner != Owner::Node);
+            }
+            Purpose::Fetch { fetch } => self.fetch_into(fetch, extent),
+            Purpose::SealCopy { generation } => self.seal_copy_into(generation, extent),
+        }
+    }
+
+    fn space_missing(&mut self, purpose: Purpose, error: StoreError) {
+        match purpose {
+            Purpose::Put { client, request, .. } | Purpose::Reserve { client, request, .. } => {
+                self.reply(client, request, Err(error));
+            }
+            Purpose::Fetch { fetch } => self.fetch_failed(fetch, &error),
+            Purpose::SealCopy { generation } => self.seal_failed(generation, error),
+        }
+    }
+
+    /// Drops what waits for a client that left.
+    pub(super) fn forget_space_requests_of(&mut self, gone: ClientId) {
+        self.waiting_space.retain(|request| match request.purpose {
+            Purpose::Put { client, .. } | Purpose::Reserve { client, .. } => client != gone,
+            Purpose::Fetch { .. } | Purpose::SealCopy { .. } => true,
+        });
+    }
+
+    pub(super) fn forget_space_request_of_fetch(&mut self, gone: FetchId) {
+        self.waiting_space
+            .retain(|request| !matches!(request.purpose, Purpose::Fetch { fetch } if fetch == gone));
+    }
+
+    pub(super) fn segment_ready(&mut self, segment: SegmentId, keys: Vec<(FabricId, RemoteKey)>) {
+        if !self.space.ready(segment, keys) {
+            return;
+        }
+        if let (Some(Owner::Client(client)), Some(len_bytes)) =
+            (self.space.owner(segment), self.space.len_bytes(segment))
+        {
+            self.out.push(Action::Note(Event::SegmentGranted { segment, client, len_bytes }));
+        }
+        self.retry_space();
+        self.retire_returned();
+    }
+
+    pub(super) fn segment_failed(&mut self, segment: SegmentId, why: &StoreError) {
+        self.space.failed(segment);
+        self.out.push(Action::Note(Event::SegmentFailed { segment, why: why.to_string() }));
+        self.retry_space();
+    }
+
+    fn retire_returned(&mut self) {
+        for segment in self.space.retirable() {
+            if let Some(len_bytes) = self.space.retire(segment) {
+                self.out.push(Action::RetireSegment { segment, len_bytes });
+                self.out.push(Action::Note(Event::SegmentRetired { segment, len_bytes }));
+            }
+        }
+    }
+
+    /// The client says that it no longer maps a granted segment.
+    pub(super) fn return_segment(&mut self, client: ClientId, segment: SegmentId) -> Result<(), StoreError> {
+        if !self.space.returned(segment, client) {
+            return Err(StoreError::denied("return", format!("segment {segment} was not granted to this client")));
+        }
+        self.retire_returned();
+        Ok(())
+    }
+
+    /// Takes an object out of everyone's reach; its extent is freed when its last reader has gone.
+    pub(super) fn withdraw(&mut self, generation: Generation) {
+        let Some(object) = self.objects.get(generation) else { return };
+        let was_sealed = object.state == State::Sealed;
+        let announced = object.announced();
+        if let Some(slot) = self.objects.drain(generation, self.now) {
+            self.out.push(Action::Withdraw { slot });
+        }
+        if was_sealed {
+            self.eviction.remove(&generation);
+            self.withdraw_from_directory(announced);
+        }
+        self.scan_wanted = true;
+        self.timers.set(self.now.after_ms(DRAIN_MS), Timer::Drain);
+    }
+
+    pub(super) fn drain_again(&mut self) {
+        if self.objects.draining_count() > 0 {
+            self.scan_wanted = true;
+            self.timers.set(self.now.after_ms(DRAIN_MS), Timer::Drain);
+        }
+    }
+
+    /// Frees what nobody reads any more. `pinned` was taken after the last withdrawal.
+    pub(super) fn pin_scan(&mut self, pinned: &HashSet<Generation>, touched: &[SlotId]) {
+        for slot in touched {
+            if let Some(generation) = self.objects.generation_of_slot(*slot) {
+                self.eviction.touch(&generation);
+            }
+        }
+        let free: Vec<Generation> = self
+            .objects
+            .draining()
+            .filter(|generation| !pinned.contains(generation))
+            .filter(|generation| self.objects.get(*generation).is_some_and(super::objects::Object::only_pins_hold))
+            .collect();
+        for generation in &free {
+            self.free_object(*generation);
+        }
+        if !self.waiting_space.is_empty() {
+            self.retry_space();
+        }
+        self.retire_returned();
+    }
+
+    /// Takes an object out of the books and gives its extent back.
+    pub(super) fn free_object(&mut self, generation: Generation) {
+        let Some(object) = self.objects.remove(generation) else { return };
+        if let Err(error) = self.space.free(object.extent) {
+            // The books of objects and of extents disagree: nothing is handed out twice, the extent is lost.
+            debug_assert!(false, "{error}");
+        }
+    }
+}

@@ -1,0 +1,303 @@
+//! The books of the host tier: segments, who may write to them, and the extents in them. Not the memory.
+//! Invariant: unassigned bytes and all segments together are the capacity; a segment that a client can write to
+//! holds only extents of that client, until its process is gone.
+
+use std::collections::BTreeMap;
+
+use super::input::FabricId;
+use crate::alloc::Arena;
+use crate::error::StoreError;
+use crate::tier::{ClientId, Extent, RemoteKey, SegmentId};
+
+/// Extents start at multiples of this, so that any element type and any vector load is aligned.
+const ALIGN: u64 = 64;
+/// Segments of the node's own are at most this long: importers and NICs take segments as a whole.
+const SEGMENT_LEN_MAX: u64 = 4 << 30;
+/// The first segment granted to a client, unless its object is longer.
+const FIRST_GRANT_LEN: u64 = 16 << 20;
+
+/// Who may write to a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Owner {
+    Node,
+    Client(ClientId),
+    /// The session has ended, the process may still hold its mapping.
+    Left(ClientId),
+}
+
+#[derive(Debug)]
+struct SegmentBooks {
+    len_bytes: u64,
+    owner: Owner,
+    /// `None` until the segment is there.
+    arena: Option<Arena>,
+    keys: Vec<(FabricId, RemoteKey)>,
+    /// Whether its descriptor may go to others than its owner.
+    closed_to_writers: bool,
+    returned: bool,
+}
+
+/// What can be done about a lack of room.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Growth {
+    /// Retire these empty segments, then make this one.
+    Create { retire: Vec<(SegmentId, u64)>, segment: SegmentId, len_bytes: u64 },
+    /// One that will do is being made.
+    UnderWay,
+    /// Nothing.
+    None,
+}
+
+#[derive(Debug)]
+pub(super) struct Space {
+    capacity_bytes: u64,
+    client_quota_bytes: u64,
+    unassigned_bytes: u64,
+    granule: u64,
+    next_segment: u32,
+    segments: BTreeMap<SegmentId, SegmentBooks>,
+}
+
+impl Space {
+    pub(super) fn new(capacity_bytes: u64, client_quota_bytes: u64) -> Self {
+        let granule = if capacity_bytes >= 32 << 20 { 2 << 20 } else { 64 << 10 };
+        let capacity_bytes = capacity_bytes / granule * granule;
+        Self {
+            capacity_bytes,
+            client_quota_bytes: client_quota_bytes.min(capacity_bytes),
+            unassigned_bytes: capacity_bytes,
+            granule,
+            next_segment: 1,
+            segments: BTreeMap::new(),
+        }
+    }
+
+    fn round(&self, len_bytes: u64) -> u64 {
+        len_bytes.max(1).div_ceil(self.granule) * self.granule
+    }
+
+    fn own_len(&self) -> u64 {
+        (self.capacity_bytes / 8 / self.granule * self.granule).clamp(self.granule, SEGMENT_LEN_MAX)
+    }
+
+    fn new_segment(&mut self, len_bytes: u64, owner: Owner) -> SegmentId {
+        let segment = SegmentId(self.next_segment);
+        self.next_segment += 1;
+        self.unassigned_bytes -= len_bytes;
+        let books = SegmentBooks {
+            len_bytes,
+            owner,
+            arena: None,
+            keys: Vec::new(),
+            closed_to_writers: owner == Owner::Node,
+            returned: false,
+        };
+        self.segments.insert(segment, books);
+        segment
+    }
+
+    /// The node's own segments at start: half of the tier; the rest is for grants and for what turns up.
+    pub(super) fn first_segments(&mut self) -> Vec<(SegmentId, u64)> {
+        let len_bytes = self.own_len();
+        let mut made = Vec::new();
+        while self.unassigned_bytes >= len_bytes && self.unassigned_bytes * 2 > self.capacity_bytes {
+            made.push((self.new_segment(len_bytes, Owner::Node), len_bytes));
+        }
+        made
+    }
+
+    pub(super) fn ready(&mut self, segment: SegmentId, keys: Vec<(FabricId, RemoteKey)>) -> bool {
+        let Some(books) = self.segments.get_mut(&segment) else { return false };
+        books.arena = Some(Arena::new(books.len_bytes, ALIGN));
+        books.keys = keys;
+        true
+    }
+
+    /// A segment could not be made: its bytes are not there, so the tier is smaller than configured.
+    pub(super) fn failed(&mut self, segment: SegmentId) {
+        if let Some(books) = self.segments.remove(&segment) {
+            self.capacity_bytes -= books.len_bytes;
+        }
+    }
+
+    /// An extent in a segment of this owner, if one has room.
+    pub(super) fn allocate(&mut self, owner: Owner, len_bytes: u64) -> Option<Extent> {
+        let usable = self.segments.iter_mut().filter(|(_, books)| books.owner == owner && !books.returned);
+        for (&segment, books) in usable {
+            if let Some(arena) = &mut books.arena
+                && let Some(offset) = arena.allocate(len_bytes.max(1))
+            {
+                return Some(Extent { segment, offset, len_bytes });
+            }
+        }
+        None
+    }
+
+    pub(super) fn free(&mut self, extent: Extent) -> Result<(), StoreError> {
+        let arena = self.segments.get_mut(&extent.segment).and_then(|books| books.arena.as_mut());
+        let Some(arena) = arena else {
+            return Err(StoreError::stale("free", extent.segment, "there is no such segment"));
+        };
+        arena.free(extent.offset).map(|_| ()).map_err(|error| {
+            StoreError::stale("free", extent.segment, format!("offset {}: {error}", extent.offset))
+        })
+    }
+
+    pub(super) fn grow(&mut self, owner: Owner, len_bytes: u64) -> Growth {
+        let least = self.round(len_bytes);
+        if least > self.capacity_bytes {
+            return Growth::None;
+        }
+        let under_way = self
+            .segments
+            .values()
+            .any(|books| books.owner == owner && books.arena.is_none() && books.len_bytes >= least);
+        if under_way {
+            return Growth::UnderWay;
+        }
+        let Some(wanted) = self.wanted_len(owner, least) else { return Growth::None };
+        let mut retire = Vec::new();
+        let mut free = self.unassigned_bytes;
+        if free < least {
+            for (&segment, books) in &self.segments {
+                // A segment that is as long as what is needed, or longer, would have been used as it is.
+                let useless = owner != Owner::Node || books.len_bytes < least;
+                if books.owner == Owner::Node && useless && books.arena.as_ref().is_some_and(Arena::is_empty) {
+                    retire.push((segment, books.len_bytes));
+                    free += books.len_bytes;
+                }
+                if free >= least {
+                    break;
+                }
+            }
+        }
+        if free < least {
+            return Growth::None;
+        }
+        for (segment, _) in &retire {
+            self.retire(*segment);
+        }
+        let len_bytes = wanted.min(free / self.granule * self.granule);
+        let segment = self.new_segment(len_bytes, owner);
+        Growth::Create { retire, segment, len_bytes }
+    }
+
+    /// How long a new segment should be, at least `least`; none if the owner may not have that much.
+    fn wanted_len(&self, owner: Owner, least: u64) -> Option<u64> {
+        let Owner::Client(client) = owner else { return Some(least.max(self.own_len())) };
+        let granted = self.granted_to(client);
+        let left = self.client_quota_bytes.saturating_sub(granted) / self.granule * self.granule;
+        if left < least {
+            return None;
+        }
+        // Doubling what a client has keeps the number of descriptors small without taking the tier at once.
+        let wanted = granted.max(self.round(FIRST_GRANT_LEN)).min(self.own_len());
+        Some(wanted.max(least).min(left))
+    }
+
+    fn granted_to(&self, client: ClientId) -> u64 {
+        let owners = [Owner::Client(client), Owner::Left(client)];
+        self.segments.values().filter(|books| owners.contains(&books.owner)).map(|books| books.len_bytes).sum()
+    }
+
+    /// Takes a segment out of the books; nothing is in it. Returns its length.
+    pub(super) fn retire(&mut self, segment: SegmentId) -> Option<u64> {
+        let books = self.segments.get(&segment)?;
+        if books.arena.as_ref().is_some_and(|arena| !arena.is_empty()) {
+            return None;
+        }
+        let len_bytes = self.segments.remove(&segment)?.len_bytes;
+        self.unassigned_bytes += len_bytes;
+        Some(len_bytes)
+    }
+
+    /// The client has no mapping of it any more, or says so: it is retired as soon as it is empty, never reused,
+    /// since a client's word is no proof.
+    pub(super) fn returned(&mut self, segment: SegmentId, client: ClientId) -> bool {
+        match self.segments.get_mut(&segment) {
+            Some(books) if books.owner == Owner::Client(client) => {
+                books.returned = true;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    pub(super) fn retirable(&self) -> Vec<SegmentId> {
+        let empty = |books: &SegmentBooks| books.arena.as_ref().is_some_and(Arena::is_empty);
+        let left = |books: &SegmentBooks| books.returned;
+        self.segments
+            .iter()
+            .filter(|(_, books)| left(books) && empty(books))
+            .map(|(&segment, _)| segment)
+            .collect()
+    }
+
+    pub(super) fn client_left(&mut self, client: ClientId) {
+        for books in self.segments.values_mut().filter(|books| books.owner == Owner::Client(client)) {
+            books.owner = Owner::Left(client);
+        }
+    }
+
+    /// The process is gone: what it could write to is now like the node's own. Segments without objects that were
+    /// never mapped are too.
+    pub(super) fn adopt_segments_of(&mut self, client: ClientId) {
+        let owners = [Owner::Client(client), Owner::Left(client)];
+        for books in self.segments.values_mut().filter(|books| owners.contains(&books.owner)) {
+            books.owner = Owner::Node;
+        }
+    }
+
+    pub(super) fn owner(&self, segment: SegmentId) -> Option<Owner> {
+        self.segments.get(&segment).map(|books| books.owner)
+    }
+
+    pub(super) fn len_bytes(&self, segment: SegmentId) -> Option<u64> {
+        self.segments.get(&segment).map(|books| books.len_bytes)
+    }
+
+    /// Whether readers may have its descriptor.
+    pub(super) fn is_closed_to_writers(&self, segment: SegmentId) -> bool {
+        self.segments.get(&segment).is_some_and(|books| books.closed_to_writers)
+    }
+
+    pub(super) fn close_to_writers(&mut self, segment: SegmentId) {
+        if let Some(books) = self.segments.get_mut(&segment) {
+            books.closed_to_writers = true;
+        }
+    }
+
+    pub(super) fn key(&self, segment: SegmentId, fabric: FabricId) -> Option<RemoteKey> {
+        let books = self.segments.get(&segment)?;
+        books.keys.iter().find(|(id, _)| *id == fabric).map(|(_, key)| *key)
+    }
+
+    pub(super) const fn capacity_bytes(&self) -> u64 {
+        self.capacity_bytes
+    }
+
+    pub(super) fn used_bytes(&self) -> u64 {
+        self.segments.values().filter_map(|books| books.arena.as_ref()).map(Arena::used_bytes).sum()
+    }
+
+    pub(super) fn free_bytes(&self) -> u64 {
+        self.capacity_bytes.saturating_sub(self.used_bytes())
+    }
+
+    pub(super) fn granted_bytes(&self) -> u64 {
+        self.segments.values().filter(|books| books.owner != Owner::Node).map(|books| books.len_bytes).sum()
+    }
+
+    pub(super) fn segment_count(&self) -> usize {
+        self.segments.len()
+    }
+
+    /// One minus the largest piece that can be had at once over all free bytes, in percent.
+    pub(super) fn fragmentation_percent(&self) -> u32 {
+        let arenas = self.segments.values().filter_map(|books| books.arena.as_ref());
+        let largest = arenas.map(Arena::largest_free_bytes).max().unwrap_or(0).max(self.unassigned_bytes);
+        let free = self.free_bytes().max(1);
+        let percent = 100 - (u128::from(largest.min(free)) * 100 / u128::from(free));
+        u32::try_from(percent).unwrap_or(100)
+    }
+}

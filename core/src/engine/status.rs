@@ -1,0 +1,50 @@
+//! The engine's view of itself. Not metrics about time: whoever drives the engine has the clock. Invariant: none.
+
+use super::{Engine, THRESHOLD_DEFAULT};
+use crate::tier::Tier;
+use crate::wire::{PeerStatus, Status, TierStatus};
+
+impl Engine {
+    /// What users see of this node. The caller adds what only it knows (pages, hits, fabrics' names).
+    #[must_use]
+    pub fn status(&self) -> Status {
+        let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+        let host = TierStatus {
+            tier: Tier::Host,
+            capacity_bytes: self.space.capacity_bytes(),
+            used_bytes: self.space.used_bytes(),
+            granted_bytes: self.space.granted_bytes(),
+            segments: count(self.space.segment_count()),
+            fragmentation_percent: self.space.fragmentation_percent(),
+            pages: String::new(),
+        };
+        let (threshold_bytes, why) = match self.config.threshold_bytes {
+            Some(threshold) => (threshold, "forced by configuration"),
+            None => (THRESHOLD_DEFAULT, "default, not measured"),
+        };
+        let peer = |peer: &super::Peer| PeerStatus {
+            node: peer.member.node,
+            name: peer.member.name.clone(),
+            address: peer.member.address.clone(),
+            linked: peer.link.is_some(),
+            fabric: String::new(),
+            threshold_bytes,
+            threshold_why: why.to_owned(),
+        };
+        Status {
+            node: self.config.member.node,
+            name: self.config.member.name.clone(),
+            epoch: self.config.member.epoch,
+            address: self.config.member.address.clone(),
+            keeps_directory: self.directory.is_some(),
+            objects: self.objects.sealed_count() as u64,
+            draining: self.objects.draining_count() as u64,
+            reservations: self.objects.unsealed_count() as u64,
+            leases: self.leases.len() as u64,
+            clients: count(self.clients.len()),
+            tiers: vec![host],
+            peers: self.peers.values().map(peer).collect(),
+            counters: self.counters,
+        }
+    }
+}

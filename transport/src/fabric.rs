@@ -1,0 +1,235 @@
+//! The Fabric seam: registered regions, links, sends, one-sided reads, and what a fabric reports back.
+//! Not a protocol: frames of the engine are opaque here. Invariant: the sink is called only from a fabric's own
+//! threads or from inside `progress`, never from inside another call of `Fabric`, and with no lock held that any
+//! other call of `Fabric` takes, so a sink may call back into the fabric (only not into `progress`).
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hetmem_core::wire::{Frame, FrameHeader};
+use hetmem_core::{Extent, LinkId, RemoteExtent, RemoteKey, SegmentId, StoreError, TransferId};
+
+use crate::memory::RegionMemory;
+
+/// Which fabric this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum FabricKind {
+    /// TCP sockets.
+    Tcp,
+    /// In memory, in virtual time, from a seed.
+    Sim,
+}
+
+impl fmt::Display for FabricKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Sim => "sim",
+        })
+    }
+}
+
+/// What peers may do with a region. Its own node may always send from it and read or receive into it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Nothing.
+    Local,
+    /// Read it, if they know its key.
+    RemoteRead,
+}
+
+/// Chosen by the caller of [`Fabric::send`], repeated in [`FabricEvent::SendDone`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SendToken(pub u64);
+
+/// Chosen by the sink in [`Landing::Into`], repeated in [`FabricEvent::Landed`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LandingToken(pub u64);
+
+/// How far a send got before the call returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Sent {
+    /// The payload's extent may be reused now (or there was no payload); no event follows.
+    Done,
+    /// The payload's extent is still being read; exactly one [`FabricEvent::SendDone`] follows.
+    Pending,
+}
+
+/// Where the payload of a message goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Landing {
+    /// Nowhere: the bytes are received and dropped. Also the answer for a message without payload.
+    Discard,
+    /// Into this extent of a registered segment, whose length is the payload's; exactly one
+    /// [`FabricEvent::Landed`] follows, and until then the extent may be written.
+    Into {
+        /// The target.
+        extent: Extent,
+        /// Repeated in the event.
+        token: LandingToken,
+    },
+}
+
+/// How a payload came into its extent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LandingStats {
+    /// Bytes that landed.
+    pub bytes: u64,
+    /// Of these, how many passed through a buffer that is neither source nor target.
+    pub staged_bytes: u64,
+}
+
+/// How a read came about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReadStats {
+    /// Bytes read.
+    pub bytes: u64,
+    /// Of these, how many passed through a buffer that is neither source nor target.
+    pub staged_bytes: u64,
+    /// In how many slices.
+    pub slices: u32,
+    /// How many slices were asked for again because a data stream ended under them.
+    pub reissued: u32,
+}
+
+/// What happened. Events of one link come in this order: `LinkUp` (not if the connection failed), anything else,
+/// `LinkDown` once and last.
+#[derive(Clone, Debug, PartialEq)]
+pub enum FabricEvent {
+    /// A link can be used.
+    LinkUp {
+        /// Which.
+        link: LinkId,
+        /// Outbound: the address that was given to `connect`. Inbound: where the peer's own fabric listens.
+        address: String,
+        /// Whether the peer connected.
+        inbound: bool,
+    },
+    /// A link is gone or never came up; all its reads, sends and landings have been reported before this.
+    LinkDown {
+        /// Which.
+        link: LinkId,
+        /// Why.
+        why: StoreError,
+    },
+    /// A read is over. No byte lands in its local extent after this.
+    ReadDone {
+        /// Which.
+        transfer: TransferId,
+        /// On success every byte of the local extent has been written.
+        result: Result<ReadStats, StoreError>,
+    },
+    /// A payload's extent may be reused. Success does not say that the peer has the bytes.
+    SendDone {
+        /// Which.
+        token: SendToken,
+        /// Whether the fabric took all bytes.
+        result: Result<(), StoreError>,
+    },
+    /// The payload of a message is complete, or will never be. No byte lands in its extent after this.
+    Landed {
+        /// From which link.
+        link: LinkId,
+        /// Which.
+        token: LandingToken,
+        /// On success every byte of the extent has been written.
+        result: Result<LandingStats, StoreError>,
+    },
+}
+
+/// A way to move bytes between nodes.
+///
+/// The caller owns all deadlines except those of connecting and of the handshake: it calls `cancel` and
+/// `disconnect` when one has passed.
+pub trait Fabric: Send + Sync {
+    /// Which fabric this is.
+    fn kind(&self) -> FabricKind;
+
+    /// Where peers connect to, with the real port if 0 was asked for.
+    fn address(&self) -> String;
+
+    /// Makes a segment known: from now on its extents can be sent, read into and landed in, and read by peers
+    /// that know the returned key if `access` allows it.
+    ///
+    /// # Errors
+    /// `AlreadyExists` does not occur; `Invalid` if the segment is registered already, `Os` if the system refuses.
+    fn register(
+        &self,
+        segment: SegmentId,
+        memory: Arc<dyn RegionMemory>,
+        access: Access,
+    ) -> Result<RemoteKey, StoreError>;
+
+    /// Forgets a segment. When this returns, nothing touches its memory any more; what was using it fails
+    /// (its events follow). An unknown segment is ignored.
+    fn deregister(&self, segment: SegmentId);
+
+    /// Begins to connect; never blocks. `LinkUp` or `LinkDown` follows.
+    ///
+    /// # Errors
+    /// `Invalid` if the address is none; `Busy` at the limit of links.
+    fn connect(&self, address: &str) -> Result<LinkId, StoreError>;
+
+    /// Closes a link; its reads, sends and landings fail, then `LinkDown` follows. An unknown link is ignored.
+    fn disconnect(&self, link: LinkId);
+
+    /// Sends a frame and the payload that its header announces, gathered from a registered segment. Frames of one
+    /// link arrive in the order in which they were sent, or not at all.
+    ///
+    /// # Errors
+    /// `Busy` is back-pressure: the link's queue is full and the frame was not taken. `Invalid` if the header's
+    /// payload length is not the extent's or the extent is not inside a registered segment. `PeerLost` if the link
+    /// is not up. After an error no event follows.
+    fn send(
+        &self,
+        link: LinkId,
+        frame: Frame,
+        payload: Option<Extent>,
+        token: SendToken,
+    ) -> Result<Sent, StoreError>;
+
+    /// Reads a peer's memory into a local extent of the same length. One `ReadDone` follows. A read of 8 bytes at
+    /// an address divisible by 8 is served by one atomic load. No order holds between reads, nor between reads and
+    /// sends.
+    ///
+    /// # Errors
+    /// `Invalid` if the lengths differ, the extent is not inside a registered segment, or the transfer's number is
+    /// in use; `Busy` at the limit of reads in progress; `PeerLost` if the link is not up. After an error no event
+    /// follows.
+    fn read(
+        &self,
+        link: LinkId,
+        transfer: TransferId,
+        remote: RemoteExtent,
+        local: Extent,
+    ) -> Result<(), StoreError>;
+
+    /// Gives a read up. Its `ReadDone` follows as always (with success if it was complete already), and only then
+    /// may the local extent be reused. An unknown transfer is ignored.
+    fn cancel(&self, transfer: TransferId);
+
+    /// Lets the calling thread do the fabric's work until `until()` holds or `timeout` has passed, so that a thread
+    /// that waits for its own get needs no hand-off from a thread of the fabric. `until` is looked at before
+    /// waiting, and again after every call to the sink by any thread, and after [`Fabric::wake`]. Returns what
+    /// `until` said last. Not to be called from the sink.
+    fn progress(&self, timeout: Duration, until: &dyn Fn() -> bool) -> bool;
+
+    /// Makes every thread inside `progress` look at its condition again: for what became true outside of the
+    /// sink's calls.
+    fn wake(&self);
+
+    /// How many connections were refused: for garbage, another version, a handshake too slow, a limit.
+    fn refused(&self) -> u64;
+}
+
+/// Who hears of messages and events; implemented by the node.
+pub trait FabricSink: Send + Sync {
+    /// A frame has arrived, its payload (if the header announces one) has not: says where that goes.
+    fn message(&self, link: LinkId, header: FrameHeader, body: &[u8]) -> Landing;
+
+    /// Something happened.
+    fn event(&self, event: FabricEvent);
+}

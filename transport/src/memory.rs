@@ -1,0 +1,122 @@
+//! Memory that fabrics read and write: the promise that others make about theirs, and a plain piece of heap for
+//! tests and simulations. Not registration (`region`). Invariant: bytes are only moved through raw pointers, since
+//! other processes may write the same memory at any time.
+#![allow(unsafe_code)]
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::fmt;
+use std::ptr::NonNull;
+
+/// Memory that a fabric may read from and write to.
+///
+/// # Safety
+/// The implementor guarantees that `base()..base() + len_bytes()` stays mapped, readable and writable, at the same
+/// address and of the same length, from before it is registered until the value is dropped, and that writing any
+/// byte of it at any time breaks no Rust reference. Other processes may write it too.
+pub unsafe trait RegionMemory: Send + Sync {
+    /// The first byte.
+    fn base(&self) -> *mut u8;
+
+    /// How many bytes follow `base`.
+    fn len_bytes(&self) -> u64;
+}
+
+const ALIGNMENT: usize = 4096;
+
+/// A zeroed piece of heap, aligned to 4 KiB, for tests and simulations.
+pub struct HeapRegion {
+    base: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: the allocation belongs to this value alone, and all access goes through raw pointers, never references.
+unsafe impl Send for HeapRegion {}
+// SAFETY: as above; concurrent copies may tear, as they may in memory that is shared between processes.
+unsafe impl Sync for HeapRegion {}
+
+// SAFETY: the allocation is neither moved nor freed before drop, and no reference into it is ever made.
+unsafe impl RegionMemory for HeapRegion {
+    fn base(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.layout.size() as u64
+    }
+}
+
+impl HeapRegion {
+    /// `len_bytes` zeroed bytes (at least one).
+    ///
+    /// # Panics
+    /// If the length is no possible size of an allocation.
+    #[must_use]
+    pub fn new(len_bytes: usize) -> Self {
+        let layout = match Layout::from_size_align(len_bytes.max(1), ALIGNMENT) {
+            Ok(layout) => layout,
+            Err(error) => panic!("a region of {len_bytes} bytes: {error}"),
+        };
+        // SAFETY: the layout's size is not zero.
+        let base = unsafe { alloc_zeroed(layout) };
+        match NonNull::new(base) {
+            Some(base) => Self { base, layout },
+            None => handle_alloc_error(layout),
+        }
+    }
+
+    /// Copies bytes in.
+    ///
+    /// # Panics
+    /// If they do not fit.
+    pub fn write(&self, offset: usize, bytes: &[u8]) {
+        assert!(
+            offset
+                .checked_add(bytes.len())
+                .is_some_and(|end| end <= self.layout.size())
+        );
+        // SAFETY: just checked to be inside the allocation, which lives as long as `self`; `bytes` cannot overlap
+        // it, since no reference into it is ever made.
+        unsafe {
+            bytes
+                .as_ptr()
+                .copy_to_nonoverlapping(self.base.as_ptr().add(offset), bytes.len())
+        };
+    }
+
+    /// Copies bytes out.
+    ///
+    /// # Panics
+    /// If they are not all inside.
+    #[must_use]
+    pub fn read(&self, offset: usize, len_bytes: usize) -> Vec<u8> {
+        assert!(
+            offset
+                .checked_add(len_bytes)
+                .is_some_and(|end| end <= self.layout.size())
+        );
+        let mut bytes = vec![0; len_bytes];
+        // SAFETY: just checked to be inside the allocation, which lives as long as `self`.
+        unsafe {
+            self.base
+                .as_ptr()
+                .add(offset)
+                .copy_to_nonoverlapping(bytes.as_mut_ptr(), len_bytes)
+        };
+        bytes
+    }
+}
+
+impl Drop for HeapRegion {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout in `new`, freed once.
+        unsafe { dealloc(self.base.as_ptr(), self.layout) };
+    }
+}
+
+impl fmt::Debug for HeapRegion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HeapRegion")
+            .field("len_bytes", &self.layout.size())
+            .finish_non_exhaustive()
+    }
+}

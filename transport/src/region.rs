@@ -1,0 +1,405 @@
+//! Registered regions: which segment is where, who may read it, and the system calls that move its bytes. Not the
+//! policy of when to move them. Invariant: a region's memory is touched only between `enter` and the drop of its
+//! `Entered`, and `Regions::deregister` returns only when no `Entered` of that region is left; so the memory may
+//! go away right after. Nobody calls the sink or takes a lock between the two.
+#![allow(unsafe_code)]
+
+use std::collections::HashMap;
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use hetmem_core::{Extent, RemoteExtent, RemoteKey, SegmentId, StoreError};
+use parking_lot::{Mutex, RwLock};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
+
+use crate::fabric::Access;
+use crate::memory::RegionMemory;
+
+/// Set in `Region::users` once the region is deregistered.
+const CLOSED: usize = 1 << (usize::BITS - 1);
+/// Bytes of a word that is read by one atomic load.
+const WORD_LEN: usize = 8;
+
+/// The regions of one fabric.
+#[derive(Default)]
+pub(crate) struct Regions {
+    tables: RwLock<Tables>,
+}
+
+#[derive(Default)]
+struct Tables {
+    by_segment: HashMap<SegmentId, Arc<Region>>,
+    by_key: HashMap<RemoteKey, Arc<Region>>,
+}
+
+/// One registered segment.
+pub(crate) struct Region {
+    segment: SegmentId,
+    key: RemoteKey,
+    access: Access,
+    base: *mut u8,
+    len_bytes: usize,
+    users: AtomicUsize,
+    /// Kept only so that it stays mapped; given back by `close`.
+    memory: Mutex<Option<Arc<dyn RegionMemory>>>,
+}
+
+// SAFETY: `base` is dereferenced only through `Entered`, while `memory` keeps it mapped (see the module's
+// invariant), and only by raw copies and system calls, which may race like any access to shared memory.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Regions {
+    /// Registers a segment under `key`.
+    ///
+    /// # Errors
+    /// `Invalid` if the segment or the key is in use, or the length is no length of memory.
+    pub(crate) fn register(
+        &self,
+        segment: SegmentId,
+        key: RemoteKey,
+        memory: Arc<dyn RegionMemory>,
+        access: Access,
+    ) -> Result<(), StoreError> {
+        let Ok(len_bytes) = usize::try_from(memory.len_bytes()) else {
+            return Err(StoreError::invalid(
+                "region",
+                format!("segment {segment} has {} bytes, more than fit in memory", memory.len_bytes()),
+            ));
+        };
+        let region = Arc::new(Region {
+            segment,
+            key,
+            access,
+            base: memory.base(),
+            len_bytes,
+            users: AtomicUsize::new(0),
+            memory: Mutex::new(Some(memory)),
+        });
+        let mut tables = self.tables.write();
+        if tables.by_segment.contains_key(&segment) || tables.by_key.contains_key(&key) {
+            return Err(StoreError::invalid(
+                "region",
+                format!("segment {segment} (key {key}) is registered already: deregister it first"),
+            ));
+        }
+        tables.by_segment.insert(segment, Arc::clone(&region));
+        tables.by_key.insert(key, region);
+        Ok(())
+    }
+
+    /// Forgets a segment and waits until nobody touches its memory. Says whether it was known.
+    pub(crate) fn deregister(&self, segment: SegmentId) -> bool {
+        let region = {
+            let mut tables = self.tables.write();
+            let Some(region) = tables.by_segment.remove(&segment) else {
+                return false;
+            };
+            tables.by_key.remove(&region.key);
+            region
+        };
+        region.close();
+        true
+    }
+
+    /// Forgets all segments.
+    pub(crate) fn deregister_all(&self) {
+        let tables = std::mem::take(&mut *self.tables.write());
+        for region in tables.by_segment.into_values() {
+            region.close();
+        }
+    }
+
+    /// An own extent.
+    ///
+    /// # Errors
+    /// `Invalid` if its segment is not registered or it is not inside.
+    pub(crate) fn local(&self, operation: &'static str, extent: Extent) -> Result<Piece, StoreError> {
+        let region = self.tables.read().by_segment.get(&extent.segment).map(Arc::clone);
+        let Some(region) = region else {
+            return Err(StoreError::invalid(
+                "extent",
+                format!("{operation}: segment {} is not registered with this fabric", extent.segment),
+            ));
+        };
+        region.piece(extent.offset, extent.len_bytes).ok_or_else(|| {
+            StoreError::invalid(
+                "extent",
+                format!(
+                    "{operation}: {} bytes at {} are not inside segment {} of {} bytes",
+                    extent.len_bytes, extent.offset, extent.segment, region.len_bytes
+                ),
+            )
+        })
+    }
+
+    /// What a peer asks to read. Nothing in `extent` is believed.
+    ///
+    /// # Errors
+    /// `Stale` for an unknown key, `Denied` for a region that peers may not read, `Invalid` for a place outside.
+    pub(crate) fn remote(&self, extent: RemoteExtent) -> Result<Piece, StoreError> {
+        let region = self.tables.read().by_key.get(&extent.key).map(Arc::clone);
+        let Some(region) = region else {
+            return Err(StoreError::stale(
+                "read",
+                format!("remote key {:016x}", extent.key.0),
+                "the owner has no region of this key: it was deregistered, or is of another incarnation",
+            ));
+        };
+        if region.access != Access::RemoteRead {
+            return Err(StoreError::denied(
+                "read",
+                format!(
+                    "segment {} (key {:016x}) is registered for its own node only",
+                    region.segment, extent.key.0
+                ),
+            ));
+        }
+        region.piece(extent.offset, extent.len_bytes).ok_or_else(|| {
+            StoreError::invalid(
+                "remote extent",
+                format!(
+                    "read: {} bytes at {} are not inside segment {} of {} bytes (key {:016x})",
+                    extent.len_bytes, extent.offset, region.segment, region.len_bytes, extent.key.0
+                ),
+            )
+        })
+    }
+}
+
+impl Region {
+    fn piece(self: &Arc<Self>, offset: u64, len_bytes: u64) -> Option<Piece> {
+        let end = offset.checked_add(len_bytes)?;
+        if end > self.len_bytes as u64 {
+            return None;
+        }
+        Some(Piece {
+            region: Arc::clone(self),
+            offset: usize::try_from(offset).ok()?,
+            len_bytes: usize::try_from(len_bytes).ok()?,
+        })
+    }
+
+    /// Keeps the memory in place until the returned value is dropped; none once the region is closed.
+    fn enter(&self) -> Option<Entered<'_>> {
+        let entered = Entered(self);
+        if self.users.fetch_add(1, Ordering::Acquire) & CLOSED != 0 {
+            return None;
+        }
+        Some(entered)
+    }
+
+    fn close(&self) {
+        self.users.fetch_or(CLOSED, Ordering::AcqRel);
+        // System calls on these bytes never block, so the wait is short.
+        while self.users.load(Ordering::Acquire) & !CLOSED != 0 {
+            std::thread::yield_now();
+        }
+        self.memory.lock().take();
+    }
+}
+
+/// The right to touch a region's memory.
+struct Entered<'a>(&'a Region);
+
+impl Drop for Entered<'_> {
+    fn drop(&mut self) {
+        self.0.users.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// Why bytes of a region could not be moved.
+#[derive(Debug)]
+pub(crate) enum Unmoved {
+    /// The region was deregistered.
+    Closed,
+    /// The system refused; `Errno::AGAIN` means not now.
+    Os(Errno),
+}
+
+/// A part of a region, checked to lie inside it.
+#[derive(Clone)]
+pub(crate) struct Piece {
+    region: Arc<Region>,
+    offset: usize,
+    len_bytes: usize,
+}
+
+impl Piece {
+    pub(crate) fn len(&self) -> usize {
+        self.len_bytes
+    }
+
+    pub(crate) fn segment(&self) -> SegmentId {
+        self.region.segment
+    }
+
+    /// The part from `start`, at most `len_bytes` long.
+    pub(crate) fn part(&self, start: usize, len_bytes: usize) -> Self {
+        let start = start.min(self.len_bytes);
+        Self {
+            region: Arc::clone(&self.region),
+            offset: self.offset + start,
+            len_bytes: len_bytes.min(self.len_bytes - start),
+        }
+    }
+
+    /// Writes `head`, then the piece from `done` on, to a socket; says how many bytes it took.
+    pub(crate) fn send(&self, socket: BorrowedFd<'_>, head: &[u8], done: usize) -> Result<usize, Unmoved> {
+        let entered = self.region.enter().ok_or(Unmoved::Closed)?;
+        let done = done.min(self.len_bytes);
+        // SAFETY: `piece` checked that the range is inside the region; `entered` keeps it mapped beyond the call.
+        // The slice is only handed to the kernel, which copies whatever bytes are there at that moment.
+        let bytes = unsafe {
+            std::slice::from_raw_parts(entered.0.base.add(self.offset + done), self.len_bytes - done)
+        };
+        let parts = [IoSlice::new(head), IoSlice::new(bytes)];
+        let mut control = SendAncillaryBuffer::default();
+        rustix::net::sendmsg(socket, &parts, &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+            .map_err(Unmoved::Os)
+    }
+
+    /// Receives into the piece from `done` on, and what comes after its end into `rest`; says how many bytes came.
+    pub(crate) fn receive(
+        &self,
+        socket: BorrowedFd<'_>,
+        done: usize,
+        rest: &mut [u8],
+    ) -> Result<usize, Unmoved> {
+        let entered = self.region.enter().ok_or(Unmoved::Closed)?;
+        let done = done.min(self.len_bytes);
+        // SAFETY: as in `send`; nothing else in this process holds a reference to these bytes (`RegionMemory`'s
+        // promise), and the slice does not outlive the call.
+        let bytes = unsafe {
+            std::slice::from_raw_parts_mut(entered.0.base.add(self.offset + done), self.len_bytes - done)
+        };
+        if rest.is_empty() {
+            let (count, _) =
+                rustix::net::recv(socket, bytes, RecvFlags::DONTWAIT).map_err(Unmoved::Os)?;
+            return Ok(count);
+        }
+        let mut parts = [IoSliceMut::new(bytes), IoSliceMut::new(rest)];
+        rustix::io::readv(socket, &mut parts).map_err(Unmoved::Os)
+    }
+
+    /// Copies bytes to the piece from `done` on; says whether the region was still there.
+    ///
+    /// # Panics
+    /// If they do not fit.
+    pub(crate) fn copy_in(&self, done: usize, bytes: &[u8]) -> bool {
+        assert!(done.checked_add(bytes.len()).is_some_and(|end| end <= self.len_bytes));
+        let Some(entered) = self.region.enter() else {
+            return false;
+        };
+        // SAFETY: just checked to be inside the piece, and `entered` keeps it mapped; `bytes` is memory of this
+        // process that no region's promise allows to overlap.
+        unsafe {
+            let target = entered.0.base.add(self.offset + done);
+            if bytes.len() == WORD_LEN && target.cast::<AtomicU64>().is_aligned() {
+                let mut word = [0; WORD_LEN];
+                word.copy_from_slice(bytes);
+                (*target.cast::<AtomicU64>()).store(u64::from_ne_bytes(word), Ordering::Release);
+            } else {
+                bytes.as_ptr().copy_to_nonoverlapping(target, bytes.len());
+            }
+        }
+        true
+    }
+
+    /// Copies bytes of the piece from `done` on; none if the region is gone.
+    ///
+    /// # Panics
+    /// If they are not all inside.
+    pub(crate) fn copy_out(&self, done: usize, len_bytes: usize) -> Option<Vec<u8>> {
+        assert!(done.checked_add(len_bytes).is_some_and(|end| end <= self.len_bytes));
+        let entered = self.region.enter()?;
+        let mut bytes = vec![0; len_bytes];
+        // SAFETY: just checked to be inside the piece, and `entered` keeps it mapped.
+        unsafe {
+            let source = entered.0.base.add(self.offset + done);
+            source.copy_to_nonoverlapping(bytes.as_mut_ptr(), len_bytes);
+        }
+        Some(bytes)
+    }
+
+    /// Whether `word` serves this piece: 8 bytes at an address divisible by 8.
+    pub(crate) fn is_word(&self) -> bool {
+        self.len_bytes == WORD_LEN && (self.region.base as usize + self.offset).is_multiple_of(WORD_LEN)
+    }
+
+    /// The piece's 8 bytes by one atomic load, as they lie in memory; none if the region is gone.
+    ///
+    /// # Panics
+    /// If it is no word.
+    pub(crate) fn word(&self) -> Option<[u8; WORD_LEN]> {
+        assert!(self.is_word());
+        let entered = self.region.enter()?;
+        // SAFETY: inside the region (`piece`), aligned (`is_word`), mapped while `entered` lives.
+        let value = unsafe { (*entered.0.base.add(self.offset).cast::<AtomicU64>()).load(Ordering::Acquire) };
+        Some(value.to_ne_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::HeapRegion;
+
+    fn regions(access: Access) -> (Regions, Arc<HeapRegion>) {
+        let regions = Regions::default();
+        let memory = Arc::new(HeapRegion::new(4096));
+        regions
+            .register(SegmentId(1), RemoteKey(7), Arc::clone(&memory) as _, access)
+            .expect("register");
+        (regions, memory)
+    }
+
+    #[test]
+    fn nothing_outside_is_reached() {
+        let (regions, _memory) = regions(Access::RemoteRead);
+        for (offset, len_bytes) in [(0, 4097), (4096, 1), (u64::MAX, 1), (1, u64::MAX)] {
+            let remote = RemoteExtent { key: RemoteKey(7), offset, len_bytes };
+            let error = regions.remote(remote).err().expect("outside");
+            assert!(error.to_string().contains("4096 bytes"), "{error}");
+            let local = Extent { segment: SegmentId(1), offset, len_bytes };
+            assert!(regions.local("send", local).is_err());
+        }
+        assert!(regions.remote(RemoteExtent { key: RemoteKey(7), offset: 4096, len_bytes: 0 }).is_ok());
+    }
+
+    #[test]
+    fn a_closed_region_is_not_touched() {
+        let (regions, memory) = regions(Access::RemoteRead);
+        let extent = RemoteExtent { key: RemoteKey(7), offset: 8, len_bytes: 8 };
+        let piece = regions.remote(extent).expect("inside");
+        memory.write(8, &7_u64.to_ne_bytes());
+        assert_eq!(piece.word(), Some(7_u64.to_ne_bytes()));
+        assert!(regions.deregister(SegmentId(1)));
+        assert_eq!(Arc::strong_count(&memory), 1, "the fabric keeps nothing of it");
+        assert_eq!(piece.word(), None);
+        assert!(!piece.copy_in(0, &[1]));
+        assert_eq!(piece.copy_out(0, 8), None);
+        assert!(!regions.deregister(SegmentId(1)));
+    }
+
+    #[test]
+    fn deregister_waits_for_whoever_is_inside() {
+        let (regions, _memory) = regions(Access::Local);
+        let region = Arc::clone(&regions.tables.read().by_segment[&SegmentId(1)]);
+        let entered = region.enter().expect("open");
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| regions.deregister(SegmentId(1)));
+            while region.users.load(Ordering::Acquire) & CLOSED == 0 {
+                std::thread::yield_now();
+            }
+            assert!(!waiting.is_finished());
+            assert!(region.memory.lock().is_some(), "still mapped for the one inside");
+            drop(entered);
+            assert!(waiting.join().expect("thread"));
+        });
+    }
+}
