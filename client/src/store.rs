@@ -30,6 +30,9 @@ const ANSWER_GRACE: Duration = Duration::from_secs(2);
 /// The most gets of one `get_many` that are out at once.
 const GETS_IN_FLIGHT: usize = 64;
 
+/// The most threads that one `get_many` uses where a session answers one question per thread.
+const ASKING_THREADS: usize = 8;
+
 /// A connection to the node of this machine. Cheap to clone; all clones and threads share one socket.
 #[derive(Clone)]
 pub struct Store {
@@ -205,7 +208,7 @@ impl Store {
     /// Asks all questions, many out at a time where the session can.
     fn ask_all(&self, messages: &[ClientMessage], timeout: Duration) -> Vec<Result<Answer, StoreError>> {
         let Link::Unix(session) = &self.shared.session else {
-            return messages.iter().map(|message| self.shared.call(message, &[], timeout)).collect();
+            return self.ask_all_by_threads(messages, timeout);
         };
         let mut answers = Vec::with_capacity(messages.len());
         let mut out: std::collections::VecDeque<Result<Ticket<'_>, StoreError>> = Default::default();
@@ -220,6 +223,26 @@ impl Store {
                 return answers;
             };
             answers.push(ticket.and_then(|ticket| ticket.wait(timeout)));
+        }
+    }
+
+    /// For sessions that answer one question per thread.
+    fn ask_all_by_threads(
+        &self,
+        messages: &[ClientMessage],
+        timeout: Duration,
+    ) -> Vec<Result<Answer, StoreError>> {
+        let ask = |message| self.shared.call(message, &[], timeout);
+        let ask_some = |some: &[ClientMessage]| -> Vec<_> {
+            std::thread::scope(|scope| {
+                let asked: Vec<_> = some.iter().map(|message| scope.spawn(move || ask(message))).collect();
+                let died = || Err(StoreError::unavailable("get", "the thread that asked has panicked"));
+                asked.into_iter().map(|one| one.join().unwrap_or_else(|_| died())).collect()
+            })
+        };
+        match messages {
+            [one] => vec![ask(one)],
+            many => many.chunks(ASKING_THREADS).flat_map(ask_some).collect(),
         }
     }
 

@@ -93,21 +93,36 @@ impl<Id: Copy + Eq + Hash> S3Fifo<Id> {
     pub fn insert(&mut self, id: Id, fingerprint: u64, len_bytes: u64) {
         self.remove(&id);
         let in_main = self.take_ghost(fingerprint);
-        let entry = Entry { fingerprint, len_bytes, place: 0, refused: 0, frequency: 0, in_main };
+        let entry = Entry {
+            fingerprint,
+            len_bytes,
+            place: 0,
+            refused: 0,
+            frequency: 0,
+            in_main,
+        };
         self.push(id, entry, in_main);
     }
 
     /// Notes a use. Whether the object is here.
     pub fn touch(&mut self, id: &Id) -> bool {
-        let Some(entry) = self.entries.get_mut(id) else { return false };
+        let Some(entry) = self.entries.get_mut(id) else {
+            return false;
+        };
         entry.frequency = (entry.frequency + 1).min(FREQUENCY_MAX);
         true
     }
 
     /// Takes an object out, as when it is deleted. Its fingerprint is not remembered. Whether it was here.
     pub fn remove(&mut self, id: &Id) -> bool {
-        let Some(entry) = self.entries.remove(id) else { return false };
-        let queue = if entry.in_main { &mut self.main } else { &mut self.small };
+        let Some(entry) = self.entries.remove(id) else {
+            return false;
+        };
+        let queue = if entry.in_main {
+            &mut self.main
+        } else {
+            &mut self.small
+        };
         queue.vacate(entry.len_bytes);
         queue.compact(|id, place| self.entries.get(id).is_some_and(|entry| entry.place == place));
         true
@@ -180,16 +195,13 @@ impl<Id: Copy + Eq + Hash> S3Fifo<Id> {
             }
             sweep.main_spent = true;
         }
-        self.evict_small(*sweep, evictable).or_else(|| self.evict_main(*sweep, evictable))
+        self.evict_small(*sweep, evictable)
+            .or_else(|| self.evict_main(*sweep, evictable))
     }
 
     /// Everything that it passes leaves the small queue: an object that is in use when its turn comes has outlived
     /// its trial.
-    fn evict_small(
-        &mut self,
-        sweep: Sweep,
-        evictable: &mut impl FnMut(&Id) -> bool,
-    ) -> Option<(Id, u64)> {
+    fn evict_small(&mut self, sweep: Sweep, evictable: &mut impl FnMut(&Id) -> bool) -> Option<(Id, u64)> {
         while let Some((id, mut entry)) = self.pop(false) {
             let promoted = entry.frequency >= PROMOTE_AT;
             if !promoted && evictable(&id) {
@@ -257,9 +269,12 @@ impl<Id: Copy + Eq + Hash> S3Fifo<Id> {
     }
 
     fn take_ghost(&mut self, fingerprint: u64) -> bool {
-        let Some((_, len_bytes)) = self.ghosts.remove(&fingerprint) else { return false };
+        let Some((_, len_bytes)) = self.ghosts.remove(&fingerprint) else {
+            return false;
+        };
         self.ghost.vacate(len_bytes);
-        self.ghost.compact(|print, place| self.ghosts.get(print).is_some_and(|ghost| ghost.0 == place));
+        self.ghost
+            .compact(|print, place| self.ghosts.get(print).is_some_and(|ghost| ghost.0 == place));
         true
     }
 
@@ -289,7 +304,11 @@ struct Fifo<T> {
 
 impl<T> Default for Fifo<T> {
     fn default() -> Self {
-        Self { order: VecDeque::new(), len: 0, bytes: 0 }
+        Self {
+            order: VecDeque::new(),
+            len: 0,
+            bytes: 0,
+        }
     }
 }
 

@@ -2,17 +2,46 @@
 //! their descriptors. Not a place for decisions (`hetmem_core::engine`) and not a place for policy about who may
 //! connect. Invariant: what another process can write is checked on every access and never panics or faults here.
 
-pub mod copy;
-pub mod index;
-mod mapping;
-pub mod page;
-pub mod pages;
-pub mod segment;
-pub mod session;
-pub mod socket;
+// Under `--cfg loom` only the protocols are built, over loom's atomics, to be model checked (`index::model`).
+#![cfg_attr(loom, allow(dead_code))]
 
-pub use index::{Found, IndexEntry, IndexMemory, IndexReader, IndexWriter, Pinned};
-pub use page::{ClientPage, NodePage};
-pub use pages::{PageKind, PagePolicy, PagesReport, pages_report};
-pub use segment::{ExtentMut, MappedFile, ReadMapping, Reserve, Segment, SegmentOwner, WriteMapping};
-pub use session::{Answer, Session};
+mod index;
+mod pins;
+mod sync;
+
+#[cfg(not(loom))]
+pub mod copy;
+#[cfg(not(loom))]
+mod file;
+#[cfg(not(loom))]
+mod mapping;
+#[cfg(not(loom))]
+mod memfd;
+#[cfg(not(loom))]
+mod os;
+#[cfg(not(loom))]
+mod page;
+#[cfg(not(loom))]
+mod pages;
+#[cfg(not(loom))]
+mod reserve;
+#[cfg(not(loom))]
+mod segment;
+#[cfg(not(loom))]
+mod session;
+#[cfg(not(loom))]
+pub mod socket;
+#[cfg(not(loom))]
+mod view;
+
+#[cfg(not(loom))]
+pub use {
+    file::MappedFile,
+    index::{Found, IndexEntry, IndexMemory, IndexReader, IndexWriter, Pinned},
+    page::{ClientPage, NodePage, PAGE_LEN, PINS},
+    pages::{PageKind, PagePolicy, PagesReport, pages_report},
+    reserve::Reserve,
+    segment::{Segment, SegmentOwner},
+    session::{Answer, Session},
+    view::{ExtentMut, ReadMapping, WriteMapping},
+};

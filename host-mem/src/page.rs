@@ -1,76 +1,231 @@
-//! The client's page.
+//! A client's own page: its pin words, what it got lately, and how often. Not the index. Invariant: everything in it
+//! is the client's word only, so whatever a client writes there costs nobody but itself: a false pin holds memory
+//! back within its quota of pins, a pin that it hides spoils its own reads.
 
+use std::cell::Cell;
 use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use hetmem_core::{Generation, SlotId, StoreError};
+use rustix::fs::SealFlags;
+
+use crate::mapping::{Access, Mapping};
+use crate::memfd;
+use crate::os;
+use crate::pins::Pins;
+
+/// Objects that one client can hold at a time.
+pub const PINS: usize = 16_384;
+/// "HETMPAG1" read as text.
+pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"HETMPAG1");
+/// Goes up with every change of the layout.
+pub(crate) const VERSION: u64 = 1;
+
+// Positions in words; docs/shared-memory.md shows them in bytes.
+const USED: usize = 8;
+/// Threads count and sample in lanes of their own, so that they do not pass one cache line around.
+const LANES: usize = 8;
+const LANE_WORDS: usize = 8;
+const COUNTERS: usize = 64;
+const RINGS: usize = 512;
+const RING_LEN: usize = 64;
+const WORDS: usize = 1024;
+const END: usize = WORDS + PINS;
+/// The length of the file in bytes.
+pub const PAGE_LEN: u64 = END as u64 * 8;
+
+fn pins(mapping: &Mapping) -> Pins<'_> {
+    let words = mapping.words();
+    Pins { words: &words[WORDS..END], used: &words[USED] }
+}
+
+fn counter(mapping: &Mapping, lane: usize) -> &AtomicU64 {
+    &mapping.words()[COUNTERS + lane * LANE_WORDS]
+}
+
+fn ring(mapping: &Mapping, lane: usize) -> &[AtomicU64] {
+    &mapping.words()[RINGS + lane * RING_LEN..][..RING_LEN]
+}
 
 /// The node's view of a client's page.
 #[derive(Debug)]
 pub struct NodePage {
+    mapping: Mapping,
     fd: OwnedFd,
+    /// Where the node looks for a free word first.
+    start: AtomicU32,
 }
 
 impl NodePage {
-    /// A fresh page.
+    /// A fresh page, with memory for all of it, sealed against changes of its length.
     ///
     /// # Errors
-    /// `Os`.
+    /// [`hetmem_core::ErrorKind::Os`] when there are no descriptors or no memory left.
     pub fn create() -> Result<Self, StoreError> {
-        Err(StoreError::unavailable("page", "not built yet"))
+        let fd = memfd::create("hetmem-client-page", PAGE_LEN, None)?;
+        let mapping = Mapping::new(fd.as_fd(), PAGE_LEN, Access::Write)?;
+        rustix::fs::fallocate(&fd, rustix::fs::FallocateFlags::empty(), 0, PAGE_LEN)
+            .map_err(|errno| os::error("populate client page", errno))?;
+        memfd::seal(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+        let words = mapping.words();
+        words[0].store(MAGIC, Ordering::Relaxed);
+        words[1].store(VERSION, Ordering::Relaxed);
+        words[2].store(PINS as u64, Ordering::Relaxed);
+        Ok(Self { mapping, fd, start: AtomicU32::new(0) })
     }
-    /// To be passed to the client.
+
+    /// To be passed to the client, writable.
+    #[must_use]
     pub fn descriptor(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
-    /// Adds every pinned generation; starts with a full fence, so what was withdrawn before the call and is not
-    /// in `into` after it cannot be pinned any more.
+
+    /// Adds every pinned generation.
+    ///
+    /// Starts with a full fence: a generation that was withdrawn from the index before this call, and is not pinned
+    /// now, is not pinned by this client and never will be.
+    #[expect(clippy::implicit_hasher, reason = "one kind of set is enough")]
     pub fn pinned(&self, into: &mut HashSet<Generation>) {
-        let _ = into;
+        pins(&self.mapping).each(|generation| {
+            into.insert(Generation(generation));
+        });
     }
-    /// Pins on the client's behalf; `None` when the client has no pin word left.
+
+    /// Pins on the client's behalf, so that a reply can hand over an object that stays; `None` when the client has no
+    /// pin word left.
+    #[must_use]
     pub fn pin_for_client(&self, generation: Generation) -> Option<u32> {
-        let _ = generation;
-        None
+        let start = self.start.load(Ordering::Relaxed) as usize;
+        let pin = u32::try_from(pins(&self.mapping).claim(generation.0, start)?).ok()?;
+        // The client gives the word back soon, so it is a good place to look next.
+        self.start.store(pin, Ordering::Relaxed);
+        Some(pin)
     }
-    /// Takes back a pin made by `pin_for_client` whose reply was never delivered.
+
+    /// Takes a pin of [`NodePage::pin_for_client`] back whose reply was never sent.
     pub fn unpin_for_client(&self, pin: u32, generation: Generation) {
-        let _ = (pin, generation);
+        if let Some(word) = pins(&self.mapping).words.get(pin as usize) {
+            let _ = word.compare_exchange(generation.0, 0, Ordering::Release, Ordering::Relaxed);
+        }
     }
-    /// Hands out and clears a sample of the slots that the client got lately. Numbers are the client's word only.
-    pub fn drain_touches(&self, touched: impl FnMut(SlotId)) {
-        let _ = touched;
+
+    /// Hands out and clears a sample of the slots that the client got lately. The numbers are the client's word only
+    /// and may lie outside the index.
+    pub fn drain_touches(&self, mut touched: impl FnMut(SlotId)) {
+        for lane in 0..LANES {
+            for word in ring(&self.mapping, lane) {
+                if word.load(Ordering::Relaxed) == 0 {
+                    continue;
+                }
+                let slot = word.swap(0, Ordering::Relaxed);
+                if let Some(slot) = slot.checked_sub(1).and_then(|slot| u32::try_from(slot).ok()) {
+                    touched(SlotId(slot));
+                }
+            }
+        }
     }
+
     /// Gets that the client answered itself from the index: the client's word only.
+    #[must_use]
     pub fn hits(&self) -> u64 {
-        0
+        (0..LANES)
+            .map(|lane| counter(&self.mapping, lane).load(Ordering::Relaxed))
+            .fold(0, u64::wrapping_add)
     }
+}
+
+/// Threads of this process that have ever touched a page.
+static THREADS: AtomicUsize = AtomicUsize::new(0);
+
+#[derive(Clone, Copy)]
+struct Place {
+    lane: usize,
+    /// Where this thread most likely finds a free pin word.
+    start: usize,
+}
+
+thread_local! {
+    static PLACE: Cell<Option<Place>> = const { Cell::new(None) };
+}
+
+/// Each thread starts in a cache line of its own, as close to the front as that allows.
+#[inline]
+fn place() -> Place {
+    PLACE.get().unwrap_or_else(|| {
+        let number = THREADS.fetch_add(1, Ordering::Relaxed);
+        let place = Place { lane: number % LANES, start: number * LANE_WORDS % PINS };
+        PLACE.set(Some(place));
+        place
+    })
 }
 
 /// The client's view of its page.
 #[derive(Debug)]
-pub struct ClientPage {}
+pub struct ClientPage {
+    mapping: Mapping,
+}
 
 impl ClientPage {
     /// Maps the descriptor that came with `Welcome`.
     ///
     /// # Errors
-    /// `Protocol` if it is no page of this layout.
+    /// [`hetmem_core::ErrorKind::Protocol`] if it is no page of this layout.
     pub fn map(fd: OwnedFd) -> Result<Self, StoreError> {
-        let _ = fd;
-        Err(StoreError::unavailable("page", "not built yet"))
+        memfd::check_sealed(fd.as_fd(), "client page", PAGE_LEN)?;
+        let mapping = Mapping::new(fd.as_fd(), PAGE_LEN, Access::Write)?;
+        mapping.prefault(Access::Write);
+        let header = [0, 1, 2].map(|word| mapping.words()[word].load(Ordering::Relaxed));
+        if header != [MAGIC, VERSION, PINS as u64] {
+            return Err(StoreError::protocol(format!(
+                "client page starts with {header:x?}, this build uses version {VERSION} with {PINS} pins"
+            )));
+        }
+        Ok(Self { mapping })
     }
-    /// Claims a pin word; `None` when all are in use.
+
+    /// Claims a pin word for `generation`; `None` when all are in use. What is pinned counts only if it is looked at
+    /// again afterwards: [`crate::IndexReader::get`] does all of it.
+    #[must_use]
     pub fn pin(&self, generation: Generation) -> Option<u32> {
-        let _ = generation;
-        None
+        let place = place();
+        let pin = pins(&self.mapping).claim(generation.0, place.start)?;
+        self.pinned_at(place, pin)
     }
-    /// Gives a pin word back.
+
+    #[inline]
+    fn pinned_at(&self, place: Place, pin: usize) -> Option<u32> {
+        PLACE.set(Some(Place { start: pin + 1, ..place }));
+        u32::try_from(pin).ok()
+    }
+
+    /// Gives a pin word back: what was read before this call was read in time. One store.
+    #[inline]
     pub fn unpin(&self, pin: u32) {
-        let _ = pin;
+        let position = pin as usize;
+        pins(&self.mapping).release(position);
+        PLACE.set(Some(Place { start: position, ..place() }));
     }
-    /// Counts a hit and records the slot. `IndexReader::get` does it.
+
+    /// Counts a hit and notes the slot. [`crate::IndexReader::get`] does it.
+    #[inline]
     pub fn touch(&self, slot: SlotId) {
-        let _ = slot;
+        let lane = place().lane;
+        let hits = counter(&self.mapping, lane).fetch_add(1, Ordering::Relaxed);
+        #[expect(clippy::cast_possible_truncation, reason = "only the low bits count")]
+        let position = hits as usize % RING_LEN;
+        ring(&self.mapping, lane)[position].store(u64::from(slot.0) + 1, Ordering::Relaxed);
+    }
+
+    /// The pin words and where this thread looks first.
+    #[inline]
+    pub(crate) fn pins(&self) -> (Pins<'_>, usize) {
+        (pins(&self.mapping), place().start)
+    }
+
+    /// Tells the thread that it has claimed a word.
+    #[inline]
+    pub(crate) fn claimed(&self, pin: usize) -> u32 {
+        self.pinned_at(place(), pin).unwrap_or(u32::MAX)
     }
 }

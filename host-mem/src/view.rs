@@ -82,6 +82,7 @@ impl WriteMapping {
     /// [`hetmem_core::ErrorKind::Busy`] where an [`ExtentMut`] or another thread's fill overlaps.
     pub fn fill(&self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
         let claim = self.claim(offset, bytes.len() as u64)?;
+        let _until_done = Unclaim { view: self, range: &claim.range };
         // SAFETY: the claim has checked that the range is inside the mapping, and keeps other writers away.
         unsafe { copy::to(claim.start, bytes) };
         Ok(())
@@ -93,6 +94,7 @@ impl WriteMapping {
     /// As [`WriteMapping::fill`].
     pub fn fill_with_checksum(&self, offset: u64, bytes: &[u8]) -> Result<u64, StoreError> {
         let claim = self.claim(offset, bytes.len() as u64)?;
+        let _until_done = Unclaim { view: self, range: &claim.range };
         // SAFETY: as in `fill`.
         Ok(unsafe { copy::to_with_checksum(claim.start, bytes) })
     }
@@ -104,12 +106,11 @@ impl WriteMapping {
     /// As [`WriteMapping::fill`].
     pub fn extent_mut(self: &Arc<Self>, offset: u64, len_bytes: u64) -> Result<ExtentMut, StoreError> {
         let claim = self.claim(offset, len_bytes)?;
-        let (start, len, range) = (claim.start, claim.len, claim.range.clone());
-        std::mem::forget(claim);
-        Ok(ExtentMut { view: Arc::clone(self), start, len, range })
+        Ok(ExtentMut { view: Arc::clone(self), claim })
     }
 
-    fn claim(&self, offset: u64, len_bytes: u64) -> Result<Claim<'_>, StoreError> {
+    /// Claims a range; whoever asked gives it back with `unclaim`.
+    fn claim(&self, offset: u64, len_bytes: u64) -> Result<Claim, StoreError> {
         let Some((start, len)) = self.mapping.range(offset, len_bytes) else {
             return Err(outside("fill", "granted to this client", offset, len_bytes, self.len_bytes()));
         };
@@ -122,7 +123,7 @@ impl WriteMapping {
             ));
         }
         claimed.push(range.clone());
-        Ok(Claim { view: self, start, len, range })
+        Ok(Claim { start, len, range })
     }
 
     fn unclaim(&self, range: &Range<u64>) {
@@ -138,17 +139,23 @@ impl WriteMapping {
     }
 }
 
-/// A range of a view that nobody else writes, until dropped.
-struct Claim<'view> {
-    view: &'view WriteMapping,
+/// A range of a view that nobody else writes, and where it is.
+#[derive(Debug)]
+struct Claim {
     start: *mut u8,
     len: usize,
     range: Range<u64>,
 }
 
-impl Drop for Claim<'_> {
+/// Gives a range back when dropped.
+struct Unclaim<'view> {
+    view: &'view WriteMapping,
+    range: &'view Range<u64>,
+}
+
+impl Drop for Unclaim<'_> {
     fn drop(&mut self) {
-        self.view.unclaim(&self.range);
+        self.view.unclaim(self.range);
     }
 }
 
@@ -159,9 +166,7 @@ impl Drop for Claim<'_> {
 #[derive(Debug)]
 pub struct ExtentMut {
     view: Arc<WriteMapping>,
-    start: *mut u8,
-    len: usize,
-    range: Range<u64>,
+    claim: Claim,
 }
 
 // SAFETY: the pointer leads into a mapping that the value holds a share of, and to a range that is its own.
@@ -173,7 +178,7 @@ impl ExtentMut {
     /// Bytes from the segment's start.
     #[must_use]
     pub fn offset(&self) -> u64 {
-        self.range.start
+        self.claim.range.start
     }
 
     /// Copies all of `bytes` to the extent's position `at`, past the caches where that is faster, and returns the
@@ -182,7 +187,7 @@ impl ExtentMut {
     /// # Errors
     /// [`hetmem_core::ErrorKind::Invalid`] if any byte lies outside the extent.
     pub fn fill_with_checksum(&mut self, at: u64, bytes: &[u8]) -> Result<u64, StoreError> {
-        let len = self.len as u64;
+        let len = self.claim.len as u64;
         let target = usize::try_from(at).ok().and_then(|at| self.get_mut(at..at.checked_add(bytes.len())?));
         let Some(target) = target else {
             return Err(StoreError::invalid(
@@ -199,20 +204,20 @@ impl Deref for ExtentMut {
 
     fn deref(&self) -> &[u8] {
         // SAFETY: inside the mapping that `self.view` keeps; nobody else writes there.
-        unsafe { std::slice::from_raw_parts(self.start, self.len) }
+        unsafe { std::slice::from_raw_parts(self.claim.start, self.claim.len) }
     }
 }
 
 impl DerefMut for ExtentMut {
     fn deref_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above, and `self` is borrowed exclusively.
-        unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }
+        unsafe { std::slice::from_raw_parts_mut(self.claim.start, self.claim.len) }
     }
 }
 
 impl Drop for ExtentMut {
     fn drop(&mut self) {
-        self.view.unclaim(&self.range);
+        self.view.unclaim(&self.claim.range);
     }
 }
 

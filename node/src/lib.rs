@@ -1,1 +1,18 @@
-//! Placeholder.
+//! The daemon as a library: it drives the engine over real sockets, fabrics and memory.
+//!
+//! Not a place for decisions (`hetmem_core::engine`): it carries actions out, in order, and hands in what happened.
+//! Invariant: whatever a client or a peer sends, the node answers, closes that one connection, or goes on.
+
+mod carry;
+mod clients;
+mod config;
+mod driver;
+mod inprocess;
+mod memory;
+mod node;
+mod outbox;
+mod peers;
+mod segments;
+
+pub use config::{Config, FabricChoice, KEYS};
+pub use node::Node;

@@ -1,20 +1,20 @@
 //! Links, peers, the questions between them, and the directory's two sides. Not the bytes. Invariant: a question is
 //! answered once, by an answer, a loss of its link, or a deadline; answers to unknown questions change nothing.
 
+use super::Engine;
 use super::action::{Action, Event};
 use super::directory::Verdict;
 use super::fetch::FetchId;
 use super::input::FabricId;
 use super::local::{Waiter, WaitingKey};
 use super::timer::{Time, Timer};
-use super::Engine;
 use crate::checksum::Checksum;
 use crate::error::StoreError;
 use crate::key::Key;
 use crate::tier::{ClientId, Epoch, Generation, LinkId, NodeId};
 use crate::wire::{
-    Announced, ClientReply, Holder, KEYS_PER_MESSAGE_MAX, Listed, Member, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage,
-    negotiate,
+    Announced, ClientReply, Holder, KEYS_PER_MESSAGE_MAX, Listed, Member, PROTOCOL_MAX, PROTOCOL_MIN,
+    PeerMessage, negotiate,
 };
 
 /// Heartbeats that may be missed before a peer is held to be dead.
@@ -23,6 +23,9 @@ const MISSED_MAX: u64 = 5;
 const OPERATION_MS: u64 = 5_000;
 /// The longest pause between two attempts to reach the directory, in milliseconds.
 const RECONNECT_MS_MAX: u64 = 2_000;
+/// Bytes of a list's entries, and a bound on one entry beside its key (a holder's name among them).
+const LIST_BYTES_MAX: usize = 48 * 1024;
+const LIST_ENTRY_LEN: usize = 80;
 /// How long a peer's watch on a key is remembered, in milliseconds.
 const WATCH_MS: u64 = 600_000;
 
@@ -45,22 +48,42 @@ pub(super) struct Peer {
 /// A question to a peer.
 #[derive(Debug)]
 pub(super) enum Pending {
-    Get { fetch: FetchId },
+    Get {
+        fetch: FetchId,
+    },
     /// Nobody wants the answer any more; a grant in it is given back.
     Abandoned,
-    Exclusive { client: ClientId, request: u64, generation: Generation, checksum: Checksum },
+    Exclusive {
+        client: ClientId,
+        request: u64,
+        generation: Generation,
+        checksum: Checksum,
+    },
     Announced,
-    Ask { operation: u64 },
-    List { client: ClientId, request: u64 },
-    Delete { operation: u64 },
-    Drop { operation: u64 },
+    Ask {
+        operation: u64,
+    },
+    List {
+        client: ClientId,
+        request: u64,
+    },
+    Delete {
+        operation: u64,
+    },
+    Drop {
+        operation: u64,
+    },
 }
 
 /// Why every node is asked for a key.
 #[derive(Debug)]
 pub(super) enum AskFor {
     Fetch(FetchId),
-    Get { link: LinkId, request: u64, asker: Option<NodeId> },
+    Get {
+        link: LinkId,
+        request: u64,
+        asker: Option<NodeId>,
+    },
     Delete(u64),
 }
 
@@ -76,7 +99,12 @@ impl Engine {
         let request = self.next_request;
         self.next_request += 1;
         self.pending.insert(request, (link, pending));
-        self.out.push(Action::Send { link, request, message, payload: None });
+        self.out.push(Action::Send {
+            link,
+            request,
+            message,
+            payload: None,
+        });
         request
     }
 
@@ -86,7 +114,12 @@ impl Engine {
 
     pub(super) fn answer_peer(&mut self, link: LinkId, request: u64, message: PeerMessage) {
         if self.links.contains_key(&link) {
-            self.out.push(Action::Send { link, request, message, payload: None });
+            self.out.push(Action::Send {
+                link,
+                request,
+                message,
+                payload: None,
+            });
         }
     }
 
@@ -103,20 +136,36 @@ impl Engine {
 
     /// Whether a node, in this incarnation, is known to live.
     pub(super) fn is_alive(&self, node: NodeId, epoch: Epoch) -> bool {
-        self.peers.get(&node).is_some_and(|peer| peer.member.epoch == epoch)
+        self.peers
+            .get(&node)
+            .is_some_and(|peer| peer.member.epoch == epoch)
     }
 
     pub(super) fn dial(&mut self, address: &str) {
-        let dialled = self.links.values().any(|link| !link.inbound && link.address == address);
+        let dialled = self
+            .links
+            .values()
+            .any(|link| !link.inbound && link.address == address);
         if !dialled && self.dialling.insert(address.to_owned()) {
-            self.out.push(Action::Connect { address: address.to_owned() });
+            self.out.push(Action::Connect {
+                address: address.to_owned(),
+            });
         }
     }
 
     pub(super) fn link_up(&mut self, link: LinkId, fabric: FabricId, address: String, inbound: bool) {
         self.dialling.remove(&address);
         let join = !inbound && self.config.join.as_deref() == Some(address.as_str());
-        self.links.insert(link, Link { fabric, address, inbound, node: None, heard: self.now });
+        self.links.insert(
+            link,
+            Link {
+                fabric,
+                address,
+                inbound,
+                node: None,
+                heard: self.now,
+            },
+        );
         let hello = PeerMessage::Hello {
             member: self.config.member.clone(),
             version_min: PROTOCOL_MIN,
@@ -131,19 +180,22 @@ impl Engine {
         if self.config.join.as_deref() == Some(address) {
             self.directory_lost(why);
         } else {
-            self.peers.retain(|_, peer| peer.link.is_some() || peer.member.address != address);
+            self.peers
+                .retain(|_, peer| peer.link.is_some() || peer.member.address != address);
         }
     }
 
     fn directory_lost(&mut self, why: &StoreError) {
         if self.reconnect_attempts == 0 {
-            self.out.push(Action::Note(Event::DirectoryLost { why: why.to_string() }));
+            self.out
+                .push(Action::Note(Event::DirectoryLost { why: why.to_string() }));
         }
         let pause = (50 << self.reconnect_attempts.min(6)).min(RECONNECT_MS_MAX);
         self.reconnect_attempts = self.reconnect_attempts.saturating_add(1);
         // A share of the pause that differs from node to node keeps a cluster from dialling in step.
         let spread = self.config.member.node.0 % (pause / 2).max(1);
-        self.timers.set(self.now.after_ms(pause + spread), Timer::Reconnect);
+        self.timers
+            .set(self.now.after_ms(pause + spread), Timer::Reconnect);
     }
 
     pub(super) fn reconnect(&mut self) {
@@ -155,11 +207,17 @@ impl Engine {
     }
 
     pub(super) fn link_down(&mut self, link: LinkId, why: &StoreError) {
-        let Some(state) = self.links.get(&link) else { return };
+        let Some(state) = self.links.get(&link) else {
+            return;
+        };
         let (node, address) = (state.node, state.address.clone());
         self.fetches_lost(link, &address, why);
-        let lost: Vec<u64> =
-            self.pending.iter().filter(|(_, (of, _))| *of == link).map(|(&request, _)| request).collect();
+        let lost: Vec<u64> = self
+            .pending
+            .iter()
+            .filter(|(_, (of, _))| *of == link)
+            .map(|(&request, _)| request)
+            .collect();
         for request in lost {
             if let Some((_, pending)) = self.pending.remove(&request) {
                 self.question_lost(pending, &address, why);
@@ -172,8 +230,14 @@ impl Engine {
             self.directory_lost(why);
         }
         let Some(node) = node else { return };
-        let other = self.links.iter().find(|(_, other)| other.node == Some(node)).map(|(&id, _)| id);
-        let Some(peer) = self.peers.get_mut(&node) else { return };
+        let other = self
+            .links
+            .iter()
+            .find(|(_, other)| other.node == Some(node))
+            .map(|(&id, _)| id);
+        let Some(peer) = self.peers.get_mut(&node) else {
+            return;
+        };
         if peer.link != Some(link) {
             return;
         }
@@ -184,7 +248,9 @@ impl Engine {
     }
 
     fn peer_lost(&mut self, node: NodeId, why: &StoreError) {
-        let Some(peer) = self.peers.remove(&node) else { return };
+        let Some(peer) = self.peers.remove(&node) else {
+            return;
+        };
         self.hints.forget_node(node);
         let (name, why) = (peer.member.name, why.to_string());
         self.out.push(Action::Note(Event::PeerDown { node, name, why }));
@@ -204,7 +270,12 @@ impl Engine {
         match pending {
             // `fetches_lost` has seen to gets.
             Pending::Get { .. } | Pending::Abandoned | Pending::Announced => {}
-            Pending::Exclusive { client, request, generation, .. } => {
+            Pending::Exclusive {
+                client,
+                request,
+                generation,
+                ..
+            } => {
                 self.free_object(generation);
                 self.reply(client, request, Err(lost("put")));
             }
@@ -217,14 +288,20 @@ impl Engine {
 
     pub(super) fn peer_refused(&mut self, link: LinkId, why: &StoreError) {
         self.counters.refused += 1;
-        self.out.push(Action::Note(Event::PeerRefused { link, why: why.to_string() }));
+        self.out.push(Action::Note(Event::PeerRefused {
+            link,
+            why: why.to_string(),
+        }));
         self.out.push(Action::Disconnect { link });
     }
 
     pub(super) fn heartbeat(&mut self) {
         let (now, silence_ms) = (self.now, self.config.heartbeat_ms * MISSED_MAX);
-        let links: Vec<(LinkId, bool)> =
-            self.links.iter().map(|(&id, link)| (id, now.ms_since(link.heard) > silence_ms)).collect();
+        let links: Vec<(LinkId, bool)> = self
+            .links
+            .iter()
+            .map(|(&id, link)| (id, now.ms_since(link.heard) > silence_ms))
+            .collect();
         for (link, silent) in links {
             if silent {
                 self.out.push(Action::Disconnect { link });
@@ -232,11 +309,20 @@ impl Engine {
                 self.tell_peer(link, PeerMessage::Heartbeat { answer: false });
             }
         }
-        self.timers.set(now.after_ms(self.config.heartbeat_ms), Timer::Heartbeat);
+        self.timers
+            .set(now.after_ms(self.config.heartbeat_ms), Timer::Heartbeat);
     }
 
-    pub(super) fn peer_message(&mut self, link: LinkId, request: u64, message: PeerMessage, payload_len: u64) {
-        let Some(state) = self.links.get_mut(&link) else { return };
+    pub(super) fn peer_message(
+        &mut self,
+        link: LinkId,
+        request: u64,
+        message: PeerMessage,
+        payload_len: u64,
+    ) {
+        let Some(state) = self.links.get_mut(&link) else {
+            return;
+        };
         state.heard = self.now;
         let known = state.node;
         if let Err(why) = message.check() {
@@ -247,7 +333,15 @@ impl Engine {
             return self.peer_refused(link, &StoreError::protocol(why));
         }
         match (known, message) {
-            (_, PeerMessage::Hello { member, version_min, version_max, join }) => {
+            (
+                _,
+                PeerMessage::Hello {
+                    member,
+                    version_min,
+                    version_max,
+                    join,
+                },
+            ) => {
                 self.hello(link, member, version_min, version_max, join);
             }
             (_, PeerMessage::Failed { error }) if request == 0 => self.peer_refused(link, &error),
@@ -263,7 +357,10 @@ impl Engine {
         let refusal = if let Err(error) = negotiate(version_min, version_max) {
             Some(error)
         } else if member.node == self.config.member.node {
-            let why = format!("a node named {:?} is already in this cluster: give each its own name", member.name);
+            let why = format!(
+                "a node named {:?} is already in this cluster: give each its own name",
+                member.name
+            );
             Some(StoreError::denied("join", why))
         } else if join && self.directory.is_none() {
             let why = "this node does not keep the directory: join the node that does".to_owned();
@@ -286,16 +383,25 @@ impl Engine {
 
     fn welcome(&mut self, link: LinkId, member: Member, join: bool) {
         let node = member.node;
-        if self.peers.get(&node).is_some_and(|peer| peer.member.epoch < member.epoch) {
+        if self
+            .peers
+            .get(&node)
+            .is_some_and(|peer| peer.member.epoch < member.epoch)
+        {
             let why = StoreError::stale("link", &member.name, "the node has started again");
             self.peer_lost(node, &why);
         }
-        let Some(state) = self.links.get_mut(&link) else { return };
+        let Some(state) = self.links.get_mut(&link) else {
+            return;
+        };
         state.node = Some(node);
         let is_directory = !state.inbound && self.config.join.as_deref() == Some(state.address.as_str());
         let (name, address) = (member.name.clone(), member.address.clone());
         let links = &self.links;
-        let peer = self.peers.entry(node).or_insert_with(|| Peer { member: member.clone(), link: None });
+        let peer = self.peers.entry(node).or_insert_with(|| Peer {
+            member: member.clone(),
+            link: None,
+        });
         let fresh = peer.link.is_none_or(|old| !links.contains_key(&old));
         peer.member = member;
         if fresh {
@@ -321,7 +427,12 @@ impl Engine {
         members.truncate(KEYS_PER_MESSAGE_MAX);
         let links: Vec<LinkId> = self.peers.values().filter_map(|peer| peer.link).collect();
         for link in links {
-            self.tell_peer(link, PeerMessage::Members { members: members.clone() });
+            self.tell_peer(
+                link,
+                PeerMessage::Members {
+                    members: members.clone(),
+                },
+            );
         }
     }
 
@@ -330,18 +441,33 @@ impl Engine {
             return;
         }
         let own = self.config.member.node;
-        self.peers.retain(|node, peer| peer.link.is_some() || members.iter().any(|m| m.node == *node));
+        self.peers
+            .retain(|node, peer| peer.link.is_some() || members.iter().any(|m| m.node == *node));
         for member in members.iter().filter(|member| member.node != own) {
             let peer = self.peers.entry(member.node);
-            peer.or_insert_with(|| Peer { member: member.clone(), link: None });
+            peer.or_insert_with(|| Peer {
+                member: member.clone(),
+                link: None,
+            });
         }
     }
 
-    fn peer_says(&mut self, link: LinkId, node: NodeId, request: u64, message: PeerMessage, payload_len: u64) {
+    fn peer_says(
+        &mut self,
+        link: LinkId,
+        node: NodeId,
+        request: u64,
+        message: PeerMessage,
+        payload_len: u64,
+    ) {
         match message {
             PeerMessage::Hello { .. } | PeerMessage::Heartbeat { .. } => {}
             PeerMessage::Members { members } => self.members(link, &members),
-            PeerMessage::Get { key, range, inline_max } => {
+            PeerMessage::Get {
+                key,
+                range,
+                inline_max,
+            } => {
                 if !self.serve_get(link, request, &key, range, inline_max) {
                     self.redirect(link, node, request, key);
                 }
@@ -377,16 +503,32 @@ impl Engine {
         }
     }
 
-    fn peer_answers(&mut self, link: LinkId, node: NodeId, request: u64, answer: PeerMessage, payload_len: u64) {
+    fn peer_answers(
+        &mut self,
+        link: LinkId,
+        node: NodeId,
+        request: u64,
+        answer: PeerMessage,
+        payload_len: u64,
+    ) {
         if self.pending.get(&request).is_none_or(|(of, _)| *of != link) {
             return;
         }
-        let Some((_, pending)) = self.pending.remove(&request) else { return };
+        let Some((_, pending)) = self.pending.remove(&request) else {
+            return;
+        };
         match (pending, answer) {
             (Pending::Get { fetch }, PeerMessage::Data { object, meta }) => {
                 self.fetch_data(link, request, fetch, object, meta, payload_len);
             }
-            (Pending::Get { fetch }, PeerMessage::Grant { object, meta, granted }) => {
+            (
+                Pending::Get { fetch },
+                PeerMessage::Grant {
+                    object,
+                    meta,
+                    granted,
+                },
+            ) => {
                 self.fetch_grant(link, fetch, object, meta, granted);
             }
             (Pending::Abandoned, PeerMessage::Grant { granted, .. }) => {
@@ -395,8 +537,18 @@ impl Engine {
             (Pending::Abandoned | Pending::Announced, PeerMessage::Failed { .. }) => {}
             (Pending::Abandoned, _) => {}
             (Pending::Get { fetch }, PeerMessage::Located { holders }) => self.fetch_located(fetch, &holders),
-            (Pending::Get { fetch }, PeerMessage::Failed { error }) => self.fetch_refused(link, fetch, &error),
-            (Pending::Exclusive { client, request, generation, checksum }, PeerMessage::Announced { refused }) => {
+            (Pending::Get { fetch }, PeerMessage::Failed { error }) => {
+                self.fetch_refused(link, fetch, &error)
+            }
+            (
+                Pending::Exclusive {
+                    client,
+                    request,
+                    generation,
+                    checksum,
+                },
+                PeerMessage::Announced { refused },
+            ) => {
                 self.exclusive_answer(client, request, generation, checksum, refused);
             }
             (Pending::Announced, PeerMessage::Announced { refused }) => {
@@ -408,14 +560,20 @@ impl Engine {
                 self.asked(operation, Some(node), object);
             }
             (Pending::List { client, request }, PeerMessage::Listed { objects, more }) => {
-                let listed = |a: Announced| Listed { key: a.key, len_bytes: a.len_bytes, holders: Vec::new() };
+                let listed = |a: Announced| Listed {
+                    key: a.key,
+                    len_bytes: a.len_bytes,
+                    holders: Vec::new(),
+                };
                 let objects = objects.into_iter().map(listed).collect();
                 self.reply(client, request, Ok(ClientReply::Listed { objects, more }));
             }
             (Pending::Delete { operation }, PeerMessage::Dropped { existed }) => {
                 self.dropped(operation, existed);
             }
-            (Pending::Drop { operation }, PeerMessage::Dropped { existed }) => self.dropped(operation, existed),
+            (Pending::Drop { operation }, PeerMessage::Dropped { existed }) => {
+                self.dropped(operation, existed)
+            }
             (pending, answer) => {
                 let why = StoreError::protocol(format!("{} answers another question", answer.name()));
                 self.question_lost(pending, "the peer", &why);
@@ -436,7 +594,11 @@ impl Engine {
             None => self.seal_now(client, request, generation, checksum),
             Some(key) => {
                 self.free_object(generation);
-                self.reply(client, request, Err(StoreError::AlreadyExists { key: key.to_string() }));
+                self.reply(
+                    client,
+                    request,
+                    Err(StoreError::AlreadyExists { key: key.to_string() }),
+                );
             }
         }
     }
@@ -448,16 +610,33 @@ impl Engine {
             directory.announce(own, &announced, false);
         } else if let Some(link) = self.directory_link {
             let objects = vec![announced];
-            self.ask_peer(link, PeerMessage::Announce { objects, exclusive: false }, Pending::Announced);
+            self.ask_peer(
+                link,
+                PeerMessage::Announce {
+                    objects,
+                    exclusive: false,
+                },
+                Pending::Announced,
+            );
         }
     }
 
     fn announce_all(&mut self, link: LinkId) {
-        let all: Vec<Announced> = self.objects.iter_sealed().map(|(_, object)| object.announced()).collect();
-        // Half of the limit in entries keeps 512-byte keys below the limit in bytes.
+        let all: Vec<Announced> = self
+            .objects
+            .iter_sealed()
+            .map(|(_, object)| object.announced())
+            .collect();
         for objects in all.chunks(KEYS_PER_MESSAGE_MAX) {
             let objects = objects.to_vec();
-            self.ask_peer(link, PeerMessage::Announce { objects, exclusive: false }, Pending::Announced);
+            self.ask_peer(
+                link,
+                PeerMessage::Announce {
+                    objects,
+                    exclusive: false,
+                },
+                Pending::Announced,
+            );
         }
     }
 
@@ -466,11 +645,23 @@ impl Engine {
         if let Some(directory) = &mut self.directory {
             directory.withdraw(own, &announced.key, announced.object);
         } else if let Some(link) = self.directory_link {
-            self.tell_peer(link, PeerMessage::Withdraw { objects: vec![announced] });
+            self.tell_peer(
+                link,
+                PeerMessage::Withdraw {
+                    objects: vec![announced],
+                },
+            );
         }
     }
 
-    fn announced_by(&mut self, link: LinkId, node: NodeId, request: u64, objects: &[Announced], exclusive: bool) {
+    fn announced_by(
+        &mut self,
+        link: LinkId,
+        node: NodeId,
+        request: u64,
+        objects: &[Announced],
+        exclusive: bool,
+    ) {
         let Some(directory) = &mut self.directory else {
             let error = StoreError::unavailable("the directory", "this node does not keep it");
             return self.answer_peer(link, request, PeerMessage::Failed { error });
@@ -497,18 +688,30 @@ impl Engine {
         }
         let holders = self.live_holders(&key, asker);
         if holders.is_empty() {
-            return self.ask_everyone(key, AskFor::Get { link, request, asker: Some(asker) });
+            return self.ask_everyone(
+                key,
+                AskFor::Get {
+                    link,
+                    request,
+                    asker: Some(asker),
+                },
+            );
         }
         self.answer_peer(link, request, PeerMessage::Located { holders });
     }
 
     /// Nodes that hold a key and live, but not `except` and not this one.
     pub(super) fn live_holders(&self, key: &Key, except: NodeId) -> Vec<Holder> {
-        let Some(directory) = &self.directory else { return Vec::new() };
+        let Some(directory) = &self.directory else {
+            return Vec::new();
+        };
         let holders = directory.holders(key).filter(|(node, _)| *node != except);
         let holder = |(node, _)| {
             let peer = self.peers.get(&node)?;
-            Some(Holder { node, address: peer.member.address.clone() })
+            Some(Holder {
+                node,
+                address: peer.member.address.clone(),
+            })
         };
         holders.filter_map(holder).collect()
     }
@@ -532,13 +735,25 @@ impl Engine {
             .collect();
         let operation = self.next_operation;
         self.next_operation += 1;
-        self.asks.insert(operation, Ask { key: key.clone(), why, left: links.len() });
+        self.asks.insert(
+            operation,
+            Ask {
+                key: key.clone(),
+                why,
+                left: links.len(),
+            },
+        );
         if links.is_empty() {
             return self.ask_over(operation);
         }
-        self.timers.set(self.now.after_ms(OPERATION_MS), Timer::Operation(operation));
+        self.timers
+            .set(self.now.after_ms(OPERATION_MS), Timer::Operation(operation));
         for link in links {
-            self.ask_peer(link, PeerMessage::Ask { key: key.clone() }, Pending::Ask { operation });
+            self.ask_peer(
+                link,
+                PeerMessage::Ask { key: key.clone() },
+                Pending::Ask { operation },
+            );
         }
     }
 
@@ -546,7 +761,9 @@ impl Engine {
         if let (Some(node), Some(announced), Some(directory)) = (node, object, &mut self.directory) {
             directory.announce(node, &announced, false);
         }
-        let Some(ask) = self.asks.get_mut(&operation) else { return };
+        let Some(ask) = self.asks.get_mut(&operation) else {
+            return;
+        };
         ask.left = ask.left.saturating_sub(1);
         let found = ask.key.clone();
         let all_in = ask.left == 0;
@@ -556,9 +773,13 @@ impl Engine {
     }
 
     fn ask_over(&mut self, operation: u64) {
-        let Some(ask) = self.asks.remove(&operation) else { return };
+        let Some(ask) = self.asks.remove(&operation) else {
+            return;
+        };
         let except = match &ask.why {
-            AskFor::Get { asker: Some(asker), .. } => *asker,
+            AskFor::Get {
+                asker: Some(asker), ..
+            } => *asker,
             _ => self.config.member.node,
         };
         let holders = self.live_holders(&ask.key, except);
@@ -593,7 +814,11 @@ impl Engine {
         let waiting = self.waiting_keys.entry(key).or_default();
         let who = Waiter::Peer { node };
         if !waiting.iter().any(|w| w.who == who) {
-            waiting.push(WaitingKey { who, deadline, timeout_ms: WATCH_MS });
+            waiting.push(WaitingKey {
+                who,
+                deadline,
+                timeout_ms: WATCH_MS,
+            });
             self.timers.set(deadline, Timer::Wait);
         }
     }
@@ -602,26 +827,52 @@ impl Engine {
         let own = self.config.member.node;
         let mut holders = self.live_holders(key, own);
         if self.objects.sealed(key).is_some() {
-            holders.push(Holder { node: own, address: self.config.member.address.clone() });
+            holders.push(Holder {
+                node: own,
+                address: self.config.member.address.clone(),
+            });
         }
         if let Some(link) = self.link_to(node)
             && !holders.is_empty()
         {
-            self.tell_peer(link, PeerMessage::Exists { key: key.clone(), holders });
+            self.tell_peer(
+                link,
+                PeerMessage::Exists {
+                    key: key.clone(),
+                    holders,
+                },
+            );
         }
     }
 
     /// What the directory knows, or, where this node does not keep it, what is here.
-    fn list_known(&self, prefix: &str, after: Option<&Key>, limit: u32) -> (Vec<(Announced, Vec<NodeId>)>, bool) {
-        let limit = usize::try_from(limit).unwrap_or(usize::MAX).clamp(1, KEYS_PER_MESSAGE_MAX);
+    fn list_known(
+        &self,
+        prefix: &str,
+        after: Option<&Key>,
+        limit: u32,
+    ) -> (Vec<(Announced, Vec<NodeId>)>, bool) {
+        let limit = usize::try_from(limit)
+            .unwrap_or(usize::MAX)
+            .clamp(1, KEYS_PER_MESSAGE_MAX);
         let mut listed: Vec<_> = match &self.directory {
             Some(directory) => directory.list(prefix, after).take(limit + 1).collect(),
             None => {
                 let own = self.config.member.node;
-                let here = self.objects.list(prefix, after).map(|o| (o.announced(), vec![own]));
+                let here = self
+                    .objects
+                    .list(prefix, after)
+                    .map(|o| (o.announced(), vec![own]));
                 here.take(limit + 1).collect()
             }
         };
+        // A list of long keys is cut so that it fits into one packet of a local socket, with room for its envelope.
+        let mut bytes = 0;
+        let fitting = listed.iter().take_while(|(announced, holders)| {
+            bytes += announced.key.as_str().len() + LIST_ENTRY_LEN * (1 + holders.len());
+            bytes <= LIST_BYTES_MAX
+        });
+        let limit = fitting.count().clamp(1, limit);
         let more = listed.len() > limit;
         listed.truncate(limit);
         (listed, more)
@@ -638,7 +889,11 @@ impl Engine {
         if self.directory.is_none()
             && let Some(link) = self.directory_link
         {
-            let message = PeerMessage::List { prefix: prefix.to_owned(), after: after.cloned(), limit };
+            let message = PeerMessage::List {
+                prefix: prefix.to_owned(),
+                after: after.cloned(),
+                limit,
+            };
             self.ask_peer(link, message, Pending::List { client, request });
             return Ok(None);
         }
@@ -658,13 +913,18 @@ impl Engine {
         if node == self.config.member.node {
             return self.config.member.name.clone();
         }
-        self.peers.get(&node).map_or_else(|| format!("node {node}"), |peer| peer.member.name.clone())
+        self.peers
+            .get(&node)
+            .map_or_else(|| format!("node {node}"), |peer| peer.member.name.clone())
     }
 
     /// Names of the nodes that hold an object that is here.
     pub(super) fn holder_names(&self, key: &Key) -> Vec<String> {
         match &self.directory {
-            Some(directory) => directory.holders(key).map(|(node, _)| self.name_of(node)).collect(),
+            Some(directory) => directory
+                .holders(key)
+                .map(|(node, _)| self.name_of(node))
+                .collect(),
             None => vec![self.config.member.name.clone()],
         }
     }

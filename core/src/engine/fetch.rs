@@ -57,7 +57,12 @@ enum Stage {
     /// The payload of the answer is landing.
     Landing { link: LinkId },
     /// A read is under way.
-    Reading { link: LinkId, transfer: TransferId, granted: Granted, valid_until: Time },
+    Reading {
+        link: LinkId,
+        transfer: TransferId,
+        granted: Granted,
+        valid_until: Time,
+    },
 }
 
 /// What a peer has answered.
@@ -124,7 +129,12 @@ impl Engine {
         timeout_ms: u64,
     ) {
         let deadline = self.now.after_ms(timeout_ms);
-        let waiter = FetchWaiter { client, request, deadline, timeout_ms };
+        let waiter = FetchWaiter {
+            client,
+            request,
+            deadline,
+            timeout_ms,
+        };
         let same = |fetch: &Fetch| fetch.key == key && fetch.range == range && fetch.want == want;
         let joinable = matches!(want, Want::Object { keep: true });
         if joinable && let Some((&id, fetch)) = self.fetches.iter_mut().find(|(_, fetch)| same(fetch)) {
@@ -134,8 +144,14 @@ impl Engine {
         }
         let id = FetchId(self.next_fetch);
         self.next_fetch += 1;
-        let fetch =
-            Fetch { key, range, want, waiters: vec![waiter], stage: Stage::Waiting, tried: Vec::new() };
+        let fetch = Fetch {
+            key,
+            range,
+            want,
+            waiters: vec![waiter],
+            stage: Stage::Waiting,
+            tried: Vec::new(),
+        };
         self.fetches.insert(id, fetch);
         self.timers.set(deadline, Timer::Fetch(id));
         self.fetch_start(id);
@@ -143,7 +159,9 @@ impl Engine {
 
     /// Asks the node that is most likely to have the object.
     fn fetch_start(&mut self, id: FetchId) {
-        let Some(fetch) = self.fetches.get(&id) else { return };
+        let Some(fetch) = self.fetches.get(&id) else {
+            return;
+        };
         let key = fetch.key.clone();
         let hinted = self.hints.get(&key).filter(|node| !fetch.tried.contains(node));
         if let Some(node) = hinted
@@ -158,7 +176,11 @@ impl Engine {
             }
             return self.fetch_from(id, &holders);
         }
-        match self.directory_link.and_then(|link| self.links.get(&link)).and_then(|link| link.node) {
+        match self
+            .directory_link
+            .and_then(|link| self.links.get(&link))
+            .and_then(|link| link.node)
+        {
             Some(node) => self.fetch_ask(id, node),
             None => {
                 let why = StoreError::unavailable(
@@ -172,13 +194,19 @@ impl Engine {
 
     /// Asks the first of these nodes that was not tried.
     pub(super) fn fetch_from(&mut self, id: FetchId, holders: &[Holder]) {
-        let Some(fetch) = self.fetches.get(&id) else { return };
+        let Some(fetch) = self.fetches.get(&id) else {
+            return;
+        };
         let fresh = holders.iter().find(|holder| !fetch.tried.contains(&holder.node));
         let Some(holder) = fresh.cloned() else {
             let why = StoreError::PeerLost {
                 operation: "get".into(),
                 subject: fetch.key.to_string(),
-                peer: holders.iter().map(|holder| holder.address.as_str()).collect::<Vec<_>>().join(", "),
+                peer: holders
+                    .iter()
+                    .map(|holder| holder.address.as_str())
+                    .collect::<Vec<_>>()
+                    .join(", "),
                 why: "none of the nodes that are said to hold it gave it".into(),
             };
             if let Some(fetch) = self.fetches.get_mut(&id) {
@@ -192,17 +220,33 @@ impl Engine {
         // The answer comes when the link is up: `link_established` starts waiting fetches again.
         self.hints.remember(&self.fetches[&id].key.clone(), holder.node);
         self.dial(&holder.address);
-        self.timers.set(self.now.after_ms(RETRY_MS * 10), Timer::Retry(id));
+        self.timers
+            .set(self.now.after_ms(RETRY_MS * 10), Timer::Retry(id));
     }
 
     fn fetch_ask(&mut self, id: FetchId, node: NodeId) {
         let Some(link) = self.link_to(node) else { return };
-        let Some(fetch) = self.fetches.get_mut(&id) else { return };
-        let (range, inline_max) = match fetch.want {
-            Want::Object { .. } => (fetch.range, self.config.threshold_bytes.unwrap_or(THRESHOLD_DEFAULT)),
-            Want::Stat | Want::Existence => (Some(Range { start: 0, len_bytes: 0 }), 0),
+        let Some(fetch) = self.fetches.get_mut(&id) else {
+            return;
         };
-        let message = PeerMessage::Get { key: fetch.key.clone(), range, inline_max };
+        let (range, inline_max) = match fetch.want {
+            Want::Object { .. } => (
+                fetch.range,
+                self.config.threshold_bytes.unwrap_or(THRESHOLD_DEFAULT),
+            ),
+            Want::Stat | Want::Existence => (
+                Some(Range {
+                    start: 0,
+                    len_bytes: 0,
+                }),
+                0,
+            ),
+        };
+        let message = PeerMessage::Get {
+            key: fetch.key.clone(),
+            range,
+            inline_max,
+        };
         let at = self.now;
         let request = self.ask_peer(link, message, Pending::Get { fetch: id });
         if let Some(fetch) = self.fetches.get_mut(&id) {
@@ -228,7 +272,9 @@ impl Engine {
         meta: ObjectMeta,
         payload_len: u64,
     ) {
-        let Some(fetch) = self.fetches.get(&id) else { return };
+        let Some(fetch) = self.fetches.get(&id) else {
+            return;
+        };
         match fetch.want {
             Want::Object { .. } => {}
             Want::Stat | Want::Existence => return self.fetch_described(id, link, object, meta),
@@ -242,9 +288,20 @@ impl Engine {
             return self.fetch_failed(id, &why);
         }
         let Some(extent) = self.space_now(payload_len) else {
-            return self.fetch_needs_room(id, link, Source { object, meta, granted: None }, payload_len);
+            return self.fetch_needs_room(
+                id,
+                link,
+                Source {
+                    object,
+                    meta,
+                    granted: None,
+                },
+                payload_len,
+            );
         };
-        let Some(generation) = self.insert_fetched(id, object, meta, extent) else { return };
+        let Some(generation) = self.insert_fetched(id, object, meta, extent) else {
+            return;
+        };
         if let Some(fetch) = self.fetches.get_mut(&id) {
             fetch.stage = Stage::Landing { link };
         }
@@ -256,7 +313,9 @@ impl Engine {
     }
 
     fn fetch_described(&mut self, id: FetchId, link: LinkId, object: ObjectId, meta: ObjectMeta) {
-        let Some(fetch) = self.fetches.remove(&id) else { return };
+        let Some(fetch) = self.fetches.remove(&id) else {
+            return;
+        };
         if let Some(node) = self.links.get(&link).and_then(|link| link.node) {
             self.hints.remember(&fetch.key, node);
         }
@@ -264,7 +323,13 @@ impl Engine {
         for waiter in fetch.waiters {
             let reply = match fetch.want {
                 Want::Existence => ClientReply::Exists,
-                _ => ClientReply::Stat { object, meta, tier: None, pinned: false, holders: holders.clone() },
+                _ => ClientReply::Stat {
+                    object,
+                    meta,
+                    tier: None,
+                    pinned: false,
+                    holders: holders.clone(),
+                },
             };
             self.reply(waiter.client, waiter.request, Ok(reply));
         }
@@ -279,8 +344,12 @@ impl Engine {
         meta: ObjectMeta,
         granted: Granted,
     ) {
-        let Some(fetch) = self.fetches.get(&id) else { return };
-        let Stage::Asked { at, .. } = fetch.stage else { return };
+        let Some(fetch) = self.fetches.get(&id) else {
+            return;
+        };
+        let Stage::Asked { at, .. } = fetch.stage else {
+            return;
+        };
         if !matches!(fetch.want, Want::Object { .. }) {
             self.tell_peer(link, PeerMessage::Release { lease: granted.lease });
             return self.fetch_described(id, link, object, meta);
@@ -297,7 +366,16 @@ impl Engine {
             Err(why) => return self.fetch_failed(id, &why),
         };
         let valid_until = at.after_ms(u64::from(granted.lease_ms) * 4 / 5);
-        self.fetch_needs_room(id, link, Source { object, meta, granted: Some((granted, valid_until)) }, len_bytes);
+        self.fetch_needs_room(
+            id,
+            link,
+            Source {
+                object,
+                meta,
+                granted: Some((granted, valid_until)),
+            },
+            len_bytes,
+        );
     }
 
     fn fetch_needs_room(&mut self, id: FetchId, link: LinkId, source: Source, len_bytes: u64) {
@@ -322,17 +400,35 @@ impl Engine {
             let _ = self.space.free(extent);
             return self.fetch_again(id);
         };
-        let Some(generation) = self.insert_fetched(id, source.object, source.meta, extent) else { return };
+        let Some(generation) = self.insert_fetched(id, source.object, source.meta, extent) else {
+            return;
+        };
         let transfer = TransferId(self.next_transfer);
         self.next_transfer += 1;
         self.transfers.insert(transfer, (generation, id));
         if let Some(fetch) = self.fetches.get_mut(&id) {
-            fetch.stage = Stage::Reading { link, transfer, granted, valid_until };
+            fetch.stage = Stage::Reading {
+                link,
+                transfer,
+                granted,
+                valid_until,
+            };
         }
-        self.out.push(Action::Read { link, transfer, remote: granted.extent, local: extent });
+        self.out.push(Action::Read {
+            link,
+            transfer,
+            remote: granted.extent,
+            local: extent,
+        });
     }
 
-    fn insert_fetched(&mut self, id: FetchId, object: ObjectId, meta: ObjectMeta, extent: Extent) -> Option<Generation> {
+    fn insert_fetched(
+        &mut self,
+        id: FetchId,
+        object: ObjectId,
+        meta: ObjectMeta,
+        extent: Extent,
+    ) -> Option<Generation> {
         let fetch = self.fetches.get(&id)?;
         let transient = fetch.want != Want::Object { keep: true };
         Some(self.objects.insert(Object {
@@ -356,7 +452,9 @@ impl Engine {
 
     /// The payload of a DATA is in its place, or never will be.
     pub(super) fn landed(&mut self, request: u64, result: Result<(), StoreError>) {
-        let Some((generation, id)) = self.landing.remove(&request) else { return };
+        let Some((generation, id)) = self.landing.remove(&request) else {
+            return;
+        };
         if let Some(object) = self.objects.get_mut(generation) {
             object.filling = false;
         }
@@ -375,11 +473,19 @@ impl Engine {
 
     /// A read has ended.
     pub(super) fn read_done(&mut self, transfer: TransferId, result: Result<(), StoreError>) {
-        let Some((generation, id)) = self.transfers.remove(&transfer) else { return };
+        let Some((generation, id)) = self.transfers.remove(&transfer) else {
+            return;
+        };
         if let Some(object) = self.objects.get_mut(generation) {
             object.filling = false;
         }
-        let Some(&Stage::Reading { link, granted, valid_until, .. }) = self.fetches.get(&id).map(|f| &f.stage) else {
+        let Some(&Stage::Reading {
+            link,
+            granted,
+            valid_until,
+            ..
+        }) = self.fetches.get(&id).map(|f| &f.stage)
+        else {
             // Its fetch was given up; this was what the extent waited for.
             return self.free_object(generation);
         };
@@ -404,7 +510,9 @@ impl Engine {
     }
 
     fn fetch_complete(&mut self, id: FetchId, generation: Generation, path: Path) {
-        let Some(fetch) = self.fetches.remove(&id) else { return };
+        let Some(fetch) = self.fetches.remove(&id) else {
+            return;
+        };
         match path {
             Path::Eager => self.counters.eager += 1,
             _ => self.counters.read += 1,
@@ -413,12 +521,18 @@ impl Engine {
             Stage::Landing { link, .. } | Stage::Reading { link, .. } => Some(link),
             _ => None,
         };
-        if let Some(node) = link.and_then(|link| self.links.get(&link)).and_then(|link| link.node) {
+        if let Some(node) = link
+            .and_then(|link| self.links.get(&link))
+            .and_then(|link| link.node)
+        {
             self.hints.remember(&fetch.key, node);
         }
         let mut generation = generation;
         if fetch.want == (Want::Object { keep: true }) {
-            let checksum = self.objects.get(generation).map_or(crate::Checksum::None, |o| o.meta.checksum);
+            let checksum = self
+                .objects
+                .get(generation)
+                .map_or(crate::Checksum::None, |o| o.meta.checksum);
             // Someone may have put or fetched the same key meanwhile; then that object is the answer.
             let _ = self.publish(generation, checksum);
             match self.objects.sealed(&fetch.key) {
@@ -429,11 +543,17 @@ impl Engine {
                 }
             }
         }
-        let Some(extent) = self.objects.get(generation).map(|object| object.extent) else { return };
+        let Some(extent) = self.objects.get(generation).map(|object| object.extent) else {
+            return;
+        };
         for waiter in fetch.waiters {
             self.locate(waiter.client, waiter.request, generation, extent, path);
         }
-        if self.objects.get(generation).is_some_and(|object| object.transient) {
+        if self
+            .objects
+            .get(generation)
+            .is_some_and(|object| object.transient)
+        {
             // From here on only the pins that were just made hold it.
             self.withdraw(generation);
         }
@@ -448,7 +568,9 @@ impl Engine {
 
     /// The fetch cannot succeed.
     pub(super) fn fetch_failed(&mut self, id: FetchId, why: &StoreError) {
-        let Some(fetch) = self.fetches.remove(&id) else { return };
+        let Some(fetch) = self.fetches.remove(&id) else {
+            return;
+        };
         self.leave_stage(fetch.stage);
         if fetch.want == Want::Existence && why.kind() == ErrorKind::NotFound {
             for waiter in fetch.waiters {
@@ -466,7 +588,9 @@ impl Engine {
             why.kind(),
             ErrorKind::PeerLost | ErrorKind::Busy | ErrorKind::Stale | ErrorKind::TimedOut | ErrorKind::Os
         );
-        let Some(fetch) = self.fetches.get_mut(&id) else { return };
+        let Some(fetch) = self.fetches.get_mut(&id) else {
+            return;
+        };
         let alone = self.directory.is_some() && self.peers.is_empty();
         if !passing || alone {
             return self.fetch_failed(id, why);
@@ -486,15 +610,23 @@ impl Engine {
     }
 
     pub(super) fn fetch_retry(&mut self, id: FetchId) {
-        if self.fetches.get(&id).is_some_and(|fetch| matches!(fetch.stage, Stage::Waiting)) {
+        if self
+            .fetches
+            .get(&id)
+            .is_some_and(|fetch| matches!(fetch.stage, Stage::Waiting))
+        {
             self.fetch_start(id);
         }
     }
 
     /// A link to a node is there: fetches that waited for it go on.
     pub(super) fn fetches_waiting_start(&mut self) {
-        let waiting: Vec<FetchId> =
-            self.fetches.iter().filter(|(_, f)| matches!(f.stage, Stage::Waiting)).map(|(&id, _)| id).collect();
+        let waiting: Vec<FetchId> = self
+            .fetches
+            .iter()
+            .filter(|(_, f)| matches!(f.stage, Stage::Waiting))
+            .map(|(&id, _)| id)
+            .collect();
         for id in waiting {
             self.fetch_start(id);
         }
@@ -504,7 +636,9 @@ impl Engine {
     pub(super) fn fetch_refused(&mut self, link: LinkId, id: FetchId, why: &StoreError) {
         let node = self.links.get(&link).and_then(|link| link.node);
         let from_directory = self.directory_link == Some(link);
-        let Some(fetch) = self.fetches.get_mut(&id) else { return };
+        let Some(fetch) = self.fetches.get_mut(&id) else {
+            return;
+        };
         fetch.stage = Stage::Waiting;
         match why.kind() {
             ErrorKind::NotFound if from_directory => self.fetch_failed(id, why),
@@ -534,10 +668,16 @@ impl Engine {
             // A read or a landing ends by its own completion, which says when no more bytes land.
             _ => false,
         };
-        let lost: Vec<FetchId> =
-            self.fetches.iter().filter(|(_, f)| of_link(&f.stage)).map(|(&id, _)| id).collect();
+        let lost: Vec<FetchId> = self
+            .fetches
+            .iter()
+            .filter(|(_, f)| of_link(&f.stage))
+            .map(|(&id, _)| id)
+            .collect();
         for id in lost {
-            let Some(fetch) = self.fetches.get_mut(&id) else { continue };
+            let Some(fetch) = self.fetches.get_mut(&id) else {
+                continue;
+            };
             fetch.tried.extend(node);
             let why = StoreError::PeerLost {
                 operation: "get".into(),
@@ -551,9 +691,12 @@ impl Engine {
 
     pub(super) fn fetch_deadline(&mut self, id: FetchId) {
         let now = self.now;
-        let Some(fetch) = self.fetches.get_mut(&id) else { return };
-        let (late, waiting): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut fetch.waiters).into_iter().partition(|waiter| waiter.deadline <= now);
+        let Some(fetch) = self.fetches.get_mut(&id) else {
+            return;
+        };
+        let (late, waiting): (Vec<_>, Vec<_>) = std::mem::take(&mut fetch.waiters)
+            .into_iter()
+            .partition(|waiter| waiter.deadline <= now);
         fetch.waiters = waiting;
         let key = fetch.key.clone();
         for waiter in late {
@@ -575,7 +718,10 @@ impl Engine {
     }
 
     fn drop_fetch_without_waiters(&mut self, id: FetchId) {
-        if self.fetches.get(&id).is_some_and(|fetch| fetch.waiters.is_empty())
+        if self
+            .fetches
+            .get(&id)
+            .is_some_and(|fetch| fetch.waiters.is_empty())
             && let Some(fetch) = self.fetches.remove(&id)
         {
             self.leave_stage(fetch.stage);
@@ -596,7 +742,12 @@ impl Engine {
                     self.tell_peer(link, PeerMessage::Release { lease: granted.lease });
                 }
             }
-            Stage::Reading { link, transfer, granted, .. } => {
+            Stage::Reading {
+                link,
+                transfer,
+                granted,
+                ..
+            } => {
                 self.out.push(Action::CancelRead { transfer });
                 self.tell_peer(link, PeerMessage::Release { lease: granted.lease });
             }

@@ -27,9 +27,11 @@ impl State {
                 *self = to;
                 Ok(())
             }
-            (from, to) => {
-                Err(StoreError::stale("object", key, format!("it is {from:?} and cannot become {to:?}")))
-            }
+            (from, to) => Err(StoreError::stale(
+                "object",
+                key,
+                format!("it is {from:?} and cannot become {to:?}"),
+            )),
         }
     }
 }

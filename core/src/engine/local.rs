@@ -48,17 +48,33 @@ pub(super) enum Waiter {
 impl Engine {
     pub(super) fn reply(&mut self, client: ClientId, request: u64, reply: Result<ClientReply, StoreError>) {
         if self.clients.contains_key(&client) {
-            self.out.push(Action::Reply { client, request, reply, attachment: None });
+            self.out.push(Action::Reply {
+                client,
+                request,
+                reply,
+                attachment: None,
+            });
         }
     }
 
     pub(super) fn client_joined(&mut self, client: ClientId, trusted: bool) {
-        self.clients.insert(client, Client { trusted, ..Client::default() });
+        self.clients.insert(
+            client,
+            Client {
+                trusted,
+                ..Client::default()
+            },
+        );
     }
 
     pub(super) fn client_left(&mut self, client: ClientId) {
-        let Some(state) = self.clients.remove(&client) else { return };
-        self.out.push(Action::Note(Event::ClientLeft { client, reservations: state.reservations.len() }));
+        let Some(state) = self.clients.remove(&client) else {
+            return;
+        };
+        self.out.push(Action::Note(Event::ClientLeft {
+            client,
+            reservations: state.reservations.len(),
+        }));
         for reservation in state.reservations {
             self.abort(reservation);
         }
@@ -83,7 +99,9 @@ impl Engine {
         message: ClientMessage,
         payload: Bytes,
     ) {
-        let Some(state) = self.clients.get(&client) else { return };
+        let Some(state) = self.clients.get(&client) else {
+            return;
+        };
         if !state.greeted && !matches!(message, ClientMessage::Hello { .. }) {
             let why = StoreError::protocol(format!("{} came before hello", message.name()));
             self.out.push(Action::CloseClient { client, why });
@@ -105,29 +123,70 @@ impl Engine {
     ) -> Result<Option<ClientReply>, StoreError> {
         let wants_payload = matches!(message, ClientMessage::Put { .. } | ClientMessage::Write { .. });
         if !wants_payload && !payload.is_empty() {
-            return Err(StoreError::protocol(format!("{} has a payload of {} bytes", message.name(), payload.len())));
+            return Err(StoreError::protocol(format!(
+                "{} has a payload of {} bytes",
+                message.name(),
+                payload.len()
+            )));
         }
         match message {
-            ClientMessage::Hello { version_min, version_max } => {
+            ClientMessage::Hello {
+                version_min,
+                version_max,
+            } => {
                 return self.greet(client, request, version_min, version_max);
             }
-            ClientMessage::Put { key, meta, hints, if_exists } => {
-                let object = NewObject { key, meta, hints, if_exists };
+            ClientMessage::Put {
+                key,
+                meta,
+                hints,
+                if_exists,
+            } => {
+                let object = NewObject {
+                    key,
+                    meta,
+                    hints,
+                    if_exists,
+                };
                 return self.put(client, request, object, payload);
             }
-            ClientMessage::Reserve { key, meta, hints, if_exists } => {
-                return self.reserve(client, request, NewObject { key, meta, hints, if_exists });
+            ClientMessage::Reserve {
+                key,
+                meta,
+                hints,
+                if_exists,
+            } => {
+                return self.reserve(
+                    client,
+                    request,
+                    NewObject {
+                        key,
+                        meta,
+                        hints,
+                        if_exists,
+                    },
+                );
             }
             ClientMessage::Mapped { segment } => self.mapped(client, segment)?,
-            ClientMessage::Write { reservation, offset } => self.write(client, reservation, offset, payload)?,
-            ClientMessage::Seal { reservation, checksum } => {
+            ClientMessage::Write { reservation, offset } => {
+                self.write(client, reservation, offset, payload)?
+            }
+            ClientMessage::Seal {
+                reservation,
+                checksum,
+            } => {
                 return self.seal_request(client, request, reservation, checksum);
             }
             ClientMessage::Abort { reservation } => {
                 self.reservation_of(client, reservation)?;
                 self.abort(reservation);
             }
-            ClientMessage::Get { key, range, timeout_ms, keep } => {
+            ClientMessage::Get {
+                key,
+                range,
+                timeout_ms,
+                keep,
+            } => {
                 self.get(client, request, key, range, timeout_ms, keep);
                 return Ok(None);
             }
@@ -188,14 +247,23 @@ impl Engine {
         if object.meta.len_bytes > self.space.capacity_bytes() {
             let operation = format!("put {:?}", object.key);
             let limit = self.space.capacity_bytes();
-            return Err(StoreError::too_large(operation, "object length in bytes", object.meta.len_bytes, limit));
+            return Err(StoreError::too_large(
+                operation,
+                "object length in bytes",
+                object.meta.len_bytes,
+                limit,
+            ));
         }
         match self.objects.sealed(&object.key) {
             None => Ok(None),
-            Some(_) if object.if_exists == IfExists::Error => {
-                Err(StoreError::AlreadyExists { key: object.key.to_string() })
-            }
-            Some((_, there)) => Ok(Some(ClientReply::Sealed { object: there.id, kept: true, slot: there.slot })),
+            Some(_) if object.if_exists == IfExists::Error => Err(StoreError::AlreadyExists {
+                key: object.key.to_string(),
+            }),
+            Some((_, there)) => Ok(Some(ClientReply::Sealed {
+                object: there.id,
+                kept: true,
+                slot: there.slot,
+            })),
         }
     }
 
@@ -210,17 +278,34 @@ impl Engine {
         if len_bytes != object.meta.len_bytes {
             return Err(StoreError::invalid(
                 "payload",
-                format!("put {:?}: {len_bytes} bytes, the metadata says {}", object.key, object.meta.len_bytes),
+                format!(
+                    "put {:?}: {len_bytes} bytes, the metadata says {}",
+                    object.key, object.meta.len_bytes
+                ),
             ));
         }
         if len_bytes > u64::from(INLINE_PUT_MAX) {
             let limit = u64::from(INLINE_PUT_MAX);
-            return Err(StoreError::too_large("put", "payload in bytes (reserve and seal instead)", len_bytes, limit));
+            return Err(StoreError::too_large(
+                "put",
+                "payload in bytes (reserve and seal instead)",
+                len_bytes,
+                limit,
+            ));
         }
         if let Some(kept) = self.check_new(&object)? {
             return Ok(Some(kept));
         }
-        self.want_space(Purpose::Put { client, request, object, payload }, Owner::Node, len_bytes);
+        self.want_space(
+            Purpose::Put {
+                client,
+                request,
+                object,
+                payload,
+            },
+            Owner::Node,
+            len_bytes,
+        );
         Ok(None)
     }
 
@@ -235,7 +320,10 @@ impl Engine {
         let checksum = object.meta.checksum;
         let generation = self.insert_new(object, extent, client, false);
         if !payload.is_empty() {
-            self.out.push(Action::Fill { extent, bytes: payload });
+            self.out.push(Action::Fill {
+                extent,
+                bytes: payload,
+            });
         }
         self.seal(client, request, generation, checksum);
     }
@@ -263,7 +351,11 @@ impl Engine {
 
     fn new_object_id(&mut self) -> ObjectId {
         let number = self.objects.next_object_number();
-        ObjectId { origin: self.config.member.node, epoch: self.config.member.epoch, number }
+        ObjectId {
+            origin: self.config.member.node,
+            epoch: self.config.member.epoch,
+            number,
+        }
     }
 
     fn reserve(
@@ -276,7 +368,15 @@ impl Engine {
             return Ok(Some(kept));
         }
         let len_bytes = object.meta.len_bytes;
-        self.want_space(Purpose::Reserve { client, request, object }, Owner::Client(client), len_bytes);
+        self.want_space(
+            Purpose::Reserve {
+                client,
+                request,
+                object,
+            },
+            Owner::Client(client),
+            len_bytes,
+        );
         Ok(None)
     }
 
@@ -299,13 +399,29 @@ impl Engine {
             state.unmapped.insert(extent.segment);
             attachment = Some(Attachment::Segment(extent.segment));
         }
-        let map = if in_place { self.space.len_bytes(extent.segment) } else { None };
-        let reply = Ok(ClientReply::Reserved { reservation, extent, map });
-        self.out.push(Action::Reply { client, request, reply, attachment });
+        let map = if in_place {
+            self.space.len_bytes(extent.segment)
+        } else {
+            None
+        };
+        let reply = Ok(ClientReply::Reserved {
+            reservation,
+            extent,
+            map,
+        });
+        self.out.push(Action::Reply {
+            client,
+            request,
+            reply,
+            attachment,
+        });
     }
 
     fn mapped(&mut self, client: ClientId, segment: SegmentId) -> Result<(), StoreError> {
-        let granted = self.clients.get_mut(&client).is_some_and(|state| state.unmapped.remove(&segment));
+        let granted = self
+            .clients
+            .get_mut(&client)
+            .is_some_and(|state| state.unmapped.remove(&segment));
         if granted {
             self.space.close_to_writers(segment);
             self.out.push(Action::CloseToWriters { segment });
@@ -314,13 +430,20 @@ impl Engine {
         if self.space.owner(segment) == Some(Owner::Client(client)) {
             return Ok(());
         }
-        Err(StoreError::denied("mapped", format!("segment {segment} was not granted to this client")))
+        Err(StoreError::denied(
+            "mapped",
+            format!("segment {segment} was not granted to this client"),
+        ))
     }
 
     fn reservation_of(&self, client: ClientId, reservation: Generation) -> Result<&Object, StoreError> {
         match self.objects.get(reservation) {
             Some(object) if object.state == State::Reserved && object.writer == Some(client) => Ok(object),
-            _ => Err(StoreError::stale("reservation", reservation, "this client has no such reservation")),
+            _ => Err(StoreError::stale(
+                "reservation",
+                reservation,
+                "this client has no such reservation",
+            )),
         }
     }
 
@@ -333,10 +456,16 @@ impl Engine {
     ) -> Result<(), StoreError> {
         let object = self.reservation_of(client, reservation)?;
         if object.in_place {
-            return Err(StoreError::invalid("write", "this reservation is written in place, through its mapping"));
+            return Err(StoreError::invalid(
+                "write",
+                "this reservation is written in place, through its mapping",
+            ));
         }
         let extent = object.extent.slice(offset, payload.len() as u64)?;
-        self.out.push(Action::Fill { extent, bytes: payload });
+        self.out.push(Action::Fill {
+            extent,
+            bytes: payload,
+        });
         Ok(())
     }
 
@@ -351,7 +480,10 @@ impl Engine {
         if object.in_place && !self.space.is_closed_to_writers(object.extent.segment) {
             return Err(StoreError::invalid(
                 "seal",
-                format!("segment {} was granted but never acknowledged as mapped", object.extent.segment),
+                format!(
+                    "segment {} was granted but never acknowledged as mapped",
+                    object.extent.segment
+                ),
             ));
         }
         let (copy, len_bytes) = (object.hints.seal_copy && object.in_place, object.extent.len_bytes);
@@ -369,7 +501,13 @@ impl Engine {
             // The request number travels in the pending table: the copy outlives this call.
             self.pending_copies.insert(reservation, (client, request));
         }
-        self.want_space(Purpose::SealCopy { generation: reservation }, Owner::Node, len_bytes);
+        self.want_space(
+            Purpose::SealCopy {
+                generation: reservation,
+            },
+            Owner::Node,
+            len_bytes,
+        );
         Ok(None)
     }
 
@@ -385,13 +523,19 @@ impl Engine {
     }
 
     pub(super) fn copy_done(&mut self, generation: Generation, result: Result<(), StoreError>) {
-        let Some(to) = self.copy_targets.remove(&generation) else { return };
+        let Some(to) = self.copy_targets.remove(&generation) else {
+            return;
+        };
         if let Err(error) = result {
             let _ = self.space.free(to);
             return self.seal_failed(generation, error);
         }
-        let Some((client, request)) = self.pending_copies.remove(&generation) else { return };
-        let Some(object) = self.objects.get_mut(generation) else { return };
+        let Some((client, request)) = self.pending_copies.remove(&generation) else {
+            return;
+        };
+        let Some(object) = self.objects.get_mut(generation) else {
+            return;
+        };
         let from = std::mem::replace(&mut object.extent, to);
         object.filling = false;
         object.in_place = false;
@@ -410,20 +554,40 @@ impl Engine {
 
     /// Makes an object visible, asking the directory first where the put must be the only one of its key.
     fn seal(&mut self, client: ClientId, request: u64, generation: Generation, checksum: Checksum) {
-        let Some(object) = self.objects.get(generation) else { return };
+        let Some(object) = self.objects.get(generation) else {
+            return;
+        };
         if object.if_exists == IfExists::Error
             && let Some(link) = self.directory_link
         {
             let objects = vec![object.announced()];
-            let pending = Pending::Exclusive { client, request, generation, checksum };
-            self.ask_peer(link, PeerMessage::Announce { objects, exclusive: true }, pending);
+            let pending = Pending::Exclusive {
+                client,
+                request,
+                generation,
+                checksum,
+            };
+            self.ask_peer(
+                link,
+                PeerMessage::Announce {
+                    objects,
+                    exclusive: true,
+                },
+                pending,
+            );
             return;
         }
         self.seal_now(client, request, generation, checksum);
     }
 
     /// Makes an object visible here and answers its client.
-    pub(super) fn seal_now(&mut self, client: ClientId, request: u64, generation: Generation, checksum: Checksum) {
+    pub(super) fn seal_now(
+        &mut self,
+        client: ClientId,
+        request: u64,
+        generation: Generation,
+        checksum: Checksum,
+    ) {
         let reply = self.publish(generation, checksum);
         self.reply(client, request, reply);
     }
@@ -437,22 +601,39 @@ impl Engine {
         let slot = match self.objects.seal(generation, checksum) {
             Ok(slot) => slot,
             Err(error) => {
-                let gone = self.objects.get(generation).map(|object| (object.key.clone(), object.if_exists));
+                let gone = self
+                    .objects
+                    .get(generation)
+                    .map(|object| (object.key.clone(), object.if_exists));
                 self.free_object(generation);
                 let there = gone.and_then(|(key, if_exists)| {
                     let (_, there) = self.objects.sealed(&key)?;
                     (if_exists == IfExists::Keep).then_some((there.id, there.slot))
                 });
-                let Some((object, slot)) = there else { return Err(error) };
-                return Ok(ClientReply::Sealed { object, kept: true, slot });
+                let Some((object, slot)) = there else {
+                    return Err(error);
+                };
+                return Ok(ClientReply::Sealed {
+                    object,
+                    kept: true,
+                    slot,
+                });
             }
         };
         let Some(object) = self.objects.get(generation) else {
-            return Err(StoreError::stale("seal", generation, "there is no such reservation"));
+            return Err(StoreError::stale(
+                "seal",
+                generation,
+                "there is no such reservation",
+            ));
         };
         let (id, key, hints) = (object.id, object.key.clone(), object.hints);
-        let (announced, copied_here, len_bytes) = (object.announced(), object.copied_here, object.extent.len_bytes);
-        self.out.push(Action::Publish { slot, object: object.published(generation) });
+        let (announced, copied_here, len_bytes) =
+            (object.announced(), object.copied_here, object.extent.len_bytes);
+        self.out.push(Action::Publish {
+            slot,
+            object: object.published(generation),
+        });
         if copied_here || hints.cache {
             self.eviction.insert(generation, key.fingerprint(), len_bytes);
         }
@@ -464,11 +645,17 @@ impl Engine {
         }
         self.announce(announced);
         self.key_exists(&key);
-        Ok(ClientReply::Sealed { object: id, kept: false, slot: Some(slot) })
+        Ok(ClientReply::Sealed {
+            object: id,
+            kept: false,
+            slot: Some(slot),
+        })
     }
 
     fn abort(&mut self, reservation: Generation) {
-        let Some(object) = self.objects.get(reservation) else { return };
+        let Some(object) = self.objects.get(reservation) else {
+            return;
+        };
         if let Some(state) = object.writer.and_then(|client| self.clients.get_mut(&client)) {
             state.reservations.remove(&reservation);
         }
@@ -499,7 +686,9 @@ impl Engine {
             }
             return;
         }
-        let want = Want::Object { keep: keep && range.is_none() };
+        let want = Want::Object {
+            keep: keep && range.is_none(),
+        };
         self.fetch(client, request, key, range, want, timeout_ms);
     }
 
@@ -512,7 +701,9 @@ impl Engine {
         extent: Extent,
         path: Path,
     ) {
-        let Some(object) = self.objects.get(generation) else { return };
+        let Some(object) = self.objects.get(generation) else {
+            return;
+        };
         let located = Located {
             object: object.id,
             meta: object.meta,
@@ -523,7 +714,11 @@ impl Engine {
             path,
         };
         if self.clients.contains_key(&client) {
-            self.out.push(Action::PinAndReply { client, request, located });
+            self.out.push(Action::PinAndReply {
+                client,
+                request,
+                located,
+            });
         }
     }
 
@@ -534,13 +729,28 @@ impl Engine {
         segment: SegmentId,
     ) -> Result<Option<ClientReply>, StoreError> {
         let Some(len_bytes) = self.space.len_bytes(segment) else {
-            return Err(StoreError::stale("segment", segment, "there is no such segment (any more)"));
+            return Err(StoreError::stale(
+                "segment",
+                segment,
+                "there is no such segment (any more)",
+            ));
         };
         if !self.space.is_closed_to_writers(segment) {
-            return Err(StoreError::denied("segment", format!("segment {segment} is still being granted")));
+            return Err(StoreError::denied(
+                "segment",
+                format!("segment {segment} is still being granted"),
+            ));
         }
-        let reply = Ok(ClientReply::Segment { len_bytes, tier: Tier::Host });
-        self.out.push(Action::Reply { client, request, reply, attachment: Some(Attachment::Segment(segment)) });
+        let reply = Ok(ClientReply::Segment {
+            len_bytes,
+            tier: Tier::Host,
+        });
+        self.out.push(Action::Reply {
+            client,
+            request,
+            reply,
+            attachment: Some(Attachment::Segment(segment)),
+        });
         Ok(None)
     }
 
@@ -560,12 +770,18 @@ impl Engine {
         let deadline = self.now.after_ms(timeout_ms);
         self.timers.set(deadline, Timer::Wait);
         let who = Waiter::Client { client, request };
-        self.waiting_keys.entry(key).or_default().push(WaitingKey { who, deadline, timeout_ms });
+        self.waiting_keys.entry(key).or_default().push(WaitingKey {
+            who,
+            deadline,
+            timeout_ms,
+        });
     }
 
     /// Answers everyone who waits for this key.
     pub(super) fn key_exists(&mut self, key: &Key) {
-        let Some(waiting) = self.waiting_keys.remove(key) else { return };
+        let Some(waiting) = self.waiting_keys.remove(key) else {
+            return;
+        };
         for waiting in waiting {
             match waiting.who {
                 Waiter::Client { client, request } => self.reply(client, request, Ok(ClientReply::Exists)),
@@ -624,14 +840,19 @@ impl Engine {
         };
         let elsewhere = object.copied_here && self.is_alive(object.id.origin, object.id.epoch);
         if !force && !elsewhere {
-            return Err(StoreError::denied("evict", format!("{key:?}: no other node is known to hold it")));
+            return Err(StoreError::denied(
+                "evict",
+                format!("{key:?}: no other node is known to hold it"),
+            ));
         }
         self.withdraw(generation);
         Ok(())
     }
 
     pub(super) fn ttl_over(&mut self, generation: Generation) {
-        let Some(object) = self.objects.get(generation) else { return };
+        let Some(object) = self.objects.get(generation) else {
+            return;
+        };
         if object.state == State::Sealed && object.hints.ttl_ms.is_some() {
             let key = object.key.clone();
             self.delete_everywhere(key, None);

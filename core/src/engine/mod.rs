@@ -23,12 +23,13 @@ pub use action::{Action, Attachment, Event, PublishedObject};
 pub use directory::{Directory, Verdict};
 pub use input::{EngineConfig, FabricId, Input, THRESHOLD_DEFAULT};
 pub use lifecycle::State;
+pub use room::StartUp;
 pub use timer::Time;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::evict::S3Fifo;
-use crate::tier::{ClientId, Generation, LeaseId, LinkId, NodeId, TransferId};
+use crate::tier::{ClientId, Generation, LeaseId, LinkId, NodeId, SegmentId, TransferId};
 use crate::wire::NodeStatus;
 use cluster::{Link, Peer};
 use fetch::{Fetch, FetchId, Hints};
@@ -57,6 +58,9 @@ pub struct Engine {
     space: Space,
     /// Requests that wait for room, oldest first.
     waiting_space: VecDeque<SpaceRequest>,
+    /// Segments that a start-up still waits for.
+    first_segments: BTreeSet<SegmentId>,
+    first_failure: Option<crate::StoreError>,
     /// Whether an object was withdrawn since the last look at the pins.
     scan_wanted: bool,
 
@@ -110,6 +114,8 @@ impl Engine {
             eviction: S3Fifo::default(),
             space: Space::new(config.capacity_bytes, config.client_quota_bytes),
             waiting_space: VecDeque::new(),
+            first_segments: BTreeSet::new(),
+            first_failure: None,
             scan_wanted: false,
             clients: BTreeMap::new(),
             pending_copies: BTreeMap::new(),
@@ -147,15 +153,30 @@ impl Engine {
             Input::Start => self.start(),
             Input::Tick => {}
             Input::ClientJoined { client, trusted } => self.client_joined(client, trusted),
-            Input::ClientRequest { client, request, message, payload } => {
+            Input::ClientRequest {
+                client,
+                request,
+                message,
+                payload,
+            } => {
                 self.client_request(client, request, message, payload);
             }
             Input::ClientLeft { client } => self.client_left(client),
             Input::ClientProcessGone { client } => self.space.adopt_segments_of(client),
-            Input::LinkUp { link, fabric, address, inbound } => self.link_up(link, fabric, address, inbound),
+            Input::LinkUp {
+                link,
+                fabric,
+                address,
+                inbound,
+            } => self.link_up(link, fabric, address, inbound),
             Input::LinkDown { link, why } => self.link_down(link, &why),
             Input::ConnectFailed { address, why } => self.connect_failed(&address, &why),
-            Input::PeerMessage { link, request, message, payload_len } => {
+            Input::PeerMessage {
+                link,
+                request,
+                message,
+                payload_len,
+            } => {
                 self.peer_message(link, request, message, payload_len);
             }
             Input::Refused { link, why } => self.peer_refused(link, &why),
@@ -183,9 +204,15 @@ impl Engine {
 
     fn start(&mut self) {
         for (segment, len_bytes) in self.space.first_segments() {
-            self.out.push(Action::CreateSegment { segment, len_bytes, owner: None });
+            self.first_segments.insert(segment);
+            self.out.push(Action::CreateSegment {
+                segment,
+                len_bytes,
+                owner: None,
+            });
         }
-        self.timers.set(self.now.after_ms(self.config.heartbeat_ms), Timer::Heartbeat);
+        self.timers
+            .set(self.now.after_ms(self.config.heartbeat_ms), Timer::Heartbeat);
         if let Some(address) = self.config.join.clone() {
             self.dial(&address);
         }

@@ -24,6 +24,17 @@ const WAIT_MS: u64 = 10_000;
 /// How soon draining objects are looked at again, in milliseconds.
 pub(super) const DRAIN_MS: u64 = 50;
 
+/// How far the memory of a starting node is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StartUp {
+    /// Segments are being made.
+    Making,
+    /// All are there.
+    Ready,
+    /// One could not be made: the node has less memory than it was configured for.
+    Failed(StoreError),
+}
+
 /// A put as its client described it.
 #[derive(Clone, Debug)]
 pub(super) struct NewObject {
@@ -36,10 +47,23 @@ pub(super) struct NewObject {
 /// What an extent is wanted for.
 #[derive(Debug)]
 pub(super) enum Purpose {
-    Put { client: ClientId, request: u64, object: NewObject, payload: Bytes },
-    Reserve { client: ClientId, request: u64, object: NewObject },
-    Fetch { fetch: FetchId },
-    SealCopy { generation: Generation },
+    Put {
+        client: ClientId,
+        request: u64,
+        object: NewObject,
+        payload: Bytes,
+    },
+    Reserve {
+        client: ClientId,
+        request: u64,
+        object: NewObject,
+    },
+    Fetch {
+        fetch: FetchId,
+    },
+    SealCopy {
+        generation: Generation,
+    },
 }
 
 #[derive(Debug)]
@@ -63,7 +87,14 @@ impl Engine {
     /// Finds an extent now or later; `space_found` or `space_missing` goes on from there.
     pub(super) fn want_space(&mut self, purpose: Purpose, owner: Owner, len_bytes: u64) {
         let deadline = self.now.after_ms(WAIT_MS);
-        let request = SpaceRequest { purpose, owner, len_bytes, deadline, rounds: 0, scanned: false };
+        let request = SpaceRequest {
+            purpose,
+            owner,
+            len_bytes,
+            deadline,
+            rounds: 0,
+            scanned: false,
+        };
         self.try_space(request);
     }
 
@@ -100,7 +131,11 @@ impl Engine {
             return Outcome::Found(extent);
         }
         match self.space.grow(owner, len_bytes) {
-            Growth::Create { retire, segment, len_bytes } => {
+            Growth::Create {
+                retire,
+                segment,
+                len_bytes,
+            } => {
                 for (segment, len_bytes) in retire {
                     self.out.push(Action::RetireSegment { segment, len_bytes });
                 }
@@ -108,7 +143,11 @@ impl Engine {
                     Owner::Client(client) => Some(client),
                     Owner::Node | Owner::Left(_) => None,
                 };
-                self.out.push(Action::CreateSegment { segment, len_bytes, owner: client });
+                self.out.push(Action::CreateSegment {
+                    segment,
+                    len_bytes,
+                    owner: client,
+                });
                 return Outcome::Wait;
             }
             Growth::UnderWay => return Outcome::Wait,
@@ -156,27 +195,38 @@ impl Engine {
         self.eviction = queue;
         let mut bytes = 0;
         for generation in &victims {
-            bytes += self.objects.get(*generation).map_or(0, |object| object.extent.len_bytes);
+            bytes += self
+                .objects
+                .get(*generation)
+                .map_or(0, |object| object.extent.len_bytes);
             self.withdraw(*generation);
         }
         if victims.is_empty() {
             return false;
         }
         self.counters.evicted += victims.len() as u64;
-        self.out.push(Action::Note(Event::Evicted { objects: victims.len() as u64, len_bytes: bytes }));
+        self.out.push(Action::Note(Event::Evicted {
+            objects: victims.len() as u64,
+            len_bytes: bytes,
+        }));
         true
     }
 
     /// Whether an object may be dropped to make room for `owner`: a copy whose origin lives, or one that was put as
     /// cache; without a reader that would hold its extent anyway; in memory that the owner could use.
     fn may_evict(&self, generation: Generation, owner: Owner) -> bool {
-        let Some(object) = self.objects.get(generation) else { return false };
+        let Some(object) = self.objects.get(generation) else {
+            return false;
+        };
         let elsewhere = object.copied_here && self.is_alive(object.id.origin, object.id.epoch);
         object.state == State::Sealed
             && !object.hints.pin
             && (object.hints.cache || elsewhere)
             && object.only_pins_hold()
-            && self.space.owner(object.extent.segment).is_some_and(|of| of == owner || of == Owner::Node)
+            && self
+                .space
+                .owner(object.extent.segment)
+                .is_some_and(|of| of == owner || of == Owner::Node)
     }
 
     /// Looks at every waiting request again, oldest first.
@@ -188,7 +238,9 @@ impl Engine {
 
     pub(super) fn space_deadlines(&mut self) {
         let now = self.now;
-        let (late, waiting) = std::mem::take(&mut self.waiting_space).into_iter().partition(|r| r.deadline <= now);
+        let (late, waiting) = std::mem::take(&mut self.waiting_space)
+            .into_iter()
+            .partition(|r| r.deadline <= now);
         self.waiting_space = waiting;
         for request in Vec::from_iter::<std::collections::VecDeque<SpaceRequest>>(late) {
             let error = self.no_space(&request);
@@ -198,10 +250,19 @@ impl Engine {
 
     fn space_found(&mut self, purpose: Purpose, owner: Owner, extent: Extent) {
         match purpose {
-            Purpose::Put { client, request, object, payload } => {
+            Purpose::Put {
+                client,
+                request,
+                object,
+                payload,
+            } => {
                 self.put_into(client, request, object, payload, extent);
             }
-            Purpose::Reserve { client, request, object } => {
+            Purpose::Reserve {
+                client,
+                request,
+                object,
+            } => {
                 self.reserve_in(client, request, object, extent, owner != Owner::Node);
             }
             Purpose::Fetch { fetch } => self.fetch_into(fetch, extent),
@@ -232,14 +293,29 @@ impl Engine {
             .retain(|request| !matches!(request.purpose, Purpose::Fetch { fetch } if fetch == gone));
     }
 
+    /// How far the first segments are.
+    #[must_use]
+    pub fn start_up(&self) -> StartUp {
+        match &self.first_failure {
+            Some(error) => StartUp::Failed(error.clone()),
+            None if self.first_segments.is_empty() => StartUp::Ready,
+            None => StartUp::Making,
+        }
+    }
+
     pub(super) fn segment_ready(&mut self, segment: SegmentId, keys: Vec<(FabricId, RemoteKey)>) {
+        self.first_segments.remove(&segment);
         if !self.space.ready(segment, keys) {
             return;
         }
         if let (Some(Owner::Client(client)), Some(len_bytes)) =
             (self.space.owner(segment), self.space.len_bytes(segment))
         {
-            self.out.push(Action::Note(Event::SegmentGranted { segment, client, len_bytes }));
+            self.out.push(Action::Note(Event::SegmentGranted {
+                segment,
+                client,
+                len_bytes,
+            }));
         }
         self.retry_space();
         self.retire_returned();
@@ -247,7 +323,13 @@ impl Engine {
 
     pub(super) fn segment_failed(&mut self, segment: SegmentId, why: &StoreError) {
         self.space.failed(segment);
-        self.out.push(Action::Note(Event::SegmentFailed { segment, why: why.to_string() }));
+        if self.first_segments.remove(&segment) {
+            self.first_failure = Some(why.clone());
+        }
+        self.out.push(Action::Note(Event::SegmentFailed {
+            segment,
+            why: why.to_string(),
+        }));
         self.retry_space();
     }
 
@@ -255,7 +337,8 @@ impl Engine {
         for segment in self.space.retirable() {
             if let Some(len_bytes) = self.space.retire(segment) {
                 self.out.push(Action::RetireSegment { segment, len_bytes });
-                self.out.push(Action::Note(Event::SegmentRetired { segment, len_bytes }));
+                self.out
+                    .push(Action::Note(Event::SegmentRetired { segment, len_bytes }));
             }
         }
     }
@@ -263,7 +346,10 @@ impl Engine {
     /// The client says that it no longer maps a granted segment.
     pub(super) fn return_segment(&mut self, client: ClientId, segment: SegmentId) -> Result<(), StoreError> {
         if !self.space.returned(segment, client) {
-            return Err(StoreError::denied("return", format!("segment {segment} was not granted to this client")));
+            return Err(StoreError::denied(
+                "return",
+                format!("segment {segment} was not granted to this client"),
+            ));
         }
         self.retire_returned();
         Ok(())
@@ -271,7 +357,9 @@ impl Engine {
 
     /// Takes an object out of everyone's reach; its extent is freed when its last reader has gone.
     pub(super) fn withdraw(&mut self, generation: Generation) {
-        let Some(object) = self.objects.get(generation) else { return };
+        let Some(object) = self.objects.get(generation) else {
+            return;
+        };
         let was_sealed = object.state == State::Sealed;
         let announced = object.announced();
         if let Some(slot) = self.objects.drain(generation, self.now) {
@@ -303,7 +391,11 @@ impl Engine {
             .objects
             .draining()
             .filter(|generation| !pinned.contains(generation))
-            .filter(|generation| self.objects.get(*generation).is_some_and(super::objects::Object::only_pins_hold))
+            .filter(|generation| {
+                self.objects
+                    .get(*generation)
+                    .is_some_and(super::objects::Object::only_pins_hold)
+            })
             .collect();
         for generation in &free {
             self.free_object(*generation);
@@ -316,7 +408,9 @@ impl Engine {
 
     /// Takes an object out of the books and gives its extent back.
     pub(super) fn free_object(&mut self, generation: Generation) {
-        let Some(object) = self.objects.remove(generation) else { return };
+        let Some(object) = self.objects.remove(generation) else {
+            return;
+        };
         if let Err(error) = self.space.free(object.extent) {
             // The books of objects and of extents disagree: nothing is handed out twice, the extent is lost.
             debug_assert!(false, "{error}");

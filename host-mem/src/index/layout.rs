@@ -6,11 +6,11 @@
 use hetmem_core::{KEY_LEN_MAX, StoreError};
 
 /// "HETMIDX1" read as text.
-pub const MAGIC: u64 = u64::from_le_bytes(*b"HETMIDX1");
+pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"HETMIDX1");
 /// Goes up with every change of the layout.
-pub const VERSION: u64 = 1;
+pub(crate) const VERSION: u64 = 1;
 /// The most objects an index can be made for.
-pub const OBJECTS_MAX: u32 = 1 << 28;
+pub(crate) const OBJECTS_MAX: u32 = 1 << 28;
 
 /// Words in a cache line.
 #[cfg(not(loom))]

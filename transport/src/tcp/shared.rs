@@ -89,8 +89,6 @@ pub(super) enum Task {
     Report(FabricEvent),
     /// Tell the sink that a read of a link is over, and look whether the link waited for that.
     Finish(Arc<Link>, super::reads::Finished),
-    /// A host name has become an address, or has not.
-    Resolved(Arc<Link>, Result<std::net::SocketAddr, StoreError>),
 }
 
 pub(super) struct Shared {
@@ -272,7 +270,6 @@ impl Shared {
                 Task::Work(conn) => conn.work(self),
                 Task::Report(event) => self.report(event),
                 Task::Finish(link, finished) => link.report_finished(self, vec![finished]),
-                Task::Resolved(link, address) => link.resolved(self, address),
             }
         }
     }

@@ -1,0 +1,231 @@
+//! `hetmem get`: objects into a file. Not the formats. Invariant: the file appears under its name only when it is
+//! complete, and no byte in it differs from its checksum.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use hetmem_client::{ErrorKind, GetOptions, Key, Object, ObjectMeta, Store, StoreError};
+use serde_json::json;
+
+use crate::commands::{all_under, connect, metadata_key};
+use crate::failure::Failure;
+use crate::formats::safetensors::{self, METADATA, Metadata};
+use crate::formats::{Format, npy};
+use crate::output::{Output, bytes};
+
+/// Objects that are asked for at once.
+const BATCH: usize = 16;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The object's key; for a .safetensors file also a prefix, which gives all tensors under PREFIX/
+    key: String,
+    /// The file to write: .safetensors, .npy, anything else for the bytes; - is standard output
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+    /// How long to try, in milliseconds
+    #[arg(long, value_name = "MS", default_value_t = 30_000)]
+    timeout_ms: u64,
+    /// Do not compare the bytes with their checksums
+    #[arg(long)]
+    no_verify: bool,
+}
+
+/// What has been written.
+#[derive(Debug, Default)]
+struct Done {
+    objects: u64,
+    len_bytes: u64,
+}
+
+pub(crate) fn run(args: &Args, socket: Option<&Path>, out: Output) -> Result<(), Failure> {
+    let store = connect(socket)?;
+    let options = GetOptions {
+        timeout: Duration::from_millis(args.timeout_ms),
+        verify: !args.no_verify,
+        ..GetOptions::default()
+    };
+    if args.output.as_os_str() == "-" {
+        let object = store.get_with(&Key::new(&args.key)?, &options)?;
+        let mut stdout = io::stdout().lock();
+        stdout.write_all(&object)?;
+        return Ok(stdout.flush()?);
+    }
+    let started = Instant::now();
+    let mut file = NewFile::create(&args.output)?;
+    let done = match Format::of(&args.output) {
+        Format::Safetensors => tensors(&store, &args.key, &options, &mut file)?,
+        Format::Npy => {
+            let object = store.get_with(&Key::new(&args.key)?, &options)?;
+            npy::write_header(&mut file.out, object.meta())?;
+            single(&object, &mut file)?
+        }
+        Format::Bytes => single(&store.get_with(&Key::new(&args.key)?, &options)?, &mut file)?,
+    };
+    file.finish()?;
+    report(args, &done, started.elapsed(), out)
+}
+
+fn single(object: &Object, file: &mut NewFile) -> Result<Done, StoreError> {
+    file.write(object)?;
+    Ok(Done {
+        objects: 1,
+        len_bytes: object.len() as u64,
+    })
+}
+
+/// All tensors under a prefix; if there are none, the one object of that key.
+fn tensors(store: &Store, key: &str, options: &GetOptions, file: &mut NewFile) -> Result<Done, Failure> {
+    let under = all_under(key);
+    let mut keys = store.list(&under).map(|listed| Ok(listed?.key)).collect::<Result<Vec<_>, StoreError>>()?;
+    let metadata = match keys.iter().position(|found| found.as_str() == format!("{under}{METADATA}")) {
+        Some(at) => {
+            keys.remove(at);
+            Some(metadata_of(store, key, options)?)
+        }
+        None => None,
+    };
+    let mut parts = Vec::new();
+    if keys.is_empty() && metadata.is_none() {
+        let key = Key::new(key)?;
+        let name = key.as_str().rsplit('/').next().unwrap_or_default().to_owned();
+        parts.push((name, stat_of(store, &key, &under)?));
+        keys.push(key);
+    } else {
+        for key in &keys {
+            let name = key.as_str().strip_prefix(&under).unwrap_or(key.as_str());
+            parts.push((name.to_owned(), store.stat(key)?.meta));
+        }
+    }
+    let names = parts.iter().map(|(name, _)| name.clone()).zip(keys);
+    let keys: std::collections::HashMap<String, Key> = names.collect();
+    safetensors::file_order(&mut parts);
+    safetensors::write_header(&mut file.out, &parts, metadata.as_ref())?;
+    let mut done = Done::default();
+    for batch in parts.chunks(BATCH) {
+        let wanted: Vec<Key> = batch.iter().filter_map(|(name, _)| keys.get(name).cloned()).collect();
+        for ((_, meta), object) in batch.iter().zip(store.get_many_with(&wanted, options)) {
+            let object = object?;
+            check_unchanged(&object, meta)?;
+            file.write(&object)?;
+            done.objects += 1;
+            done.len_bytes += object.len() as u64;
+        }
+    }
+    Ok(done)
+}
+
+fn stat_of(store: &Store, key: &Key, under: &str) -> Result<ObjectMeta, StoreError> {
+    match store.stat(key) {
+        Ok(stat) => Ok(stat.meta),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            Err(StoreError::not_found("get", format!("{key} or {under}*")))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// The header was written from what `stat` said; an object that was replaced since does not belong under it.
+fn check_unchanged(object: &Object, meta: &ObjectMeta) -> Result<(), StoreError> {
+    if object.meta() == meta {
+        return Ok(());
+    }
+    Err(StoreError::stale("get", object.key(), "another object took this key meanwhile: get it again"))
+}
+
+fn metadata_of(store: &Store, prefix: &str, options: &GetOptions) -> Result<Metadata, StoreError> {
+    let key = metadata_key(prefix)?;
+    let object = store.get_with(&key, options)?;
+    serde_json::from_slice(&object).map_err(|error| {
+        let why = format!("it should be a JSON map of text to text: {error} (rm it to get the tensors without it)");
+        StoreError::corrupt(&key, why)
+    })
+}
+
+/// A file that takes its name when it is complete, and else leaves nothing.
+struct NewFile {
+    out: BufWriter<File>,
+    path: PathBuf,
+    partial: PathBuf,
+    complete: bool,
+}
+
+impl NewFile {
+    fn create(path: &Path) -> Result<Self, StoreError> {
+        let Some(name) = path.file_name() else {
+            return Err(StoreError::invalid("output", format!("{} is no file name", path.display())));
+        };
+        let name = format!(".{}.{}.partial", name.to_string_lossy(), std::process::id());
+        let partial = path.with_file_name(name);
+        let file = File::create_new(&partial).map_err(|error| file_error("create", &partial, &error))?;
+        Ok(Self {
+            out: BufWriter::with_capacity(1 << 20, file),
+            path: path.to_path_buf(),
+            partial,
+            complete: false,
+        })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
+        self.out.write_all(bytes).map_err(|error| file_error("write", &self.path, &error))
+    }
+
+    fn finish(mut self) -> Result<(), StoreError> {
+        let flushed = self.out.flush().and_then(|()| fs::rename(&self.partial, &self.path));
+        self.complete = flushed.is_ok();
+        flushed.map_err(|error| file_error("write", &self.path, &error))
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        if !self.complete {
+            let _ = fs::remove_file(&self.partial);
+        }
+    }
+}
+
+fn file_error(verb: &str, path: &Path, error: &io::Error) -> StoreError {
+    StoreError::os(format!("{verb} {}", path.display()), error)
+}
+
+fn report(args: &Args, done: &Done, took: Duration, out: Output) -> Result<(), Failure> {
+    let seconds = took.as_secs_f64();
+    out.print(
+        || {
+            json!({
+                "file": args.output, "objects": done.objects, "bytes": done.len_bytes, "seconds": seconds,
+                "verified": !args.no_verify,
+            })
+        },
+        |text| {
+            let len = bytes(done.len_bytes);
+            let file = args.output.display();
+            writeln!(text, "{}: {} objects, {len} in {seconds:.3} s", file, done.objects)
+        },
+    )?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_appears_complete_or_not_at_all() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("out.bin");
+        let mut file = NewFile::create(&path).expect("created");
+        file.write(b"half").expect("written");
+        drop(file);
+        assert_eq!(fs::read_dir(folder.path()).expect("a folder").count(), 0);
+        let mut file = NewFile::create(&path).expect("created");
+        file.write(b"whole").expect("written");
+        assert!(!path.exists());
+        file.finish().expect("finished");
+        assert_eq!(fs::read(&path).expect("there"), b"whole");
+        assert_eq!(fs::read_dir(folder.path()).expect("a folder").count(), 1);
+    }
+}

@@ -1,0 +1,131 @@
+//! `hetmem status`: a node's view of itself and its cluster. Not what objects there are (`ls`).
+//! Invariant: every field of the answer is in the JSON.
+
+use std::io::{self, Write};
+use std::path::Path;
+
+use hetmem_client::Status;
+use serde_json::{Value, json};
+
+use crate::commands::connect;
+use crate::failure::Failure;
+use crate::output::{Align, Output, Table, bytes, yes};
+
+pub(crate) fn run(socket: Option<&Path>, out: Output) -> Result<(), Failure> {
+    let status = connect(socket)?.status()?;
+    out.print(|| status_json(&status), |text| write(&status, text))?;
+    Ok(())
+}
+
+fn status_json(status: &Status) -> Value {
+    json!({
+        "node": {
+            "id": status.node, "name": status.name, "epoch": status.epoch, "address": status.address,
+            "keeps_directory": status.keeps_directory,
+        },
+        "objects": status.objects,
+        "draining": status.draining,
+        "reservations": status.reservations,
+        "leases": status.leases,
+        "clients": status.clients,
+        "tiers": status.tiers.iter().map(|tier| json!({
+            "tier": tier.tier.to_string(), "capacity_bytes": tier.capacity_bytes,
+            "used_bytes": tier.used_bytes, "granted_bytes": tier.granted_bytes, "segments": tier.segments,
+            "fragmentation_percent": tier.fragmentation_percent, "pages": tier.pages,
+        })).collect::<Value>(),
+        "peers": status.peers.iter().map(|peer| json!({
+            "id": peer.node, "name": peer.name, "address": peer.address, "linked": peer.linked,
+            "fabric": peer.fabric, "threshold_bytes": peer.threshold_bytes,
+            "threshold_why": peer.threshold_why,
+        })).collect::<Value>(),
+        "counters": counters(status)
+            .into_iter()
+            .map(|(name, _, value)| (name.to_owned(), json!(value)))
+            .collect::<Value>(),
+    })
+}
+
+/// Counters with their names, once for text and JSON.
+fn counters(status: &Status) -> [(&'static str, &'static str, u64); 10] {
+    let counted = &status.counters;
+    [
+        ("puts", "objects sealed by clients", counted.puts),
+        ("hits", "gets answered in place by clients", counted.hits),
+        ("gets", "gets that asked this node", counted.gets),
+        ("eager", "of them: inside a peer's answer", counted.eager),
+        ("read", "of them: by Read from a peer", counted.read),
+        ("failed", "of them: failed", counted.failed),
+        ("evicted", "objects evicted", counted.evicted),
+        ("served_eager", "objects sent to peers inside an answer", counted.served_eager),
+        ("served_grants", "objects granted to peers for Read", counted.served_grants),
+        ("refused", "frames or sessions refused", counted.refused),
+    ]
+}
+
+fn write(status: &Status, text: &mut dyn Write) -> io::Result<()> {
+    let directory = if status.keeps_directory { ", keeps the directory" } else { "" };
+    writeln!(text, "node {} at {}{directory} (epoch {})", status.name, status.address, status.epoch)?;
+    writeln!(
+        text,
+        "{} objects, {} draining, {} reservations, {} leases, {} clients\n",
+        status.objects, status.draining, status.reservations, status.leases, status.clients
+    )?;
+    tiers(status).write(text)?;
+    writeln!(text)?;
+    if status.peers.is_empty() {
+        writeln!(text, "no peers (another node joins with: hetmem serve --join {})", status.address)?;
+    } else {
+        peers(status).write(text)?;
+    }
+    writeln!(text)?;
+    for (_, what, value) in counters(status) {
+        writeln!(text, "{value:>12}  {what}")?;
+    }
+    Ok(())
+}
+
+fn tiers(status: &Status) -> Table {
+    let mut table = Table::new(&[
+        ("tier", Align::Left),
+        ("used", Align::Right),
+        ("of", Align::Right),
+        ("granted", Align::Right),
+        ("segments", Align::Right),
+        ("fragmented", Align::Right),
+        ("pages", Align::Left),
+    ]);
+    for tier in &status.tiers {
+        table.row([
+            tier.tier.to_string(),
+            bytes(tier.used_bytes),
+            bytes(tier.capacity_bytes),
+            bytes(tier.granted_bytes),
+            tier.segments.to_string(),
+            format!("{} %", tier.fragmentation_percent),
+            tier.pages.clone(),
+        ]);
+    }
+    table
+}
+
+fn peers(status: &Status) -> Table {
+    let mut table = Table::new(&[
+        ("peer", Align::Left),
+        ("address", Align::Left),
+        ("linked", Align::Left),
+        ("fabric", Align::Left),
+        ("threshold", Align::Right),
+        ("because", Align::Left),
+    ]);
+    for peer in &status.peers {
+        table.row([
+            peer.name.clone(),
+            peer.address.clone(),
+            yes(peer.linked).to_owned(),
+            peer.fabric.clone(),
+            bytes(peer.threshold_bytes),
+            peer.threshold_why.clone(),
+        ]);
+    }
+    table
+}

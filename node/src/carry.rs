@@ -1,0 +1,45 @@
+//! What is carried out after the engine's lock is released: answers to clients, and the log. Not the fabric
+//! (`outbox`). Invariant: a client that cannot be answered is closed; nobody waits for it.
+
+use hetmem_core::engine::Event;
+
+use crate::driver::{Driver, Later};
+
+impl Driver {
+    pub(crate) fn carry_out(&self, later: Later) {
+        match later {
+            Later::Reply { client, request, reply, descriptors } => {
+                self.clients.reply(self, client, request, reply, &descriptors);
+            }
+            Later::Close { client, why } => {
+                self.refuse();
+                tracing::warn!(%client, error = %why, "a client is closed");
+                self.clients.close(client);
+            }
+            Later::Note(event) => note(&event),
+        }
+    }
+
+    pub(crate) fn refuse(&self) {
+        self.refused.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
+fn note(event: &Event) {
+    match event {
+        Event::PeerUp { node, name, address } => tracing::info!(%node, name, address, "a peer is there"),
+        Event::PeerDown { node, name, why } => tracing::warn!(%node, name, why, "a peer is gone"),
+        Event::DirectoryLost { why } => {
+            tracing::warn!(why, "the node that keeps the directory is gone; it is being dialled");
+        }
+        Event::DirectoryFound => tracing::info!("linked to the node that keeps the directory"),
+        Event::Evicted { objects, len_bytes } => tracing::debug!(objects, len_bytes, "evicted"),
+        Event::ClientLeft { client, reservations } => tracing::debug!(%client, reservations, "a client left"),
+        Event::PeerRefused { link, why } => tracing::warn!(%link, why, "a peer's link is refused"),
+        Event::SegmentFailed { segment, why } => tracing::warn!(%segment, why, "a segment could not be made"),
+        Event::SegmentGranted { segment, client, len_bytes } => {
+            tracing::debug!(%segment, %client, len_bytes, "a segment is granted");
+        }
+        Event::SegmentRetired { segment, len_bytes } => tracing::debug!(%segment, len_bytes, "a segment is retired"),
+    }
+}

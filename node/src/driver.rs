@@ -1,0 +1,284 @@
+//! The engine and the memory that its actions touch, behind one lock. Not sockets and not fabrics: what concerns
+//! them is handed out and carried out after the lock is released (`carry`, `outbox`). Invariant: actions on memory
+//! are carried out in the engine's order, under the lock, before the next input.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::time::Instant;
+
+use hetmem_core::engine::{Action, Attachment, Engine, Input, Time};
+use hetmem_core::wire::{ClientReply, Located};
+use hetmem_core::{ClientId, Extent, Generation, SegmentId, StoreError};
+use hetmem_host_mem::{IndexEntry, IndexMemory, IndexWriter, NodePage, Segment};
+use hetmem_transport::Fabric;
+use parking_lot::Mutex;
+
+use crate::clients::Clients;
+use crate::outbox::Outbox;
+use crate::segments::Job;
+
+/// A descriptor to send beside a reply, kept open until it is sent.
+pub(crate) enum Descriptors {
+    None,
+    Session(Arc<IndexMemory>, Arc<NodePage>),
+    Segment(Arc<Segment>),
+}
+
+/// What is done after the lock is released.
+pub(crate) enum Later {
+    Reply { client: ClientId, request: u64, reply: Result<ClientReply, StoreError>, descriptors: Descriptors },
+    Close { client: ClientId, why: StoreError },
+    Note(hetmem_core::engine::Event),
+}
+
+pub(crate) struct Core {
+    pub(crate) engine: Engine,
+    pub(crate) index: IndexWriter,
+    pub(crate) pages: HashMap<ClientId, Arc<NodePage>>,
+    pub(crate) segments: HashMap<SegmentId, Arc<Segment>>,
+    /// Hits of clients that are gone.
+    past_hits: u64,
+}
+
+pub(crate) struct Driver {
+    pub(crate) core: Mutex<Core>,
+    pub(crate) fabric: OnceLock<Arc<dyn Fabric>>,
+    pub(crate) clients: Clients,
+    pub(crate) outbox: Outbox,
+    pub(crate) jobs: Sender<Job>,
+    /// Frames and sessions of clients that were refused for what they sent.
+    pub(crate) refused: AtomicU64,
+    started: Instant,
+}
+
+/// What an input made the engine want, beyond memory.
+#[derive(Default)]
+struct Wanted {
+    later: Vec<Later>,
+    landing: Option<Extent>,
+}
+
+impl Driver {
+    pub(crate) fn new(engine: Engine, index: IndexWriter, jobs: Sender<Job>) -> Self {
+        let core =
+            Core { engine, index, pages: HashMap::new(), segments: HashMap::new(), past_hits: 0 };
+        Self {
+            core: Mutex::new(core),
+            fabric: OnceLock::new(),
+            clients: Clients::default(),
+            outbox: Outbox::default(),
+            jobs,
+            refused: AtomicU64::new(0),
+            started: Instant::now(),
+        }
+    }
+
+    fn now(&self) -> Time {
+        Time(u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+
+    /// Hands an input in and carries out what follows.
+    pub(crate) fn feed(&self, input: Input) {
+        let _ = self.feed_landing(input);
+    }
+
+    /// The same; where the input is a message with a payload, says where the payload goes.
+    pub(crate) fn feed_landing(&self, input: Input) -> Option<Extent> {
+        let mut wanted = Wanted::default();
+        {
+            let mut core = self.core.lock();
+            self.run(&mut core, input, &mut wanted);
+        }
+        for later in wanted.later {
+            self.carry_out(later);
+        }
+        self.drain_outbox();
+        wanted.landing
+    }
+
+    /// Time has passed.
+    pub(crate) fn tick(&self) {
+        let due = {
+            let core = self.core.lock();
+            core.engine.next_timer().is_some_and(|at| at <= self.now())
+        };
+        if due {
+            self.feed(Input::Tick);
+        }
+        self.retry_deferred();
+    }
+
+    pub(crate) fn next_timer(&self) -> Option<std::time::Duration> {
+        let at = self.core.lock().engine.next_timer()?;
+        Some(std::time::Duration::from_nanos(at.0.saturating_sub(self.now().0)))
+    }
+
+    fn run(&self, core: &mut Core, input: Input, wanted: &mut Wanted) {
+        let mut inputs = VecDeque::from([input]);
+        while let Some(input) = inputs.pop_front() {
+            for action in core.engine.handle(self.now(), input) {
+                if let Some(next) = self.act(core, action, wanted) {
+                    inputs.push_front(next);
+                }
+            }
+        }
+    }
+
+    /// Carries one action out on memory, or hands it on. Returns the input that follows at once, if one does.
+    fn act(&self, core: &mut Core, action: Action, wanted: &mut Wanted) -> Option<Input> {
+        match action {
+            Action::Reply { client, request, reply, attachment } => {
+                let descriptors = core.descriptors(client, attachment);
+                let reply = reply.map(|reply| self.complete(core, reply));
+                wanted.later.push(Later::Reply { client, request, reply, descriptors });
+            }
+            Action::PinAndReply { client, request, located } => {
+                let reply = core.pin(client, located);
+                wanted.later.push(Later::Reply { client, request, reply, descriptors: Descriptors::None });
+            }
+            Action::CloseClient { client, why } => wanted.later.push(Later::Close { client, why }),
+            Action::Note(event) => wanted.later.push(Later::Note(event)),
+            Action::Fill { extent, bytes } => core.fill(extent, &bytes),
+            Action::Publish { slot, object } => {
+                let entry = IndexEntry {
+                    object: object.object,
+                    meta: object.meta,
+                    generation: object.generation,
+                    extent: object.extent,
+                    tier: object.tier,
+                };
+                if let Err(error) = core.index.publish(slot, &object.key, &entry) {
+                    // Readers then ask the node, which knows the object: slower, never wrong.
+                    tracing::error!(key = %object.key, %error, "the index did not take an object");
+                }
+            }
+            Action::Withdraw { slot } => {
+                core.index.withdraw(slot);
+            }
+            Action::ScanPins => return Some(core.scan_pins()),
+            Action::CloseToWriters { segment } => core.close_to_writers(segment),
+            Action::CreateSegment { segment, len_bytes, owner } => {
+                let _ = self.jobs.send(Job::Create { segment, len_bytes, owner });
+            }
+            Action::RetireSegment { segment, len_bytes } => {
+                let memory = core.segments.remove(&segment);
+                let _ = self.jobs.send(Job::Retire { segment, len_bytes, memory });
+            }
+            Action::Copy { generation, from, to } => {
+                let ends = (core.segments.get(&from.segment), core.segments.get(&to.segment));
+                let job = match ends {
+                    (Some(a), Some(b)) => {
+                        Job::Copy { generation, from: (Arc::clone(a), from), to: (Arc::clone(b), to) }
+                    }
+                    _ => {
+                        let why = StoreError::stale("copy", generation, "a segment is gone");
+                        return Some(Input::CopyDone { generation, result: Err(why) });
+                    }
+                };
+                let _ = self.jobs.send(job);
+            }
+            Action::Land { extent, .. } => wanted.landing = Some(extent),
+            Action::Connect { .. }
+            | Action::Disconnect { .. }
+            | Action::Send { .. }
+            | Action::Read { .. }
+            | Action::CancelRead { .. } => self.outbox.push(action),
+        }
+        None
+    }
+
+    /// Adds to a reply what the engine does not know.
+    fn complete(&self, core: &Core, mut reply: ClientReply) -> ClientReply {
+        if let ClientReply::Status(status) = &mut reply {
+            status.counters.hits = core.hits();
+            status.counters.refused += self.refused.load(Ordering::Relaxed);
+            if let Some(fabric) = self.fabric.get() {
+                status.counters.refused += fabric.refused();
+                for peer in &mut status.peers {
+                    peer.fabric = fabric.kind().to_string();
+                }
+            }
+            for tier in &mut status.tiers {
+                tier.pages = core.pages_in_words();
+            }
+        }
+        reply
+    }
+}
+
+impl Core {
+    fn descriptors(&self, client: ClientId, attachment: Option<Attachment>) -> Descriptors {
+        match attachment {
+            None => Descriptors::None,
+            Some(Attachment::Session) => match self.pages.get(&client) {
+                Some(page) => Descriptors::Session(self.index.memory(), Arc::clone(page)),
+                None => Descriptors::None,
+            },
+            Some(Attachment::Segment(segment)) => match self.segments.get(&segment) {
+                Some(segment) => Descriptors::Segment(Arc::clone(segment)),
+                None => Descriptors::None,
+            },
+        }
+    }
+
+    fn pin(&self, client: ClientId, mut located: Located) -> Result<ClientReply, StoreError> {
+        let pin = self.pages.get(&client).and_then(|page| page.pin_for_client(located.generation));
+        match pin {
+            Some(pin) => {
+                located.pin = pin;
+                Ok(ClientReply::Located(located))
+            }
+            None => Err(StoreError::busy("get", "this client holds as many objects as its page has pins")),
+        }
+    }
+
+    fn fill(&self, extent: Extent, bytes: &[u8]) {
+        let written = match self.segments.get(&extent.segment) {
+            Some(segment) => segment.write(extent.offset, bytes),
+            None => Err(StoreError::stale("fill", extent.segment, "there is no such segment")),
+        };
+        if let Err(error) = written {
+            // The engine's books and the segments disagree; the checksum will tell readers.
+            tracing::error!(%error, "bytes could not be written");
+        }
+    }
+
+    fn close_to_writers(&self, segment: SegmentId) {
+        if let Some(segment) = self.segments.get(&segment)
+            && let Err(error) = segment.close_to_writers()
+        {
+            tracing::error!(segment = %segment.id(), %error, "a granted segment stays open to its writer");
+        }
+    }
+
+    fn scan_pins(&self) -> Input {
+        let mut pinned: HashSet<Generation> = HashSet::new();
+        let mut touched = Vec::new();
+        for page in self.pages.values() {
+            page.pinned(&mut pinned);
+            page.drain_touches(|slot| touched.push(slot));
+        }
+        Input::PinScan { pinned, touched }
+    }
+
+    fn hits(&self) -> u64 {
+        self.pages.values().map(|page| page.hits()).fold(self.past_hits, u64::wrapping_add)
+    }
+
+    /// A client's page is not looked at any more: its pins are gone.
+    pub(crate) fn forget_page(&mut self, client: ClientId) {
+        if let Some(page) = self.pages.remove(&client) {
+            self.past_hits = self.past_hits.wrapping_add(page.hits());
+        }
+    }
+
+    fn pages_in_words(&self) -> String {
+        let mut kinds: Vec<String> = self.segments.values().map(|s| s.pages().to_string()).collect();
+        kinds.sort();
+        kinds.dedup();
+        kinds.join(", ")
+    }
+}

@@ -1,0 +1,152 @@
+//! Sessions inside the node's own process: the calling thread runs the engine, sends, and waits for its own answer
+//! on the fabric, so a get from a peer costs no hand-off between threads. Not for other processes (`clients`).
+//! Invariant: a call that returned has no answer left under way.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use hetmem_core::engine::Input;
+use hetmem_core::wire::{ClientMessage, ClientReply};
+use hetmem_core::{ClientId, StoreError};
+use hetmem_host_mem::{Answer, Session};
+use parking_lot::Mutex;
+
+use crate::driver::{Descriptors, Driver};
+
+thread_local! {
+    static IN_SINK: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Marks that this thread is inside the fabric's sink: waiters look again after the sink returns, so they need no
+/// wake.
+pub(crate) struct InSink(bool);
+
+pub(crate) fn in_sink() -> InSink {
+    InSink(IN_SINK.replace(true))
+}
+
+impl Drop for InSink {
+    fn drop(&mut self) {
+        IN_SINK.set(self.0);
+    }
+}
+
+#[derive(Default)]
+struct Slot {
+    done: AtomicBool,
+    answer: Mutex<Option<Result<Answer, StoreError>>>,
+}
+
+/// Where answers to in-process calls go.
+#[derive(Default)]
+pub(crate) struct Slots(Mutex<HashMap<u64, Arc<Slot>>>);
+
+impl Slots {
+    pub(crate) fn deliver(
+        &self,
+        driver: &Driver,
+        request: u64,
+        reply: Result<ClientReply, StoreError>,
+        descriptors: &Descriptors,
+    ) {
+        let slot = self.0.lock().remove(&request);
+        let Some(slot) = slot else {
+            undo(driver, reply);
+            return;
+        };
+        let answer = reply.and_then(|reply| Ok(Answer { reply, descriptors: duplicates(descriptors)? }));
+        *slot.answer.lock() = Some(answer);
+        slot.done.store(true, Ordering::Release);
+        if !IN_SINK.get()
+            && let Some(fabric) = driver.fabric.get()
+        {
+            fabric.wake();
+        }
+    }
+}
+
+/// An answer that nobody takes: the engine bounds every wait, so this is a caller that gave up in the last moment.
+fn undo(_driver: &Driver, reply: Result<ClientReply, StoreError>) {
+    if let Ok(ClientReply::Located(located)) = reply {
+        tracing::debug!(generation = %located.generation, "an answer came after its caller had given up");
+    }
+}
+
+fn duplicates(descriptors: &Descriptors) -> Result<Vec<OwnedFd>, StoreError> {
+    let duplicate = |fd: std::os::fd::BorrowedFd<'_>| {
+        fd.try_clone_to_owned().map_err(|error| {
+            StoreError::os("duplicating a descriptor", format!("{error} (RLIMIT_NOFILE may be too low)"))
+        })
+    };
+    Ok(match descriptors {
+        Descriptors::None => Vec::new(),
+        Descriptors::Session(index, page) => {
+            vec![duplicate(index.descriptor().as_fd())?, duplicate(page.descriptor().as_fd())?]
+        }
+        Descriptors::Segment(segment) => vec![duplicate(segment.descriptor().as_fd())?],
+    })
+}
+
+pub(crate) struct InProcess {
+    driver: Arc<Driver>,
+    client: ClientId,
+    slots: Arc<Slots>,
+    next_request: AtomicU64,
+}
+
+impl fmt::Debug for InProcess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("InProcess").field("client", &self.client).finish_non_exhaustive()
+    }
+}
+
+impl InProcess {
+    pub(crate) fn open(driver: &Arc<Driver>) -> Result<Self, StoreError> {
+        let slots = Arc::new(Slots::default());
+        let client = driver.clients.join_inside(driver, Arc::clone(&slots))?;
+        Ok(Self { driver: Arc::clone(driver), client, slots, next_request: AtomicU64::new(1) })
+    }
+}
+
+/// How long the engine's own deadline may be late before a caller gives up on it.
+const GRACE: Duration = Duration::from_secs(2);
+
+impl Session for InProcess {
+    fn call(&self, message: &ClientMessage, payload: &[u8], timeout: Duration) -> Result<Answer, StoreError> {
+        let request = self.next_request.fetch_add(1, Ordering::Relaxed);
+        let slot = Arc::new(Slot::default());
+        self.slots.0.lock().insert(request, Arc::clone(&slot));
+        let payload = Bytes::copy_from_slice(payload);
+        self.driver.feed(Input::ClientRequest { client: self.client, request, message: message.clone(), payload });
+        let done = || slot.done.load(Ordering::Acquire);
+        if !done() {
+            match self.driver.fabric.get() {
+                Some(fabric) => {
+                    fabric.progress(timeout.saturating_add(GRACE), &done);
+                }
+                None => return Err(StoreError::unavailable("the node", "it is not running")),
+            }
+        }
+        let answer = slot.answer.lock().take();
+        match answer {
+            Some(answer) => answer,
+            None => {
+                self.slots.0.lock().remove(&request);
+                let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+                Err(StoreError::timed_out(message.name(), "the node", timeout_ms))
+            }
+        }
+    }
+}
+
+impl Drop for InProcess {
+    fn drop(&mut self) {
+        self.driver.clients.leave(&self.driver, self.client);
+    }
+}

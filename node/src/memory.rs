@@ -1,0 +1,36 @@
+//! The promise that shared memory makes to fabrics. This file holds unsafe code: it vouches for mappings that
+//! `hetmem_host_mem` owns. Not the mappings. Invariant: a region keeps its mapping alive.
+#![allow(unsafe_code)]
+
+use std::sync::Arc;
+
+use hetmem_host_mem::{IndexMemory, Segment};
+use hetmem_transport::RegionMemory;
+
+pub(crate) struct SegmentRegion(pub(crate) Arc<Segment>);
+
+// SAFETY: a `Segment` is mapped readable and writable at one address and length from its creation until it is
+// dropped, which the `Arc` delays until this region is dropped; it hands out no references into its bytes.
+unsafe impl RegionMemory for SegmentRegion {
+    fn base(&self) -> *mut u8 {
+        self.0.base()
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.0.len_bytes()
+    }
+}
+
+pub(crate) struct IndexRegion(pub(crate) Arc<IndexMemory>);
+
+// SAFETY: as above, for the index; it is only accessed through atomics, and it is registered for remote reads alone,
+// so no fabric writes to it.
+unsafe impl RegionMemory for IndexRegion {
+    fn base(&self) -> *mut u8 {
+        self.0.base()
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.0.len_bytes()
+    }
+}

@@ -1,0 +1,191 @@
+//! What goes to the fabric, in the engine's order. Not the engine's lock: sends take time and may be many. Invariant:
+//! actions are carried out one at a time, in the order in which the engine wanted them; a message that meets
+//! back-pressure holds up only its own link.
+
+use std::collections::{HashMap, VecDeque};
+
+use hetmem_core::engine::{Action, Input};
+use hetmem_core::wire::{FrameKind, PeerMessage, encode};
+use hetmem_core::{ErrorKind, Extent, LinkId, StoreError};
+use hetmem_transport::{Fabric, SendToken, Sent};
+use parking_lot::Mutex;
+
+use crate::driver::Driver;
+
+/// Messages that may wait for one link before it is given up.
+const DEFERRED_MAX: usize = 65_536;
+
+struct Message {
+    request: u64,
+    message: PeerMessage,
+    payload: Option<(Extent, u64)>,
+}
+
+#[derive(Default)]
+pub(crate) struct Outbox {
+    queue: Mutex<VecDeque<Action>>,
+    /// Held by the thread that empties the queue.
+    emptying: Mutex<()>,
+    deferred: Mutex<HashMap<LinkId, VecDeque<Message>>>,
+    /// Links that were dialled and are not up yet, with what was dialled.
+    dialling: Mutex<HashMap<LinkId, String>>,
+}
+
+impl Outbox {
+    pub(crate) fn push(&self, action: Action) {
+        self.queue.lock().push_back(action);
+    }
+
+    /// The address of a link that never came up.
+    pub(crate) fn never_up(&self, link: LinkId) -> Option<String> {
+        self.dialling.lock().remove(&link)
+    }
+
+    pub(crate) fn is_up(&self, link: LinkId) {
+        self.dialling.lock().remove(&link);
+    }
+}
+
+impl Driver {
+    /// Carries out what the engine wants of the fabric. If another thread is at it, that thread sees this too.
+    pub(crate) fn drain_outbox(&self) {
+        loop {
+            {
+                let Some(_emptying) = self.outbox.emptying.try_lock() else { return };
+                loop {
+                    let next = self.outbox.queue.lock().pop_front();
+                    let Some(action) = next else { break };
+                    self.on_fabric(action);
+                }
+            }
+            // Whoever pushed between the last look and the release found the lock taken and left.
+            if self.outbox.queue.lock().is_empty() {
+                return;
+            }
+        }
+    }
+
+    fn on_fabric(&self, action: Action) {
+        let Some(fabric) = self.fabric.get() else { return };
+        match action {
+            Action::Send { link, request, message, payload } => {
+                self.send(fabric.as_ref(), link, Message { request, message, payload });
+            }
+            Action::Read { link, transfer, remote, local } => {
+                if let Err(why) = fabric.read(link, transfer, remote, local) {
+                    self.feed(Input::ReadDone { transfer, result: Err(why) });
+                }
+            }
+            Action::CancelRead { transfer } => fabric.cancel(transfer),
+            Action::Disconnect { link } => fabric.disconnect(link),
+            Action::Connect { address } => {
+                // Held across the call, so that the link's first event finds its address.
+                let mut dialling = self.outbox.dialling.lock();
+                match fabric.connect(&address) {
+                    Ok(link) => {
+                        dialling.insert(link, address);
+                    }
+                    Err(why) => {
+                        drop(dialling);
+                        self.feed(Input::ConnectFailed { address, why });
+                    }
+                }
+            }
+            other => tracing::error!(?other, "this is not for the fabric"),
+        }
+    }
+
+    fn send(&self, fabric: &dyn Fabric, link: LinkId, message: Message) {
+        let mut deferred = self.outbox.deferred.lock();
+        if let Some(waiting) = deferred.get_mut(&link) {
+            if waiting.len() < DEFERRED_MAX {
+                waiting.push_back(message);
+                return;
+            }
+            drop(deferred);
+            tracing::warn!(%link, "a peer takes nothing any more: its link is closed");
+            self.drop_message(message);
+            fabric.disconnect(link);
+            return;
+        }
+        drop(deferred);
+        if let Some(message) = self.try_send(fabric, link, message) {
+            self.outbox.deferred.lock().entry(link).or_default().push_back(message);
+        }
+    }
+
+    /// Returns the message if the link is busy.
+    fn try_send(&self, fabric: &dyn Fabric, link: LinkId, message: Message) -> Option<Message> {
+        let payload_len = message.payload.map_or(0, |(extent, _)| extent.len_bytes);
+        let frame = match encode(FrameKind::Peer, message.request, &message.message, payload_len) {
+            Ok(frame) => frame,
+            Err(error) => {
+                tracing::error!(%error, message = message.message.name(), "a message cannot be encoded");
+                self.drop_message(message);
+                return None;
+            }
+        };
+        let (extent, send) = message.payload.unzip();
+        match fabric.send(link, frame, extent, SendToken(send.unwrap_or_default())) {
+            Ok(Sent::Done) => self.drop_message(message),
+            Ok(Sent::Pending) => {}
+            Err(error) if error.kind() == ErrorKind::Busy => return Some(message),
+            Err(error) => {
+                self.drop_message(message);
+                if error.kind() != ErrorKind::PeerLost {
+                    tracing::error!(%link, %error, "a message was not taken: its link is closed");
+                    fabric.disconnect(link);
+                }
+            }
+        }
+        None
+    }
+
+    /// The message's payload is not read any more.
+    fn drop_message(&self, message: Message) {
+        if let Some((_, send)) = message.payload {
+            self.feed(Input::SendDone { send });
+        }
+    }
+
+    /// Tries again what met back-pressure.
+    pub(crate) fn retry_deferred(&self) {
+        let Some(fabric) = self.fabric.get() else { return };
+        let links: Vec<LinkId> = self.outbox.deferred.lock().keys().copied().collect();
+        for link in links {
+            // Keeps newer messages of the link behind the older ones while these are under way.
+            let _emptying = self.outbox.emptying.lock();
+            loop {
+                let next = self.outbox.deferred.lock().get_mut(&link).and_then(VecDeque::pop_front);
+                let Some(message) = next else { break };
+                if let Some(message) = self.try_send(fabric.as_ref(), link, message) {
+                    self.outbox.deferred.lock().entry(link).or_default().push_front(message);
+                    break;
+                }
+            }
+            let mut deferred = self.outbox.deferred.lock();
+            if deferred.get(&link).is_some_and(VecDeque::is_empty) {
+                deferred.remove(&link);
+            }
+        }
+        self.drain_outbox();
+    }
+
+    /// A link has gone, and what waited for it too.
+    pub(crate) fn forget_deferred(&self, link: LinkId) {
+        let waiting = self.outbox.deferred.lock().remove(&link);
+        for message in waiting.into_iter().flatten() {
+            self.drop_message(message);
+        }
+    }
+}
+
+/// Why a link that never came up did not.
+pub(crate) fn connect_error(address: &str, why: &StoreError) -> StoreError {
+    StoreError::PeerLost {
+        operation: "connect".into(),
+        subject: address.to_owned(),
+        peer: address.to_owned(),
+        why: why.to_string().into(),
+    }
+}

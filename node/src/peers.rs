@@ -1,0 +1,83 @@
+//! From the fabric to the engine: messages, completions, losses. Not their meaning. Invariant: what does not decode
+//! is reported as refused and never reaches the engine as a message.
+
+use std::sync::{Arc, OnceLock, Weak};
+
+use hetmem_core::engine::{FabricId, Input};
+use hetmem_core::wire::{FrameHeader, FrameKind, PeerMessage, decode};
+use hetmem_core::{LinkId, StoreError};
+use hetmem_transport::{FabricEvent, FabricSink, Landing, LandingToken};
+
+use crate::driver::Driver;
+use crate::inprocess::in_sink;
+use crate::outbox::connect_error;
+
+/// The only fabric of this release.
+pub(crate) const TCP: FabricId = FabricId(0);
+
+/// Receives before the driver exists: the fabric's address is part of what the driver is made of.
+#[derive(Default)]
+pub(crate) struct Sink {
+    driver: OnceLock<Weak<Driver>>,
+}
+
+impl Sink {
+    pub(crate) fn connect_to(&self, driver: &Arc<Driver>) {
+        let _ = self.driver.set(Arc::downgrade(driver));
+    }
+
+    /// Waits for the driver; none once the node has stopped.
+    fn driver(&self) -> Option<Arc<Driver>> {
+        self.driver.wait().upgrade()
+    }
+}
+
+impl FabricSink for Sink {
+    fn message(&self, link: LinkId, header: FrameHeader, body: &[u8]) -> Landing {
+        let Some(driver) = self.driver() else { return Landing::Discard };
+        let _in_sink = in_sink();
+        let message: Result<PeerMessage, StoreError> = match header.kind {
+            FrameKind::Peer => decode(body),
+            kind => Err(StoreError::protocol(format!("a {kind:?} frame came from a peer"))),
+        };
+        let input = match message {
+            Ok(message) => {
+                Input::PeerMessage { link, request: header.request, message, payload_len: header.payload_len }
+            }
+            Err(why) => Input::Refused { link, why },
+        };
+        match driver.feed_landing(input) {
+            Some(extent) if header.payload_len > 0 => {
+                Landing::Into { extent, token: LandingToken(header.request) }
+            }
+            _ => Landing::Discard,
+        }
+    }
+
+    fn event(&self, event: FabricEvent) {
+        let Some(driver) = self.driver() else { return };
+        let _in_sink = in_sink();
+        let input = match event {
+            FabricEvent::LinkUp { link, address, inbound } => {
+                driver.outbox.is_up(link);
+                Input::LinkUp { link, fabric: TCP, address, inbound }
+            }
+            FabricEvent::LinkDown { link, why } => match driver.outbox.never_up(link) {
+                Some(address) => {
+                    let why = connect_error(&address, &why);
+                    Input::ConnectFailed { address, why }
+                }
+                None => {
+                    driver.forget_deferred(link);
+                    Input::LinkDown { link, why }
+                }
+            },
+            FabricEvent::ReadDone { transfer, result } => Input::ReadDone { transfer, result: result.map(|_| ()) },
+            FabricEvent::SendDone { token, .. } => Input::SendDone { send: token.0 },
+            FabricEvent::Landed { token, result, .. } => {
+                Input::Landed { request: token.0, result: result.map(|_| ()) }
+            }
+        };
+        driver.feed(input);
+    }
+}

@@ -1,0 +1,200 @@
+//! What one control stream has received: frames are cut out of a small buffer, and payloads go past it, straight
+//! into their extents. Not what frames mean. Invariant: a body is handed over only when it is whole and its header
+//! was within every limit; of a payload, only what came in one piece with the frame before it is staged (at most
+//! `BUFFER_LEN` bytes).
+
+use std::os::fd::AsFd;
+
+use hetmem_core::StoreError;
+use hetmem_core::wire::{FrameHeader, HEADER_LEN};
+
+use super::sys::{Got, Socket};
+use crate::fabric::{LandingStats, LandingToken};
+use crate::region::{Piece, Unmoved};
+
+/// The buffer's usual length: a small object's answer fits, so it takes one call to receive; of a larger payload
+/// this much is copied and the rest received in place.
+const BUFFER_LEN: usize = 4096;
+/// Its length while a payload is dropped.
+const DISCARD_LEN: usize = 64 << 10;
+
+pub(super) struct Inbox {
+    buffer: Vec<u8>,
+    start: usize,
+    end: usize,
+    payload: Option<Payload>,
+}
+
+/// A payload that is being received.
+struct Payload {
+    target: Option<(Piece, LandingToken)>,
+    /// Why it is dropped rather than landed, to be reported at its end.
+    failed: Option<(LandingToken, StoreError)>,
+    len: u64,
+    done: u64,
+    staged: u64,
+}
+
+/// What the received bytes give.
+pub(super) enum Item<'a> {
+    /// A frame, whose payload has not been looked at.
+    Frame(FrameHeader, &'a [u8]),
+    /// A payload is complete, or was dropped because its target had gone.
+    Landed(LandingToken, Result<LandingStats, StoreError>),
+    /// More bytes are needed.
+    Hungry,
+}
+
+impl Inbox {
+    /// An inbox that has received `bytes` already.
+    pub(super) fn new(bytes: &[u8]) -> Self {
+        let mut buffer = vec![0; BUFFER_LEN.max(bytes.len())];
+        buffer[..bytes.len()].copy_from_slice(bytes);
+        Self { buffer, start: 0, end: bytes.len(), payload: None }
+    }
+
+    /// The bytes received and not used yet.
+    pub(super) fn waiting(&self) -> &[u8] {
+        &self.buffer[self.start..self.end]
+    }
+
+    /// Marks bytes as used.
+    pub(super) fn skip(&mut self, count: usize) {
+        self.start = (self.start + count).min(self.end);
+    }
+
+    /// The next thing in what was received. After a frame with a payload, `expect` comes first.
+    ///
+    /// # Errors
+    /// `Protocol` if this is no frame.
+    pub(super) fn next(&mut self) -> Result<Item<'_>, StoreError> {
+        if let Some(item) = self.next_of_payload() {
+            return Ok(item);
+        }
+        let Some(head) = self.waiting().first_chunk::<HEADER_LEN>() else {
+            return Ok(Item::Hungry);
+        };
+        let header = FrameHeader::parse(head)?;
+        let frame_len = HEADER_LEN + header.body_len as usize;
+        if self.waiting().len() < frame_len {
+            self.make_room(frame_len);
+            return Ok(Item::Hungry);
+        }
+        let body = self.start + HEADER_LEN..self.start + frame_len;
+        self.start = body.end;
+        Ok(Item::Frame(header, &self.buffer[body]))
+    }
+
+    /// Says where the payload of the frame just taken goes; nowhere if there is no target.
+    pub(super) fn expect(
+        &mut self,
+        len: u64,
+        target: Option<(Piece, LandingToken)>,
+        failed: Option<(LandingToken, StoreError)>,
+    ) {
+        self.payload = Some(Payload { target, failed, len, done: 0, staged: 0 });
+    }
+
+    /// Uses what was received for the payload under way; none if that was the end of one that nobody waits for.
+    fn next_of_payload(&mut self) -> Option<Item<'static>> {
+        let payload = self.payload.as_mut()?;
+        let left = usize::try_from(payload.len - payload.done).unwrap_or(usize::MAX);
+        let staged = left.min(self.end - self.start);
+        if staged > 0 {
+            payload.stage(&self.buffer[self.start..self.start + staged]);
+            self.start += staged;
+        }
+        if payload.done < payload.len {
+            return Some(Item::Hungry);
+        }
+        let payload = self.payload.take()?;
+        let stats = LandingStats { bytes: payload.len, staged_bytes: payload.staged };
+        match (payload.target, payload.failed) {
+            (_, Some((token, error))) => Some(Item::Landed(token, Err(error))),
+            (Some((_, token)), None) => Some(Item::Landed(token, Ok(stats))),
+            (None, None) => None,
+        }
+    }
+
+    /// Receives once; says what came and whether the socket may have more.
+    pub(super) fn receive(&mut self, socket: &Socket) -> Result<(Got, bool), StoreError> {
+        if self.start == self.end {
+            self.start = 0;
+            self.end = 0;
+            if self.buffer.len() > BUFFER_LEN && self.payload.is_none() {
+                self.buffer.truncate(BUFFER_LEN);
+                self.buffer.shrink_to_fit();
+            }
+        }
+        if let Some(payload) = &mut self.payload
+            && let Some((piece, token)) = &payload.target
+        {
+            let done = usize::try_from(payload.done).unwrap_or(usize::MAX);
+            let left = piece.len() - done;
+            match piece.receive(socket.as_fd(), done, &mut self.buffer) {
+                Ok(0) => return Ok((Got::End, false)),
+                Ok(count) => {
+                    payload.done += count.min(left) as u64;
+                    self.end = count.saturating_sub(left);
+                    return Ok((Got::Bytes(count), count == left + self.buffer.len()));
+                }
+                Err(Unmoved::Closed) => {
+                    let why = StoreError::stale("receive", "payload", "its target segment was deregistered");
+                    payload.failed = Some((*token, why));
+                    payload.target = None;
+                }
+                Err(Unmoved::Os(error)) => return Self::received(Got::of(Err(error)), 0),
+            }
+        }
+        if self.payload.is_some() && self.buffer.len() < DISCARD_LEN {
+            self.buffer.resize(DISCARD_LEN, 0);
+        }
+        self.make_room(1);
+        let room = self.buffer.len() - self.end;
+        let got = socket.receive(&mut self.buffer[self.end..]);
+        if let Ok(Got::Bytes(count)) = got {
+            self.end += count;
+        }
+        Self::received(got, room)
+    }
+
+    fn received(got: Result<Got, rustix::io::Errno>, room: usize) -> Result<(Got, bool), StoreError> {
+        let got = got.map_err(|error| StoreError::os("receive", error))?;
+        Ok((got, got == Got::Bytes(room)))
+    }
+
+    /// The landing that will not be completed, when the stream has ended.
+    pub(super) fn abandon(&mut self) -> Option<LandingToken> {
+        let payload = self.payload.take()?;
+        payload.target.map(|(_, token)| token).or(payload.failed.map(|(token, _)| token))
+    }
+
+    /// Makes room for `len` waiting bytes in all, or for one more than there are.
+    fn make_room(&mut self, len: usize) {
+        if self.start > 0 && (self.end == self.buffer.len() || self.start + len > self.buffer.len()) {
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+        }
+        let wanted = len.max(self.end + 1);
+        if self.buffer.len() < wanted {
+            self.buffer.resize(wanted, 0);
+        }
+    }
+}
+
+impl Payload {
+    fn stage(&mut self, bytes: &[u8]) {
+        if let Some((piece, token)) = &self.target {
+            let done = usize::try_from(self.done).unwrap_or(usize::MAX);
+            if piece.copy_in(done, bytes) {
+                self.staged += bytes.len() as u64;
+            } else {
+                let why = StoreError::stale("receive", "payload", "its target segment was deregistered");
+                self.failed = Some((*token, why));
+                self.target = None;
+            }
+        }
+        self.done += bytes.len() as u64;
+    }
+}

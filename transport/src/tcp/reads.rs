@@ -1,0 +1,335 @@
+//! The books of one link's reads on the asking side: which bytes are still to be asked for, which slices are under
+//! way on which data stream, which transfers that completes. Not the sockets (`stream`). Invariant: every accepted
+//! transfer is finished exactly once, and only when none of its slices is under way on any stream; a stream that
+//! carries a slice of a cancelled transfer is lost first, so nothing can land afterwards. Slices of other transfers
+//! on that stream are asked for again on another.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use hetmem_core::{RemoteExtent, SegmentId, StoreError, TransferId};
+
+use super::stream::ReadStream;
+use super::wire::{Request, StreamToken};
+use crate::fabric::ReadStats;
+use crate::region::Piece;
+
+/// Slices under way on one stream, so that the owner never waits for a request while large reads last.
+const WINDOW: usize = 4;
+/// Reads up to this length go out at once on the emptiest stream, past those that wait, unless it has `QUEUE_MAX`.
+const SMALL_LEN: usize = 64 << 10;
+/// The most requests under way on one stream.
+const QUEUE_MAX: usize = 64;
+/// The most reads in progress on one link.
+const TRANSFERS_MAX: usize = 4096;
+/// How often a slice is asked for before the read fails, when its streams end under it though the link is up.
+const TRIES_MAX: u8 = 3;
+
+/// A read that is over.
+pub(super) struct Finished {
+    pub(super) transfer: TransferId,
+    pub(super) result: Result<ReadStats, StoreError>,
+}
+
+/// A part of a read that is asked for in one request.
+#[derive(Clone)]
+pub(super) struct Slice {
+    pub(super) transfer: TransferId,
+    pub(super) remote: RemoteExtent,
+    pub(super) local: Piece,
+    pub(super) number: u32,
+    tries: u8,
+}
+
+struct Transfer {
+    segment: SegmentId,
+    /// Slices under way on streams.
+    under_way: usize,
+    /// Bytes that are neither under way nor there.
+    unasked: usize,
+    error: Option<StoreError>,
+    stats: ReadStats,
+}
+
+struct Book {
+    stream: Arc<ReadStream>,
+    /// In the order of their requests, which is the order of the answers.
+    under_way: VecDeque<Slice>,
+    under_way_bytes: usize,
+}
+
+#[derive(Default)]
+pub(super) struct Reads {
+    state: State,
+    peer: Option<(SocketAddr, StreamToken)>,
+    transfers: HashMap<TransferId, Transfer>,
+    /// What is still to be asked for; large reads are cut as streams come free.
+    waiting: VecDeque<Slice>,
+    books: Vec<Book>,
+    next_number: u32,
+    /// Finished, and the sink does not know yet.
+    unreported: usize,
+}
+
+#[derive(Default)]
+enum State {
+    #[default]
+    New,
+    Open,
+    Closed(StoreError),
+    /// Closed, and the link's end has been reported.
+    Over,
+}
+
+/// What the caller does after the lock is released.
+#[derive(Default)]
+pub(super) struct Next {
+    /// Streams that have new requests to send.
+    pub(super) flush: Vec<Arc<ReadStream>>,
+    pub(super) finished: Vec<Finished>,
+}
+
+impl Reads {
+    pub(super) fn peer_is(&mut self, address: SocketAddr, token: StreamToken) {
+        self.peer = Some((address, token));
+    }
+
+    pub(super) fn peer_token_is(&mut self, token: StreamToken) {
+        if let Some((_, known)) = &mut self.peer {
+            *known = token;
+        }
+    }
+
+    pub(super) fn open(&mut self) {
+        if matches!(self.state, State::New) {
+            self.state = State::Open;
+        }
+    }
+
+    /// Where data streams are opened to, and what they show; none if the link is not up.
+    pub(super) fn peer(&self) -> Option<(SocketAddr, StreamToken)> {
+        self.peer.filter(|_| matches!(self.state, State::Open))
+    }
+
+    /// How many streams are wanted beyond those that there are, `streams` being the most.
+    pub(super) fn streams_wanted(&self, slice_bytes: usize, streams: usize) -> usize {
+        let bytes = self.waiting.iter().fold(0_usize, |sum, slice| sum.saturating_add(slice.local.len()));
+        let useful = bytes.div_ceil(slice_bytes).clamp(usize::from(!self.waiting.is_empty()), streams);
+        useful.saturating_sub(self.books.len())
+    }
+
+    pub(super) fn add_stream(&mut self, stream: Arc<ReadStream>) {
+        self.books.push(Book { stream, under_way: VecDeque::new(), under_way_bytes: 0 });
+    }
+
+    /// Begins a read.
+    ///
+    /// # Errors
+    /// The reason why the link is closed; `Busy` at the limit.
+    pub(super) fn begin(
+        &mut self,
+        transfer: TransferId,
+        remote: RemoteExtent,
+        local: Piece,
+    ) -> Result<(), StoreError> {
+        if let State::Closed(why) = &self.state {
+            return Err(why.clone());
+        }
+        if self.transfers.len() >= TRANSFERS_MAX {
+            return Err(StoreError::busy("read", format!("{TRANSFERS_MAX} reads are in progress on this link")));
+        }
+        self.transfers.insert(
+            transfer,
+            Transfer {
+                segment: local.segment(),
+                under_way: 0,
+                unasked: local.len(),
+                error: None,
+                stats: ReadStats { bytes: local.len() as u64, ..ReadStats::default() },
+            },
+        );
+        let small = local.len() <= SMALL_LEN;
+        let slice = Slice { transfer, remote, local, number: 0, tries: 0 };
+        if small { self.waiting.push_front(slice) } else { self.waiting.push_back(slice) }
+        Ok(())
+    }
+
+    /// Gives waiting bytes to streams that have room for them.
+    pub(super) fn assign(&mut self, slice_bytes: usize, next: &mut Next) {
+        while let Some(front) = self.waiting.front() {
+            let small = front.local.len() <= SMALL_LEN;
+            let window = if small { QUEUE_MAX } else { WINDOW };
+            let room = self.books.iter_mut().filter(|book| book.under_way.len() < window);
+            let Some(book) = room.min_by_key(|book| book.under_way_bytes) else {
+                return;
+            };
+            let Some(mut slice) = self.waiting.pop_front() else {
+                return;
+            };
+            if slice.local.len() > slice_bytes {
+                let (first, rest) = slice.cut(slice_bytes);
+                self.waiting.push_front(rest);
+                slice = first;
+            }
+            self.next_number = self.next_number.wrapping_add(1);
+            slice.number = self.next_number;
+            if let Some(transfer) = self.transfers.get_mut(&slice.transfer) {
+                transfer.under_way += 1;
+                transfer.unasked -= slice.local.len();
+                transfer.stats.slices += 1;
+            }
+            book.stream.ask(Request { number: slice.number, extent: slice.remote });
+            book.under_way_bytes += slice.local.len();
+            book.under_way.push_back(slice);
+            if !next.flush.iter().any(|stream| Arc::ptr_eq(stream, &book.stream)) {
+                next.flush.push(Arc::clone(&book.stream));
+            }
+        }
+    }
+
+    /// The slice whose answer comes next on a stream.
+    pub(super) fn expected(&self, stream: &Arc<ReadStream>) -> Option<Slice> {
+        self.books.iter().find(|book| Arc::ptr_eq(&book.stream, stream))?.under_way.front().cloned()
+    }
+
+    /// The answer to a stream's oldest request is complete: the bytes have landed, or the owner refused.
+    pub(super) fn answered(
+        &mut self,
+        stream: &Arc<ReadStream>,
+        refused: Option<StoreError>,
+        slice_bytes: usize,
+        next: &mut Next,
+    ) {
+        let book = self.books.iter_mut().find(|book| Arc::ptr_eq(&book.stream, stream));
+        let Some((book, slice)) = book.and_then(|book| {
+            let slice = book.under_way.pop_front()?;
+            Some((book, slice))
+        }) else {
+            return;
+        };
+        book.under_way_bytes -= slice.local.len();
+        if let Some(transfer) = self.transfers.get_mut(&slice.transfer) {
+            transfer.under_way -= 1;
+        }
+        if let Some(error) = refused {
+            self.give_up(slice.transfer, error);
+        }
+        self.finish_if_over(slice.transfer, next);
+        self.assign(slice_bytes, next);
+    }
+
+    /// A stream has ended, and nothing is received on it any more: its slices go back, or fail their reads.
+    pub(super) fn lost(&mut self, stream: &Arc<ReadStream>, why: &StoreError, guilty: bool, next: &mut Next) {
+        let Some(at) = self.books.iter().position(|book| Arc::ptr_eq(&book.stream, stream)) else {
+            return;
+        };
+        let closed = match &self.state {
+            State::Closed(error) => Some(error.clone()),
+            _ => None,
+        };
+        for mut slice in self.books.swap_remove(at).under_way.into_iter().rev() {
+            let Some(transfer) = self.transfers.get_mut(&slice.transfer) else {
+                continue;
+            };
+            transfer.under_way -= 1;
+            slice.tries += u8::from(guilty);
+            if transfer.error.is_none() && closed.is_none() && slice.tries < TRIES_MAX {
+                transfer.unasked += slice.local.len();
+                transfer.stats.reissued += 1;
+                self.waiting.push_front(slice);
+                continue;
+            }
+            let number = slice.transfer;
+            self.give_up(number, closed.clone().unwrap_or_else(|| why.clone()));
+            self.finish_if_over(number, next);
+        }
+    }
+
+    /// Gives a read up; returns the streams that must be lost before it is over.
+    pub(super) fn cancel(
+        &mut self,
+        transfer: TransferId,
+        error: StoreError,
+        next: &mut Next,
+    ) -> Vec<Arc<ReadStream>> {
+        self.give_up(transfer, error);
+        self.finish_if_over(transfer, next);
+        let carries = |book: &&Book| book.under_way.iter().any(|slice| slice.transfer == transfer);
+        self.books.iter().filter(carries).map(|book| Arc::clone(&book.stream)).collect()
+    }
+
+    /// The reads into a segment.
+    pub(super) fn of_segment(&self, segment: SegmentId) -> Vec<TransferId> {
+        let of_it = self.transfers.iter().filter(|(_, transfer)| transfer.segment == segment);
+        of_it.map(|(number, _)| *number).collect()
+    }
+
+    /// The link has ended: returns the reads that are over at once, and the streams to be lost.
+    pub(super) fn close(&mut self, why: &StoreError) -> (Vec<Finished>, Vec<Arc<ReadStream>>) {
+        self.state = State::Closed(why.clone());
+        self.waiting.clear();
+        let mut next = Next::default();
+        let all: Vec<TransferId> = self.transfers.keys().copied().collect();
+        for transfer in all {
+            self.give_up(transfer, why.clone());
+            self.finish_if_over(transfer, &mut next);
+        }
+        (next.finished, self.books.iter().map(|book| Arc::clone(&book.stream)).collect())
+    }
+
+    /// The sink knows of one more finished read.
+    pub(super) fn reported(&mut self) {
+        self.unreported -= 1;
+    }
+
+    /// Whether the end of the link can be reported now; true once.
+    pub(super) fn is_last_word(&mut self) -> bool {
+        let over = matches!(self.state, State::Closed(_)) && self.transfers.is_empty() && self.unreported == 0;
+        if over {
+            self.state = State::Over;
+        }
+        over
+    }
+
+    /// The first reason counts. Nothing more is asked for.
+    fn give_up(&mut self, number: TransferId, error: StoreError) {
+        let Some(transfer) = self.transfers.get_mut(&number) else {
+            return;
+        };
+        transfer.error.get_or_insert(error);
+        if transfer.unasked > 0 {
+            transfer.unasked = 0;
+            self.waiting.retain(|slice| slice.transfer != number);
+        }
+    }
+
+    fn finish_if_over(&mut self, number: TransferId, next: &mut Next) {
+        let over = self.transfers.get(&number).is_some_and(|it| it.under_way == 0 && it.unasked == 0);
+        if !over {
+            return;
+        }
+        if let Some(transfer) = self.transfers.remove(&number) {
+            self.unreported += 1;
+            let result = match transfer.error {
+                Some(error) => Err(error),
+                None => Ok(transfer.stats),
+            };
+            next.finished.push(Finished { transfer: number, result });
+        }
+    }
+}
+
+impl Slice {
+    fn cut(self, len: usize) -> (Self, Self) {
+        let rest_len = self.local.len() - len;
+        let mut first = self.clone();
+        let mut rest = self;
+        first.local = rest.local.part(0, len);
+        first.remote.len_bytes = len as u64;
+        rest.local = rest.local.part(len, rest_len);
+        rest.remote.offset += len as u64;
+        rest.remote.len_bytes = rest_len as u64;
+        (first, rest)
+    }
+}
