@@ -2,6 +2,7 @@
 //! Invariant: standard output carries what was asked for, standard error everything else, and the exit code says
 //! how it went (`failure`).
 
+mod bench;
 mod commands;
 mod demo;
 mod failure;
@@ -56,6 +57,8 @@ enum Command {
     Doctor,
     /// Move a state dict between two nodes on this machine and check every byte
     Demo(demo::Args),
+    /// Measure the store beside the bare thing that bounds it
+    Bench(bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -91,6 +94,7 @@ fn run(cli: Cli) -> Result<(), Failure> {
         Command::Status => status::run(socket, out),
         Command::Doctor => doctor::run(socket, out),
         Command::Demo(args) => demo::run(&args, out),
+        Command::Bench(args) => bench::run(&args, out),
     }
 }
 

@@ -24,16 +24,15 @@ mod options;
 mod reservation;
 mod segments;
 mod session;
-mod socket_path;
 mod store;
 
 pub use hetmem_core::receipt::Path;
 pub use hetmem_core::wire::{IfExists, Listed, Range, Status};
 pub use hetmem_core::{Checksum, DType, ErrorKind, Key, ObjectId, ObjectMeta, Shape, StoreError, Tier};
+pub use hetmem_host_mem::socket::default_path as default_socket;
 pub use list::Listing;
 pub use object::Object;
 pub use options::{ConnectOptions, GetOptions, PutOptions, PutOutcome, Stat};
 pub use reservation::{Reservation, Reserved};
 pub use session::UnixSession;
-pub use socket_path::default_socket;
 pub use store::Store;

@@ -58,6 +58,8 @@ pub struct PutOptions {
     pub if_exists: IfExists,
     /// Never evict it (false).
     pub pin: bool,
+    /// Let it be evicted when room is needed, even if no other node holds it (false: what was put stays).
+    pub cache: bool,
     /// Drop it this long after it was sealed (never).
     pub ttl: Option<Duration>,
     /// Move the bytes at seal to memory that this process cannot write (false).
@@ -73,6 +75,7 @@ impl Default for PutOptions {
         Self {
             if_exists: IfExists::Keep,
             pin: false,
+            cache: false,
             ttl: None,
             seal_copy: false,
             checksum: true,
@@ -86,6 +89,7 @@ impl PutOptions {
         let millis = |ttl: Duration| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
         PutHints {
             pin: self.pin,
+            cache: self.cache,
             ttl_ms: self.ttl.map(millis),
             seal_copy: self.seal_copy,
         }

@@ -135,7 +135,7 @@ impl Reservation {
         check_len(&self.key, &self.meta, bytes)?;
         let checksum = match &mut self.place {
             Place::Mapped(extent) if self.options.checksum => {
-                Checksum::Xxh3Blocks(hetmem_host_mem::copy::copy_with_checksum(extent, bytes))
+                Checksum::Xxh3Blocks(extent.fill_with_checksum(0, bytes)?)
             }
             Place::Mapped(extent) => {
                 hetmem_host_mem::copy::copy(extent, bytes);

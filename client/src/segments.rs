@@ -69,7 +69,7 @@ fn place_of(segment: SegmentId) -> (usize, usize) {
 enum Grant {
     /// Mapped; `told` once the node knows, which is before anything in it is sealed.
     Mapped { mapping: Arc<WriteMapping>, told: bool },
-    /// It could not be mapped, and its descriptor does not come again.
+    /// It could not be mapped.
     Failed(StoreError),
 }
 
@@ -90,8 +90,14 @@ pub(crate) struct Grants {
 }
 
 impl Grants {
-    /// Maps a segment whose descriptor has come. It comes once, so whoever receives it must bring it here.
+    /// Maps a segment whose descriptor has come. It comes until the node has been told that the segment is mapped,
+    /// and never after, so whoever receives it must bring it here. The first mapping stays; the lock is held until
+    /// it is there, since the node closes the segment to further ones as soon as it is told.
     pub(crate) fn add(&self, segment: SegmentId, fd: OwnedFd, len_bytes: u64) {
+        let mut segments = self.segments.lock();
+        if matches!(segments.get(&segment), Some(Grant::Mapped { .. })) {
+            return;
+        }
         let grant = match WriteMapping::map(fd, len_bytes) {
             Ok(mapping) => Grant::Mapped {
                 mapping: Arc::new(mapping),
@@ -99,7 +105,8 @@ impl Grants {
             },
             Err(error) => Grant::Failed(error),
         };
-        self.segments.lock().insert(segment, grant);
+        segments.insert(segment, grant);
+        drop(segments);
         self.added.notify_all();
     }
 

@@ -347,7 +347,8 @@ fn hand_over(desk: &mut Desk) {
 }
 
 impl Ticket<'_> {
-    /// Waits for the answer, and reads for everyone while nobody else does.
+    /// Waits for the answer, and reads for everyone while nobody else does. On the way out the desk is unlocked
+    /// before the ticket is dropped, which locks it again.
     pub(crate) fn wait(self, timeout: Duration) -> Result<Answer, StoreError> {
         let session = self.session;
         let deadline = Instant::now() + timeout;
@@ -368,14 +369,14 @@ impl Ticket<'_> {
             if Instant::now() >= deadline {
                 return Err(timed_out(self.message, timeout));
             }
-            let owner = Arc::clone(&slot.owner);
             if let Some(mut reader) = desk.reader.take() {
                 drop(desk);
                 let received = session.receive(&mut reader, deadline);
                 session.settle(session.desk.lock(), reader, received);
                 desk = session.desk.lock();
-            } else {
+            } else if let Some(slot) = desk.slots.get_mut(&self.request) {
                 slot.owner_waits = true;
+                let owner = Arc::clone(&slot.owner);
                 owner.wait_until(&mut desk, deadline);
                 if let Some(slot) = desk.slots.get_mut(&self.request) {
                     slot.owner_waits = false;

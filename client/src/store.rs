@@ -21,7 +21,7 @@ use crate::options::{ConnectOptions, GetOptions, PutOptions, PutOutcome, Stat};
 use crate::reservation::{Place, Reservation, Reserved, check_len};
 use crate::segments::{Grants, ReadMappings};
 use crate::session::{Ticket, UnixSession};
-use crate::{late, socket_path};
+use crate::late;
 
 /// What a question may take beyond the time that the node itself gives it: the node answers that its own deadline
 /// has passed, and says why.
@@ -87,7 +87,7 @@ impl Store {
     /// # Errors
     /// As [`Store::connect`].
     pub fn connect_with(options: &ConnectOptions) -> Result<Self, StoreError> {
-        let path = options.socket.clone().unwrap_or_else(socket_path::default_socket);
+        let path = options.socket.clone().unwrap_or_else(hetmem_host_mem::socket::default_path);
         let session = Arc::new(UnixSession::connect(&path)?);
         let store = Self::greet(Link::Unix(Arc::clone(&session)), options.timeout)?;
         session.on_late(late::hook(Arc::downgrade(&store.shared)));
@@ -232,18 +232,19 @@ impl Store {
         messages: &[ClientMessage],
         timeout: Duration,
     ) -> Vec<Result<Answer, StoreError>> {
-        let ask = |message| self.shared.call(message, &[], timeout);
-        let ask_some = |some: &[ClientMessage]| -> Vec<_> {
-            std::thread::scope(|scope| {
-                let asked: Vec<_> = some.iter().map(|message| scope.spawn(move || ask(message))).collect();
-                let died = || Err(StoreError::unavailable("get", "the thread that asked has panicked"));
-                asked.into_iter().map(|one| one.join().unwrap_or_else(|_| died())).collect()
-            })
-        };
-        match messages {
-            [one] => vec![ask(one)],
-            many => many.chunks(ASKING_THREADS).flat_map(ask_some).collect(),
+        if let [one] = messages {
+            return vec![self.shared.call(one, &[], timeout)];
         }
+        let mut answers = Vec::with_capacity(messages.len());
+        for some in messages.chunks(ASKING_THREADS) {
+            std::thread::scope(|scope| {
+                let ask = |message| scope.spawn(move || self.shared.call(message, &[], timeout));
+                let asked: Vec<_> = some.iter().map(ask).collect();
+                let died = || Err(StoreError::unavailable("get", "the thread that asked has panicked"));
+                answers.extend(asked.into_iter().map(|one| one.join().unwrap_or_else(|_| died())));
+            });
+        }
+        answers
     }
 
     /// Stores an object. Its bytes can be read by everyone when this returns.

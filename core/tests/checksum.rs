@@ -18,7 +18,7 @@ const VECTORS: &[(usize, u64, u64)] = &[
     (241, 0x02e8_cd95_421c_6d02, 0x9e13_7362_3b4b_d287),
     (16_384, 0x168f_7fb4_781d_0831, 0x7745_f622_6bde_efa9),
     (16_385, 0xfea3_8d91_7373_7a4b, 0xb5cc_6bae_3a85_8839),
-    (100_000, 0x42c2_3aea_ead9_6750, 0xdf22_2199_138f_f194),
+    (100_000, 0x42c2_3aee_ad96_750d, 0xdf22_2199_138f_f194),
 ];
 
 fn object(len_bytes: usize) -> Vec<u8> {
@@ -67,7 +67,8 @@ fn blocks_can_be_hashed_apart() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(64) })]
+
     #[test]
     fn agrees_with_the_definition(bytes in prop::collection::vec(any::<u8>(), 0..4 * 16_384 + 100)) {
         prop_assert_eq!(of(&bytes), by_definition(&bytes));

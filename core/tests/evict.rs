@@ -38,8 +38,8 @@ fn what_was_used_twice_outlives_what_was_not() {
     }
     assert!(queue.touch(&5), "one use is no reason to stay");
     assert!(!queue.touch(&1000));
-    let victims = queue.victims(900, |_| true);
-    assert_eq!(victims.len(), 90);
+    let victims = queue.victims(850, |_| true);
+    assert_eq!(victims.len(), 85);
     assert!(victims.contains(&5) && !victims.contains(&3) && !victims.contains(&4));
     assert!(queue.contains(&3) && queue.contains(&4) && !queue.contains(&5));
 }
@@ -74,7 +74,7 @@ fn what_comes_back_late_is_new() {
         assert_eq!(queue.victims(10, |_| true), [id - 100]);
     }
     queue.insert(20_000, 0, 10);
-    assert_eq!(queue.victims(990, |_| true).len(), 99);
+    assert_eq!(queue.victims(1_000, |_| true).len(), 100);
     assert_eq!(
         queue.victims(10, |_| true),
         [20_000],
@@ -165,8 +165,9 @@ fn work_is_bounded_per_object() {
             may_go(id.0)
         });
         assert!(asked <= here, "{asked} questions about {here} objects");
-        // Growing a table looks everything in it up again; three look-ups a step.
+        // A step takes an entry off a queue and puts it on one: two look-ups.
         let steps = LOOKED_UP.get() / 2;
+        println!("case {number}: {steps} steps, {asked} questions, {here} objects");
         assert!(
             steps <= 12 * here,
             "case {number}: {steps} steps for {here} objects"
@@ -243,6 +244,9 @@ fn apply(step: &Step, queue: &mut S3Fifo<u16>, model: &mut BTreeMap<u16, u64>) -
 }
 
 proptest! {
+    // A failure prints its smallest input; there is no file of old ones beside a test binary.
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
     #[test]
     fn books_agree_with_the_model(steps in steps()) {
         let (mut queue, mut twin) = (S3Fifo::new(), S3Fifo::new());
@@ -270,19 +274,25 @@ impl Numbers {
         z ^ (z >> 31)
     }
 
-    fn unit(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1_u64 << 53) as f64
+    /// 1 to 10,000, each number about as often as its reciprocal says (Zipf, exponent 1).
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "1.0 to 10,000.0"
+    )]
+    fn popular(&mut self) -> u64 {
+        let unit = (self.next() >> 11) as f64 / (1_u64 << 53) as f64;
+        10_000_f64.powf(unit) as u64
     }
 }
 
-/// Popular objects by a Zipf law (exponent about 1), and now and then a scan over objects that are used once: what a
+/// Popular objects, and now and then a scan over objects that are used once: what a
 /// data loader does to a store that also holds the weights.
 fn trace(scans: bool) -> Vec<u64> {
-    const OBJECTS: f64 = 10_000.0;
     let mut numbers = Numbers(11);
     let (mut uses, mut next_once) = (Vec::new(), 1_000_000);
     for at in 0..200_000 {
-        uses.push(OBJECTS.powf(numbers.unit()) as u64);
+        uses.push(numbers.popular());
         if scans && at % 10_000 == 9_999 {
             uses.extend(next_once..next_once + 3_000);
             next_once += 3_000;

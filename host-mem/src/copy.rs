@@ -4,10 +4,11 @@
 
 use hetmem_core::checksum::{self, BLOCK_LEN, Root};
 
-/// From this length on the target does not go through the caches: it is larger than what would stay in them.
-const STREAM_LEN_MIN: usize = 8 << 20;
-/// From this length on another thread costs less than it saves.
-const THREADS_LEN_MIN: usize = 8 << 20;
+/// From this length on several threads copy, past the caches: the target is larger than what would stay in them, and
+/// another thread costs less than it saves. Measured with `examples/measure.rs`.
+const LARGE_COPY_LEN: usize = 16 << 20;
+/// The same with a checksum, which gives the threads more to do.
+const LARGE_CHECKSUM_LEN: usize = 8 << 20;
 /// A thread has at least this much to do.
 const THREAD_LEN_MIN: usize = 4 << 20;
 /// More threads do not make one memory faster.
@@ -38,7 +39,7 @@ pub fn copy(dst: &mut [u8], src: &[u8]) {
 /// # Safety
 /// `src.len()` bytes from `target` are valid for writes, are no part of `src`, and nobody else accesses them.
 pub(crate) unsafe fn to(target: *mut u8, src: &[u8]) {
-    if src.len() < THREADS_LEN_MIN {
+    if src.len() < LARGE_COPY_LEN {
         // SAFETY: the caller's promise.
         return unsafe { std::ptr::copy_nonoverlapping(src.as_ptr(), target, src.len()) };
     }
@@ -57,7 +58,7 @@ pub(crate) unsafe fn to(target: *mut u8, src: &[u8]) {
 /// As [`to`].
 pub(crate) unsafe fn to_with_checksum(target: *mut u8, src: &[u8]) -> u64 {
     let mut root = Root::new(src.len() as u64);
-    if src.len() < THREADS_LEN_MIN {
+    if src.len() < LARGE_CHECKSUM_LEN {
         for (number, block) in src.chunks(BLOCK_LEN).enumerate() {
             root.add(checksum::block(block));
             // SAFETY: the caller's promise holds for every part of it.
@@ -183,20 +184,21 @@ mod tests {
     use super::*;
 
     fn pattern(len: usize) -> Vec<u8> {
-        (0..len).map(|at| (at * 31 % 251) as u8).collect()
+        (0..=250).cycle().take(len).collect()
     }
 
     #[test]
     fn copies_and_checksums_agree_with_the_plain_ones() {
-        let src = pattern(THREADS_LEN_MIN + 3 * BLOCK_LEN + 77);
+        let src = pattern(LARGE_COPY_LEN + 3 * BLOCK_LEN + 77);
         for (from, len) in [
             (0, 0),
             (0, 1),
             (3, BLOCK_LEN),
             (1, BLOCK_LEN + 1),
             (0, 1 << 20),
-            (0, THREADS_LEN_MIN),
-            (5, THREADS_LEN_MIN + 2 * BLOCK_LEN + 13),
+            (0, LARGE_CHECKSUM_LEN),
+            (9, LARGE_CHECKSUM_LEN + 1),
+            (5, LARGE_COPY_LEN + 2 * BLOCK_LEN + 13),
         ] {
             let src = &src[from..from + len];
             for shift in [0, 1, 63] {

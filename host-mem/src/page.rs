@@ -85,7 +85,6 @@ impl NodePage {
     ///
     /// Starts with a full fence: a generation that was withdrawn from the index before this call, and is not pinned
     /// now, is not pinned by this client and never will be.
-    #[expect(clippy::implicit_hasher, reason = "one kind of set is enough")]
     pub fn pinned(&self, into: &mut HashSet<Generation>) {
         pins(&self.mapping).each(|generation| {
             into.insert(Generation(generation));
@@ -96,6 +95,9 @@ impl NodePage {
     /// pin word left.
     #[must_use]
     pub fn pin_for_client(&self, generation: Generation) -> Option<u32> {
+        if generation.0 == 0 {
+            return None;
+        }
         let start = self.start.load(Ordering::Relaxed) as usize;
         let pin = u32::try_from(pins(&self.mapping).claim(generation.0, start)?).ok()?;
         // The client gives the word back soon, so it is a good place to look next.
@@ -171,6 +173,7 @@ impl ClientPage {
     ///
     /// # Errors
     /// [`hetmem_core::ErrorKind::Protocol`] if it is no page of this layout.
+    #[expect(clippy::needless_pass_by_value, reason = "the descriptor is used up: the mapping keeps the memory")]
     pub fn map(fd: OwnedFd) -> Result<Self, StoreError> {
         memfd::check_sealed(fd.as_fd(), "client page", PAGE_LEN)?;
         let mapping = Mapping::new(fd.as_fd(), PAGE_LEN, Access::Write)?;
@@ -186,8 +189,11 @@ impl ClientPage {
 
     /// Claims a pin word for `generation`; `None` when all are in use. What is pinned counts only if it is looked at
     /// again afterwards: [`crate::IndexReader::get`] does all of it.
-    #[must_use]
+    #[must_use = "a pin holds its extent until `unpin`"]
     pub fn pin(&self, generation: Generation) -> Option<u32> {
+        if generation.0 == 0 {
+            return None;
+        }
         let place = place();
         let pin = pins(&self.mapping).claim(generation.0, place.start)?;
         self.pinned_at(place, pin)

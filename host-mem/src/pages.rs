@@ -73,7 +73,7 @@ pub(crate) fn reserved_for(len_bytes: u64) -> Option<u64> {
         let free = reserved_pages(*page_bytes, "free_hugepages").unwrap_or(0);
         let promised = reserved_pages(*page_bytes, "resv_hugepages").unwrap_or(0);
         len_bytes > 0
-            && len_bytes % page_bytes == 0
+            && len_bytes.is_multiple_of(*page_bytes)
             && free.saturating_sub(promised) >= len_bytes / page_bytes
     })
 }

@@ -30,17 +30,17 @@ pub const DESCRIPTORS_MAX: usize = 4;
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
 
-/// Where a node listens unless it is told otherwise: `hetmem/node.sock` in `XDG_RUNTIME_DIR`, or in a directory of
-/// this user's under the directory for temporary files.
+/// Where a node listens unless it is told otherwise: `$HETMEM_SOCKET`, else `$XDG_RUNTIME_DIR/hetmem.sock`, else
+/// `/tmp/hetmem-UID.sock`. A client without instructions looks there too.
 #[must_use]
 pub fn default_path() -> PathBuf {
-    match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute()) {
-        Some(runtime) => runtime.join("hetmem/node.sock"),
-        None => {
+    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    variable("HETMEM_SOCKET")
+        .or_else(|| Some(variable("XDG_RUNTIME_DIR")?.join("hetmem.sock")))
+        .unwrap_or_else(|| {
             let user = rustix::process::getuid().as_raw();
-            std::env::temp_dir().join(format!("hetmem-{user}")).join("node.sock")
-        }
-    }
+            PathBuf::from(format!("/tmp/hetmem-{user}.sock"))
+        })
 }
 
 /// A socket that listens. Dropping it removes its path.

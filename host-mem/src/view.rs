@@ -29,7 +29,7 @@ impl ReadMapping {
     /// [`hetmem_core::ErrorKind::Protocol`] if the file is shorter or not sealed against truncation;
     /// [`hetmem_core::ErrorKind::Os`] if it cannot be mapped.
     pub fn map(fd: OwnedFd, len_bytes: u64) -> Result<Self, StoreError> {
-        Ok(Self { mapping: map(fd, len_bytes, Access::Read)? })
+        Ok(Self { mapping: map(&fd, len_bytes, Access::Read)? })
     }
 
     /// Its length in bytes.
@@ -66,7 +66,7 @@ impl WriteMapping {
     /// [`hetmem_core::ErrorKind::Protocol`] if the file is shorter or not sealed against truncation;
     /// [`hetmem_core::ErrorKind::Os`] if it cannot be mapped writable, as when it was closed to writers.
     pub fn map(fd: OwnedFd, len_bytes: u64) -> Result<Self, StoreError> {
-        Ok(Self { mapping: map(fd, len_bytes, Access::Write)?, claimed: Mutex::default() })
+        Ok(Self { mapping: map(&fd, len_bytes, Access::Write)?, claimed: Mutex::default() })
     }
 
     /// Its length in bytes.
@@ -221,7 +221,7 @@ impl Drop for ExtentMut {
     }
 }
 
-fn map(fd: OwnedFd, len_bytes: u64, access: Access) -> Result<Mapping, StoreError> {
+fn map(fd: &OwnedFd, len_bytes: u64, access: Access) -> Result<Mapping, StoreError> {
     memfd::check_sealed(fd.as_fd(), "segment", len_bytes)?;
     let mapping = Mapping::new(fd.as_fd(), len_bytes, access)?;
     if len_bytes <= PREFAULT_LEN_MAX {

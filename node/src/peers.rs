@@ -26,6 +26,11 @@ impl Sink {
         let _ = self.driver.set(Arc::downgrade(driver));
     }
 
+    /// There will be no driver: threads that wait for it go on.
+    pub(crate) fn close(&self) {
+        let _ = self.driver.set(Weak::new());
+    }
+
     /// Waits for the driver; none once the node has stopped.
     fn driver(&self) -> Option<Arc<Driver>> {
         self.driver.wait().upgrade()

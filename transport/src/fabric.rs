@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hetmem_core::wire::{Frame, FrameHeader};
+use hetmem_core::wire::{Frame, FrameHeader, HEADER_LEN};
 use hetmem_core::{Extent, LinkId, RemoteExtent, RemoteKey, SegmentId, StoreError, TransferId};
 
 use crate::memory::RegionMemory;
@@ -155,7 +155,7 @@ pub trait Fabric: Send + Sync {
     /// that know the returned key if `access` allows it.
     ///
     /// # Errors
-    /// `AlreadyExists` does not occur; `Invalid` if the segment is registered already, `Os` if the system refuses.
+    /// `Invalid` if the segment is registered already, `Os` if the system refuses.
     fn register(
         &self,
         segment: SegmentId,
@@ -221,6 +221,11 @@ pub trait Fabric: Send + Sync {
     /// sink's calls.
     fn wake(&self);
 
+    /// Closes everything and waits for the fabric's threads. No call to the sink begins after this returns (none
+    /// about what was still in progress either), and nothing touches registered memory. Calls of `progress` return.
+    /// Not to be called from the sink. Dropping the fabric does the same.
+    fn stop(&self);
+
     /// How many connections were refused: for garbage, another version, a handshake too slow, a limit.
     fn refused(&self) -> u64;
 }
@@ -232,4 +237,22 @@ pub trait FabricSink: Send + Sync {
 
     /// Something happened.
     fn event(&self, event: FabricEvent);
+}
+
+/// Whether a frame's header announces just the payload that goes with it.
+pub(crate) fn check_payload(frame: &Frame, payload: Option<Extent>) -> Result<(), StoreError> {
+    let announced = frame
+        .as_bytes()
+        .first_chunk::<HEADER_LEN>()
+        .ok_or_else(|| StoreError::invalid("frame", "it has no header"))
+        .and_then(FrameHeader::parse)?
+        .payload_len;
+    let len_bytes = payload.map_or(0, |extent| extent.len_bytes);
+    if announced == len_bytes {
+        return Ok(());
+    }
+    Err(StoreError::invalid(
+        "frame",
+        format!("send: its header announces {announced} bytes of payload, its extent has {len_bytes}"),
+    ))
 }

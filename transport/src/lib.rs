@@ -5,9 +5,14 @@
 
 mod fabric;
 mod memory;
+mod region;
+mod sim;
+mod tcp;
 
 pub use fabric::{
     Access, Fabric, FabricEvent, FabricKind, FabricSink, Landing, LandingStats, LandingToken, ReadStats,
     SendToken, Sent,
 };
 pub use memory::{HeapRegion, RegionMemory};
+pub use sim::{SimFabric, SimFaults, SimNet};
+pub use tcp::{TcpConfig, TcpFabric};

@@ -1,6 +1,6 @@
 //! Registered regions: which segment is where, who may read it, and the system calls that move its bytes. Not the
 //! policy of when to move them. Invariant: a region's memory is touched only between `enter` and the drop of its
-//! `Entered`, and `Regions::deregister` returns only when no `Entered` of that region is left; so the memory may
+//! `Entered`, and `Region::close` returns only when no `Entered` of that region is left; so the memory may
 //! go away right after. Nobody calls the sink or takes a lock between the two.
 #![allow(unsafe_code)]
 
@@ -68,7 +68,10 @@ impl Regions {
         let Ok(len_bytes) = usize::try_from(memory.len_bytes()) else {
             return Err(StoreError::invalid(
                 "region",
-                format!("segment {segment} has {} bytes, more than fit in memory", memory.len_bytes()),
+                format!(
+                    "segment {segment} has {} bytes, more than fit in memory",
+                    memory.len_bytes()
+                ),
             ));
         };
         let region = Arc::new(Region {
@@ -92,22 +95,16 @@ impl Regions {
         Ok(())
     }
 
-    /// Forgets a segment and waits until nobody touches its memory. Says whether it was known.
-    pub(crate) fn deregister(&self, segment: SegmentId) -> bool {
-        let region = {
-            let mut tables = self.tables.write();
-            let Some(region) = tables.by_segment.remove(&segment) else {
-                return false;
-            };
-            tables.by_key.remove(&region.key);
-            region
-        };
-        region.close();
-        true
+    /// Forgets a segment: no new use begins. The caller ends those that go on and then closes the region.
+    pub(crate) fn remove(&self, segment: SegmentId) -> Option<Arc<Region>> {
+        let mut tables = self.tables.write();
+        let region = tables.by_segment.remove(&segment)?;
+        tables.by_key.remove(&region.key);
+        Some(region)
     }
 
     /// Forgets all segments.
-    pub(crate) fn deregister_all(&self) {
+    pub(crate) fn close_all(&self) {
         let tables = std::mem::take(&mut *self.tables.write());
         for region in tables.by_segment.into_values() {
             region.close();
@@ -123,7 +120,10 @@ impl Regions {
         let Some(region) = region else {
             return Err(StoreError::invalid(
                 "extent",
-                format!("{operation}: segment {} is not registered with this fabric", extent.segment),
+                format!(
+                    "{operation}: segment {} is not registered with this fabric",
+                    extent.segment
+                ),
             ));
         };
         region.piece(extent.offset, extent.len_bytes).ok_or_else(|| {
@@ -193,7 +193,8 @@ impl Region {
         Some(entered)
     }
 
-    fn close(&self) {
+    /// Waits until nobody touches the memory and gives it back; whoever comes later finds the region closed.
+    pub(crate) fn close(&self) {
         self.users.fetch_or(CLOSED, Ordering::AcqRel);
         // System calls on these bytes never block, so the wait is short.
         while self.users.load(Ordering::Acquire) & !CLOSED != 0 {
@@ -259,8 +260,13 @@ impl Piece {
         };
         let parts = [IoSlice::new(head), IoSlice::new(bytes)];
         let mut control = SendAncillaryBuffer::default();
-        rustix::net::sendmsg(socket, &parts, &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
-            .map_err(Unmoved::Os)
+        rustix::net::sendmsg(
+            socket,
+            &parts,
+            &mut control,
+            SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+        )
+        .map_err(Unmoved::Os)
     }
 
     /// Receives into the piece from `done` on, and what comes after its end into `rest`; says how many bytes came.
@@ -278,8 +284,7 @@ impl Piece {
             std::slice::from_raw_parts_mut(entered.0.base.add(self.offset + done), self.len_bytes - done)
         };
         if rest.is_empty() {
-            let (count, _) =
-                rustix::net::recv(socket, bytes, RecvFlags::DONTWAIT).map_err(Unmoved::Os)?;
+            let (count, _) = rustix::net::recv(socket, bytes, RecvFlags::DONTWAIT).map_err(Unmoved::Os)?;
             return Ok(count);
         }
         let mut parts = [IoSliceMut::new(bytes), IoSliceMut::new(rest)];
@@ -291,7 +296,10 @@ impl Piece {
     /// # Panics
     /// If they do not fit.
     pub(crate) fn copy_in(&self, done: usize, bytes: &[u8]) -> bool {
-        assert!(done.checked_add(bytes.len()).is_some_and(|end| end <= self.len_bytes));
+        assert!(
+            done.checked_add(bytes.len())
+                .is_some_and(|end| end <= self.len_bytes)
+        );
         let Some(entered) = self.region.enter() else {
             return false;
         };
@@ -315,7 +323,10 @@ impl Piece {
     /// # Panics
     /// If they are not all inside.
     pub(crate) fn copy_out(&self, done: usize, len_bytes: usize) -> Option<Vec<u8>> {
-        assert!(done.checked_add(len_bytes).is_some_and(|end| end <= self.len_bytes));
+        assert!(
+            done.checked_add(len_bytes)
+                .is_some_and(|end| end <= self.len_bytes)
+        );
         let entered = self.region.enter()?;
         let mut bytes = vec![0; len_bytes];
         // SAFETY: just checked to be inside the piece, and `entered` keeps it mapped.
@@ -362,44 +373,64 @@ mod tests {
     fn nothing_outside_is_reached() {
         let (regions, _memory) = regions(Access::RemoteRead);
         for (offset, len_bytes) in [(0, 4097), (4096, 1), (u64::MAX, 1), (1, u64::MAX)] {
-            let remote = RemoteExtent { key: RemoteKey(7), offset, len_bytes };
+            let remote = RemoteExtent {
+                key: RemoteKey(7),
+                offset,
+                len_bytes,
+            };
             let error = regions.remote(remote).err().expect("outside");
             assert!(error.to_string().contains("4096 bytes"), "{error}");
-            let local = Extent { segment: SegmentId(1), offset, len_bytes };
+            let local = Extent {
+                segment: SegmentId(1),
+                offset,
+                len_bytes,
+            };
             assert!(regions.local("send", local).is_err());
         }
-        assert!(regions.remote(RemoteExtent { key: RemoteKey(7), offset: 4096, len_bytes: 0 }).is_ok());
+        assert!(
+            regions
+                .remote(RemoteExtent {
+                    key: RemoteKey(7),
+                    offset: 4096,
+                    len_bytes: 0
+                })
+                .is_ok()
+        );
     }
 
     #[test]
     fn a_closed_region_is_not_touched() {
         let (regions, memory) = regions(Access::RemoteRead);
-        let extent = RemoteExtent { key: RemoteKey(7), offset: 8, len_bytes: 8 };
+        let extent = RemoteExtent {
+            key: RemoteKey(7),
+            offset: 8,
+            len_bytes: 8,
+        };
         let piece = regions.remote(extent).expect("inside");
         memory.write(8, &7_u64.to_ne_bytes());
         assert_eq!(piece.word(), Some(7_u64.to_ne_bytes()));
-        assert!(regions.deregister(SegmentId(1)));
+        regions.remove(SegmentId(1)).expect("registered").close();
         assert_eq!(Arc::strong_count(&memory), 1, "the fabric keeps nothing of it");
         assert_eq!(piece.word(), None);
         assert!(!piece.copy_in(0, &[1]));
         assert_eq!(piece.copy_out(0, 8), None);
-        assert!(!regions.deregister(SegmentId(1)));
+        assert!(regions.remove(SegmentId(1)).is_none());
     }
 
     #[test]
-    fn deregister_waits_for_whoever_is_inside() {
+    fn closing_waits_for_whoever_is_inside() {
         let (regions, _memory) = regions(Access::Local);
         let region = Arc::clone(&regions.tables.read().by_segment[&SegmentId(1)]);
         let entered = region.enter().expect("open");
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| regions.deregister(SegmentId(1)));
+            let waiting = scope.spawn(|| regions.remove(SegmentId(1)).expect("registered").close());
             while region.users.load(Ordering::Acquire) & CLOSED == 0 {
                 std::thread::yield_now();
             }
             assert!(!waiting.is_finished());
             assert!(region.memory.lock().is_some(), "still mapped for the one inside");
             drop(entered);
-            assert!(waiting.join().expect("thread"));
+            waiting.join().expect("thread");
         });
     }
 }

@@ -1,7 +1,6 @@
 //! `hetmem doctor`: for each capability whether this machine has it, why, and what to do. Not a repair.
 //! Invariant: every check tries the real thing, and every "no" has a remedy or says that there is none.
 
-use std::io::Write as _;
 use std::path::Path;
 
 use hetmem_client::{Store, default_socket};

@@ -28,6 +28,9 @@ pub(crate) struct Args {
     /// Never evict these objects
     #[arg(long)]
     pin: bool,
+    /// Let these objects be evicted when room is needed, even if no other node holds them
+    #[arg(long, conflicts_with = "pin")]
+    cache: bool,
     /// Drop the objects this many milliseconds after they were put
     #[arg(long, value_name = "MS")]
     ttl_ms: Option<u64>,
@@ -73,6 +76,7 @@ impl Args {
         PutOptions {
             if_exists: if self.error_if_exists { IfExists::Error } else { IfExists::Keep },
             pin: self.pin,
+            cache: self.cache,
             ttl: self.ttl_ms.map(Duration::from_millis),
             seal_copy: self.seal_copy,
             checksum: !self.no_checksum,

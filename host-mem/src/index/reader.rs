@@ -34,6 +34,7 @@ impl IndexReader {
     /// # Errors
     /// [`hetmem_core::ErrorKind::Protocol`] if it is no index of this layout, or shorter than its header says;
     /// [`hetmem_core::ErrorKind::Os`] if it cannot be mapped.
+    #[expect(clippy::needless_pass_by_value, reason = "the descriptor is used up: the mapping keeps the memory")]
     pub fn map(fd: OwnedFd) -> Result<Self, StoreError> {
         const HEADER_LEN: u64 = 4096;
         memfd::check_sealed(fd.as_fd(), "index", HEADER_LEN)?;
@@ -74,16 +75,14 @@ impl IndexReader {
     pub fn get(&self, key: &Key, fingerprint: u64, page: &ClientPage) -> Result<Option<Pinned>, StoreError> {
         let (pins, start) = page.pins();
         let memory = self.mapping.words();
+        let mut record = Record::EMPTY;
         let probe = |number: u32| {
             let Some(words) = self.slot(memory, number) else {
                 return Probe::Differs;
             };
-            let read = |words: &[AtomicU64]| {
-                let record = Record::read(memory, &self.geometry, number, words, key, fingerprint)?;
-                Some((record, record.generation()))
-            };
+            let read = |words: &[_]| record.read(memory, &self.geometry, number, words, key, fingerprint);
             match slot::take(words, pins, start, read) {
-                Taken::Pinned(record, position) => Probe::Found(Some((number, record, position))),
+                Taken::Pinned(position) => Probe::Found(Some((number, position))),
                 Taken::NoPins => Probe::Found(None),
                 Taken::Differs => Probe::Differs,
                 Taken::Unsteady => Probe::Unsteady,
@@ -92,7 +91,7 @@ impl IndexReader {
         let Some(taken) = self.search(memory, fingerprint, probe) else {
             return Ok(None);
         };
-        let Some((number, record, position)) = taken else {
+        let Some((number, position)) = taken else {
             return Err(no_pins(pins.words.len()));
         };
         let pin = page.claimed(position);
@@ -117,18 +116,19 @@ impl IndexReader {
     /// [`hetmem_core::ErrorKind::Corrupt`] when the entry makes no sense.
     pub fn find(&self, key: &Key, fingerprint: u64) -> Result<Option<Found>, StoreError> {
         let memory = self.mapping.words();
+        let mut record = Record::EMPTY;
         let probe = |number: u32| {
             let Some(words) = self.slot(memory, number) else {
                 return Probe::Differs;
             };
-            let read = |words: &[AtomicU64]| Record::read(memory, &self.geometry, number, words, key, fingerprint);
+            let read = |words: &[_]| record.read(memory, &self.geometry, number, words, key, fingerprint);
             match slot::look(words, read) {
-                Some(Some(record)) => Probe::Found((number, record)),
-                Some(None) => Probe::Differs,
+                Some(true) => Probe::Found(number),
+                Some(false) => Probe::Differs,
                 None => Probe::Unsteady,
             }
         };
-        let Some((number, record)) = self.search(memory, fingerprint, probe) else {
+        let Some(number) = self.search(memory, fingerprint, probe) else {
             return Ok(None);
         };
         Ok(Some(Found { slot: SlotId(number), entry: record.decode(key)? }))

@@ -39,16 +39,21 @@ fn key_words(key: &[u8]) -> impl Iterator<Item = u64> {
 }
 
 impl Record {
-    /// Reads the slot if it shows `key`. What is returned may be torn: the caller looks at the sequence again.
+    /// Nothing read yet.
+    pub(crate) const EMPTY: Self = Self { words: [0; TAIL], dims: [0; DIMS_MAX] };
+
+    /// Reads the slot if it shows `key`, and returns the generation, not 0. What was read may be torn: the caller
+    /// looks at the sequence again. It stays where it is read to, since moving it costs as much as reading it.
     #[inline]
     pub(crate) fn read(
+        &mut self,
         memory: &[AtomicU64],
         geometry: &Geometry,
         slot: u32,
         words: &[AtomicU64],
         key: &Key,
         fingerprint: u64,
-    ) -> Option<Self> {
+    ) -> Option<u64> {
         let words: &[AtomicU64; SLOT_WORDS] = words.try_into().ok()?;
         let load = |position: usize| words[position].load(Ordering::Relaxed);
         let key = key.as_str().as_bytes();
@@ -65,17 +70,15 @@ impl Record {
         if !key_words(key).zip(stored).all(|(word, stored)| word == stored.load(Ordering::Relaxed)) {
             return None;
         }
-        let mut record = Self { words: std::array::from_fn(load), dims: [0; DIMS_MAX] };
-        for (dim, stored) in record.dims[..dims].iter_mut().zip(&words[TAIL..]) {
+        for (position, word) in self.words.iter_mut().enumerate() {
+            *word = load(position);
+        }
+        for (dim, stored) in self.dims[..dims].iter_mut().zip(&words[TAIL..]) {
             *dim = stored.load(Ordering::Relaxed);
         }
         // Two loads of one word need not agree while the slot changes; the generation is claimed in a pin word, where
         // 0 would claim nothing.
-        (record.words[GENERATION] != 0).then_some(record)
-    }
-
-    pub(crate) fn generation(&self) -> u64 {
-        self.words[GENERATION]
+        Some(self.words[GENERATION]).filter(|generation| *generation != 0)
     }
 
     /// What the words mean.

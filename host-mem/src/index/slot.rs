@@ -7,9 +7,9 @@ use crate::pins::Pins;
 use crate::sync::{AtomicU64, Ordering, full_fence_after_update};
 
 /// How an attempt ended.
-pub(crate) enum Taken<T> {
-    /// The words, and the position of the pin.
-    Pinned(T, usize),
+pub(crate) enum Taken {
+    /// What `read` has read belongs together; the position of the pin.
+    Pinned(usize),
     /// Another key, or none, is here.
     Differs,
     /// The slot changed meanwhile: look again.
@@ -18,19 +18,18 @@ pub(crate) enum Taken<T> {
     NoPins,
 }
 
-/// Reads a slot with `read`, which gives the words and the generation (not 0) or `None` if this is not the wanted
-/// key, and pins the generation.
+/// Reads a slot with `read`, which gives the generation (not 0) or `None` if this is not the wanted key, and pins it.
 #[inline]
-pub(crate) fn take<T>(
+pub(crate) fn take(
     slot: &[AtomicU64],
     pins: Pins<'_>,
     start: usize,
-    read: impl FnOnce(&[AtomicU64]) -> Option<(T, u64)>,
-) -> Taken<T> {
+    read: impl FnOnce(&[AtomicU64]) -> Option<u64>,
+) -> Taken {
     let Some(seq) = seqlock::begin(&slot[SEQ]) else {
         return Taken::Unsteady;
     };
-    let Some((words, generation)) = read(slot) else {
+    let Some(generation) = read(slot) else {
         return if seqlock::unchanged(&slot[SEQ], seq) {
             Taken::Differs
         } else {
@@ -43,16 +42,16 @@ pub(crate) fn take<T>(
     };
     full_fence_after_update();
     if slot[SEQ].load(Ordering::Relaxed) == seq {
-        return Taken::Pinned(words, position);
+        return Taken::Pinned(position);
     }
     pins.release(position);
     Taken::Unsteady
 }
 
-/// The same without a pin: the words belong together, and may be old as soon as they are returned.
+/// The same without a pin: whether the wanted key is here, `None` to look again. The words belong together, and may be old as soon as they are returned.
 #[inline]
-pub(crate) fn look<T>(slot: &[AtomicU64], read: impl FnOnce(&[AtomicU64]) -> Option<T>) -> Option<Option<T>> {
+pub(crate) fn look(slot: &[AtomicU64], read: impl FnOnce(&[AtomicU64]) -> Option<u64>) -> Option<bool> {
     let seq = seqlock::begin(&slot[SEQ])?;
-    let words = read(slot);
-    seqlock::unchanged(&slot[SEQ], seq).then_some(words)
+    let found = read(slot).is_some();
+    seqlock::unchanged(&slot[SEQ], seq).then_some(found)
 }

@@ -91,8 +91,11 @@ impl IndexWriter {
         }
         let fingerprint = key.fingerprint();
         let used = words[GENERATION].load(Ordering::Relaxed) != 0;
-        let same = |key| Record::read(memory.words(), memory.geometry(), slot.0, words, key, fingerprint).is_some();
-        if used && !same(key) {
+        let shows = |key| {
+            let mut old = Record::EMPTY;
+            old.read(memory.words(), memory.geometry(), slot.0, words, key, fingerprint).is_some()
+        };
+        if used && !shows(key) {
             return refused(format!("{key:?}: slot {slot} shows another key"));
         }
         seqlock::write(&words[SEQ], || {

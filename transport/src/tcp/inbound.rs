@@ -54,11 +54,17 @@ impl Inbound {
     }
 
     pub(super) fn peer(&self) -> String {
-        self.socket.peer().map_or_else(|| "(gone)".to_owned(), |address| address.to_string())
+        self.socket
+            .peer()
+            .map_or_else(|| "(gone)".to_owned(), |address| address.to_string())
     }
 
     pub(super) fn note_end(&self) {
         self.ended.store(true, Ordering::Release);
+    }
+
+    pub(super) fn shut_down(&self) {
+        self.socket.shut_down();
     }
 
     pub(super) fn run(&self, shared: &Arc<Shared>) {
@@ -119,7 +125,12 @@ impl Inbound {
         rest: Vec<u8>,
     ) -> Result<Conn, StoreError> {
         let conn = match message {
-            FabricMessage::Open { version_min, version_max, listen_port, token } => {
+            FabricMessage::Open {
+                version_min,
+                version_max,
+                listen_port,
+                token,
+            } => {
                 let opened = Self::check_versions(version_min, version_max)
                     .and_then(|()| Link::accepted(shared, &self.socket, listen_port, token, rest));
                 match opened {
@@ -155,9 +166,16 @@ impl Inbound {
     ) -> Result<Arc<ServeStream>, StoreError> {
         let link = shared.tokens.lock().get(&token).map(Arc::clone);
         let Some(link) = link else {
-            return Err(StoreError::denied("open a data stream", "its token is of no link of this node"));
+            return Err(StoreError::denied(
+                "open a data stream",
+                "its token is of no link of this node",
+            ));
         };
-        let stream = Arc::new(ServeStream::new(Arc::clone(&self.socket), Arc::clone(&link), rest));
+        let stream = Arc::new(ServeStream::new(
+            Arc::clone(&self.socket),
+            Arc::clone(&link),
+            rest,
+        ));
         link.add_serving(shared, &stream)?;
         Ok(stream)
     }

@@ -6,16 +6,17 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use hetmem_core::wire::{Frame, FrameHeader, FrameKind, HEADER_LEN, PROTOCOL_MAX, PROTOCOL_MIN, negotiate};
-use hetmem_core::{Extent, LinkId, StoreError};
+use hetmem_core::wire::{Frame, FrameHeader, FrameKind, PROTOCOL_MAX, PROTOCOL_MIN, negotiate};
+use hetmem_core::{Extent, LinkId, RemoteExtent, StoreError, TransferId};
 use parking_lot::Mutex;
 use rustix::event::epoll::EventFlags;
 
 use super::inbox::{Inbox, Item};
 use super::outbox::{self, Failure, Outbox, Outgoing, Settled, Wrote};
-use super::reads::{Finished, Reads};
+use super::reads::{Finished, Next, Reads};
 use super::serve::ServeStream;
 use super::shared::{Conn, Shared, Task};
+use super::stream::ReadStream;
 use super::sys::{Got, Socket, random};
 use super::turn::Turn;
 use super::wire::{FabricMessage, StreamToken};
@@ -101,7 +102,10 @@ impl Link {
         link.reads.lock().peer_is(listens, peer_token);
         shared.links.write().insert(link.id, Arc::clone(&link));
         shared.tokens.lock().insert(link.token, Arc::clone(&link));
-        let opened = FabricMessage::Opened { version: PROTOCOL_MAX, token: link.token };
+        let opened = FabricMessage::Opened {
+            version: PROTOCOL_MAX,
+            token: link.token,
+        };
         link.enqueue(opened.frame()?);
         Ok(link)
     }
@@ -149,10 +153,6 @@ impl Link {
         &self.address
     }
 
-    pub(super) fn is_up(&self) -> bool {
-        self.state.load(Ordering::Acquire) == UP
-    }
-
     pub(super) fn note_end(&self) {
         self.ended.store(true, Ordering::Release);
     }
@@ -175,7 +175,12 @@ impl Link {
             return Err(self.lost("send"));
         };
         let has_payload = payload.is_some();
-        let mut outgoing = Outgoing { head: frame.into_bytes(), payload, token, sent: 0 };
+        let mut outgoing = Outgoing {
+            head: frame.into_bytes(),
+            payload,
+            token,
+            sent: 0,
+        };
         let mut outbox = self.outbox.lock();
         // Looked at under the lock: a tear-down drains the outbox under it, after the state has changed.
         if self.state.load(Ordering::Acquire) != UP && self.state.load(Ordering::Acquire) != OPENED {
@@ -237,7 +242,10 @@ impl Link {
     }
 
     fn why(&self) -> StoreError {
-        self.why.lock().clone().unwrap_or_else(|| StoreError::unavailable("link", "it is not up yet"))
+        self.why
+            .lock()
+            .clone()
+            .unwrap_or_else(|| StoreError::unavailable("link", "it is not up yet"))
     }
 
     /// The error of an operation on a link that is not up.
@@ -305,11 +313,17 @@ impl Link {
             self.come_up(shared);
         }
         self.flush(shared, socket)?;
-        if self.state.load(Ordering::Acquire) < DOWN { self.receive(shared, socket) } else { Ok(()) }
+        if self.state.load(Ordering::Acquire) < DOWN {
+            self.receive(shared, socket)
+        } else {
+            Ok(())
+        }
     }
 
     fn become_state(&self, from: u8, to: u8) -> bool {
-        self.state.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
+        self.state
+            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok()
     }
 
     fn open(&self, shared: &Shared) -> FabricMessage {
@@ -325,7 +339,11 @@ impl Link {
         self.reads.lock().open();
         if self.become_state(OPENED, UP) {
             let (link, address, inbound) = (self.id, self.address.clone(), self.inbound);
-            shared.report(FabricEvent::LinkUp { link, address, inbound });
+            shared.report(FabricEvent::LinkUp {
+                link,
+                address,
+                inbound,
+            });
         }
     }
 
@@ -366,7 +384,9 @@ impl Link {
                 self.watch_again(shared, socket);
                 return Ok(());
             }
-            let (got, more) = inbox.receive(socket).map_err(|error| self.lost_because("receive", &error))?;
+            let (got, more) = inbox
+                .receive(socket)
+                .map_err(|error| self.lost_because("receive", &error))?;
             match got {
                 Got::Bytes(count) => budget = budget.saturating_sub(count),
                 Got::Nothing => return Ok(()),
@@ -398,7 +418,11 @@ impl Link {
             let (landing, header) = match inbox.next()? {
                 Item::Hungry => return Ok(()),
                 Item::Landed(token, result) => {
-                    shared.report(FabricEvent::Landed { link: self.id, token, result });
+                    shared.report(FabricEvent::Landed {
+                        link: self.id,
+                        token,
+                        result,
+                    });
                     continue;
                 }
                 Item::Frame(header, body) => (self.frame(shared, header, body)?, header),
@@ -425,15 +449,18 @@ impl Link {
                 Ok(())
             }
             FabricMessage::Refused { error } => Err(error),
-            FabricMessage::Open { .. } | FabricMessage::Stream { .. } => {
-                Err(StoreError::protocol("a peer answered a handshake with a question"))
-            }
+            FabricMessage::Open { .. } | FabricMessage::Stream { .. } => Err(StoreError::protocol(
+                "a peer answered a handshake with a question",
+            )),
         }
     }
 
     fn frame(&self, shared: &Shared, header: FrameHeader, body: &[u8]) -> Result<Landing, StoreError> {
         if header.kind != FrameKind::Peer {
-            return Err(StoreError::protocol(format!("a frame of kind {:?} came over a link", header.kind)));
+            return Err(StoreError::protocol(format!(
+                "a frame of kind {:?} came over a link",
+                header.kind
+            )));
         }
         Ok(shared.message(self.id, header, body))
     }
@@ -451,12 +478,71 @@ impl Link {
         } else {
             Err(StoreError::invalid(
                 "landing",
-                format!("{} bytes of payload into {} bytes", header.payload_len, extent.len_bytes),
+                format!(
+                    "{} bytes of payload into {} bytes",
+                    header.payload_len, extent.len_bytes
+                ),
             ))
         };
         match piece {
             Ok(piece) => inbox.expect(header.payload_len, Some((piece, token)), None),
             Err(error) => inbox.expect(header.payload_len, None, Some((token, error))),
+        }
+    }
+
+    // Reads.
+
+    /// See `Fabric::read`.
+    pub(super) fn read(
+        self: &Arc<Self>,
+        shared: &Shared,
+        transfer: TransferId,
+        remote: RemoteExtent,
+        local: Piece,
+    ) -> Result<(), StoreError> {
+        if self.state.load(Ordering::Acquire) != UP {
+            return Err(self.lost("read"));
+        }
+        self.reads.lock().begin(transfer, remote, local)?;
+        self.push_reads(shared);
+        Ok(())
+    }
+
+    /// See `Fabric::cancel`.
+    pub(super) fn cancel(self: &Arc<Self>, shared: &Shared, transfer: TransferId, why: &StoreError) {
+        let mut next = Next::default();
+        let streams = self.reads.lock().cancel(transfer, why.clone(), &mut next);
+        for stream in streams {
+            stream.cut(shared, why);
+        }
+        self.go_on(shared, next);
+    }
+
+    /// Opens the data streams that are worth it and asks for as much as they may carry. Calls nobody.
+    pub(super) fn push_reads(self: &Arc<Self>, shared: &Shared) {
+        let (slice_bytes, streams) = (shared.config.slice_bytes, shared.config.streams);
+        let mut next = Next::default();
+        {
+            let mut reads = self.reads.lock();
+            if let Some((address, token)) = reads.peer() {
+                for _ in 0..reads.streams_wanted(slice_bytes, streams) {
+                    match ReadStream::open(shared, self, address, token) {
+                        Ok(stream) => reads.add_stream(stream),
+                        Err(why) => reads.no_stream(&why, &mut next),
+                    }
+                }
+                reads.assign(slice_bytes, &mut next);
+            }
+        }
+        self.go_on(shared, next);
+    }
+
+    fn go_on(self: &Arc<Self>, shared: &Shared, next: Next) {
+        for stream in &next.flush {
+            stream.flush(shared);
+        }
+        for finished in next.finished {
+            shared.later(Task::Finish(Arc::clone(self), finished));
         }
     }
 
@@ -489,6 +575,17 @@ impl Link {
 
     // The end.
 
+    /// Closes without telling anyone, when the fabric stops.
+    pub(super) fn forget(&self, shared: &Shared) {
+        self.state.store(GONE, Ordering::Release);
+        if let Some(socket) = self.socket.get() {
+            shared.remove(socket);
+            socket.shut_down();
+        }
+        self.serving.lock().clear();
+        *self.reads.lock() = Reads::default();
+    }
+
     fn tear_down(self: &Arc<Self>, shared: &Arc<Shared>) {
         if let Some(socket) = self.socket.get() {
             shared.remove(socket);
@@ -499,7 +596,11 @@ impl Link {
         let why = self.why();
         if let Some(token) = self.inbox.lock().abandon() {
             let result = Err(self.lost_because("receive", &why));
-            shared.report(FabricEvent::Landed { link: self.id, token, result });
+            shared.report(FabricEvent::Landed {
+                link: self.id,
+                token,
+                result,
+            });
         }
         let settled = self.outbox.lock().drain(&self.lost_because("send", &why));
         report_settled(shared, settled);
@@ -522,7 +623,10 @@ impl Link {
             self.reads.lock().reported();
         }
         if self.reads.lock().is_last_word() {
-            shared.report(FabricEvent::LinkDown { link: self.id, why: self.why() });
+            shared.report(FabricEvent::LinkDown {
+                link: self.id,
+                why: self.why(),
+            });
         }
     }
 }
@@ -531,22 +635,4 @@ fn report_settled(shared: &Shared, settled: Vec<Settled>) {
     for (token, result) in settled {
         shared.report(FabricEvent::SendDone { token, result });
     }
-}
-
-/// Whether a frame's header announces just the payload that goes with it.
-pub(super) fn check_payload(frame: &Frame, payload: Option<Extent>) -> Result<(), StoreError> {
-    let announced = frame
-        .as_bytes()
-        .first_chunk::<HEADER_LEN>()
-        .ok_or_else(|| StoreError::invalid("frame", "it has no header"))
-        .and_then(FrameHeader::parse)?
-        .payload_len;
-    let len_bytes = payload.map_or(0, |extent| extent.len_bytes);
-    if announced == len_bytes {
-        return Ok(());
-    }
-    Err(StoreError::invalid(
-        "frame",
-        format!("send: its header announces {announced} bytes of payload, its extent has {len_bytes}"),
-    ))
 }

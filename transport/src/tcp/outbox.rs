@@ -59,6 +59,10 @@ impl Outbox {
         self.queue.is_empty()
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.queue.len()
+    }
+
     /// Whether another frame of `len` bytes may wait.
     pub(super) fn has_room(&self, len: usize) -> bool {
         self.queue.len() < FRAMES_MAX && self.queued_bytes + len <= BYTES_MAX
@@ -102,7 +106,9 @@ impl Outbox {
     pub(super) fn drain(&mut self, why: &StoreError) -> Vec<Settled> {
         self.queued_bytes = 0;
         let payloads = self.queue.drain(..).filter(|outgoing| outgoing.payload.is_some());
-        payloads.map(|outgoing| (outgoing.token, Err(why.clone()))).collect()
+        payloads
+            .map(|outgoing| (outgoing.token, Err(why.clone())))
+            .collect()
     }
 }
 
@@ -121,9 +127,11 @@ pub(super) fn write_one(socket: &Socket, outgoing: &mut Outgoing) -> Result<bool
         let head = outgoing.head.get(outgoing.sent..).unwrap_or_default();
         let wrote = match &outgoing.payload {
             None => socket.send(head).map_err(Unmoved::Os),
-            Some(piece) => {
-                piece.send(socket.as_fd(), head, outgoing.sent.saturating_sub(outgoing.head.len()))
-            }
+            Some(piece) => piece.send(
+                socket.as_fd(),
+                head,
+                outgoing.sent.saturating_sub(outgoing.head.len()),
+            ),
         };
         match wrote {
             Ok(count) => outgoing.sent += count,
@@ -136,7 +144,11 @@ pub(super) fn write_one(socket: &Socket, outgoing: &mut Outgoing) -> Result<bool
                     outgoing.sent
                 );
                 let error = StoreError::stale("send", "payload", why);
-                return Err(if outgoing.sent == 0 { Failure::Skipped(error) } else { Failure::Broken(error) });
+                return Err(if outgoing.sent == 0 {
+                    Failure::Skipped(error)
+                } else {
+                    Failure::Broken(error)
+                });
             }
         }
     }

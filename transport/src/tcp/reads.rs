@@ -114,13 +114,22 @@ impl Reads {
 
     /// How many streams are wanted beyond those that there are, `streams` being the most.
     pub(super) fn streams_wanted(&self, slice_bytes: usize, streams: usize) -> usize {
-        let bytes = self.waiting.iter().fold(0_usize, |sum, slice| sum.saturating_add(slice.local.len()));
-        let useful = bytes.div_ceil(slice_bytes).clamp(usize::from(!self.waiting.is_empty()), streams);
+        let bytes = self
+            .waiting
+            .iter()
+            .fold(0_usize, |sum, slice| sum.saturating_add(slice.local.len()));
+        let useful = bytes
+            .div_ceil(slice_bytes)
+            .clamp(usize::from(!self.waiting.is_empty()), streams);
         useful.saturating_sub(self.books.len())
     }
 
     pub(super) fn add_stream(&mut self, stream: Arc<ReadStream>) {
-        self.books.push(Book { stream, under_way: VecDeque::new(), under_way_bytes: 0 });
+        self.books.push(Book {
+            stream,
+            under_way: VecDeque::new(),
+            under_way_bytes: 0,
+        });
     }
 
     /// Begins a read.
@@ -133,11 +142,16 @@ impl Reads {
         remote: RemoteExtent,
         local: Piece,
     ) -> Result<(), StoreError> {
-        if let State::Closed(why) = &self.state {
-            return Err(why.clone());
+        match &self.state {
+            State::Open => {}
+            State::Closed(why) => return Err(why.clone()),
+            State::New | State::Over => return Err(StoreError::unavailable("link", "it is not up")),
         }
         if self.transfers.len() >= TRANSFERS_MAX {
-            return Err(StoreError::busy("read", format!("{TRANSFERS_MAX} reads are in progress on this link")));
+            return Err(StoreError::busy(
+                "read",
+                format!("{TRANSFERS_MAX} reads are in progress on this link"),
+            ));
         }
         self.transfers.insert(
             transfer,
@@ -146,12 +160,25 @@ impl Reads {
                 under_way: 0,
                 unasked: local.len(),
                 error: None,
-                stats: ReadStats { bytes: local.len() as u64, ..ReadStats::default() },
+                stats: ReadStats {
+                    bytes: local.len() as u64,
+                    ..ReadStats::default()
+                },
             },
         );
         let small = local.len() <= SMALL_LEN;
-        let slice = Slice { transfer, remote, local, number: 0, tries: 0 };
-        if small { self.waiting.push_front(slice) } else { self.waiting.push_back(slice) }
+        let slice = Slice {
+            transfer,
+            remote,
+            local,
+            number: 0,
+            tries: 0,
+        };
+        if small {
+            self.waiting.push_front(slice)
+        } else {
+            self.waiting.push_back(slice)
+        }
         Ok(())
     }
 
@@ -179,7 +206,10 @@ impl Reads {
                 transfer.unasked -= slice.local.len();
                 transfer.stats.slices += 1;
             }
-            book.stream.ask(Request { number: slice.number, extent: slice.remote });
+            book.stream.ask(Request {
+                number: slice.number,
+                extent: slice.remote,
+            });
             book.under_way_bytes += slice.local.len();
             book.under_way.push_back(slice);
             if !next.flush.iter().any(|stream| Arc::ptr_eq(stream, &book.stream)) {
@@ -190,7 +220,12 @@ impl Reads {
 
     /// The slice whose answer comes next on a stream.
     pub(super) fn expected(&self, stream: &Arc<ReadStream>) -> Option<Slice> {
-        self.books.iter().find(|book| Arc::ptr_eq(&book.stream, stream))?.under_way.front().cloned()
+        self.books
+            .iter()
+            .find(|book| Arc::ptr_eq(&book.stream, stream))?
+            .under_way
+            .front()
+            .cloned()
     }
 
     /// The answer to a stream's oldest request is complete: the bytes have landed, or the owner refused.
@@ -201,7 +236,10 @@ impl Reads {
         slice_bytes: usize,
         next: &mut Next,
     ) {
-        let book = self.books.iter_mut().find(|book| Arc::ptr_eq(&book.stream, stream));
+        let book = self
+            .books
+            .iter_mut()
+            .find(|book| Arc::ptr_eq(&book.stream, stream));
         let Some((book, slice)) = book.and_then(|book| {
             let slice = book.under_way.pop_front()?;
             Some((book, slice))
@@ -221,7 +259,11 @@ impl Reads {
 
     /// A stream has ended, and nothing is received on it any more: its slices go back, or fail their reads.
     pub(super) fn lost(&mut self, stream: &Arc<ReadStream>, why: &StoreError, guilty: bool, next: &mut Next) {
-        let Some(at) = self.books.iter().position(|book| Arc::ptr_eq(&book.stream, stream)) else {
+        let Some(at) = self
+            .books
+            .iter()
+            .position(|book| Arc::ptr_eq(&book.stream, stream))
+        else {
             return;
         };
         let closed = match &self.state {
@@ -256,12 +298,31 @@ impl Reads {
         self.give_up(transfer, error);
         self.finish_if_over(transfer, next);
         let carries = |book: &&Book| book.under_way.iter().any(|slice| slice.transfer == transfer);
-        self.books.iter().filter(carries).map(|book| Arc::clone(&book.stream)).collect()
+        self.books
+            .iter()
+            .filter(carries)
+            .map(|book| Arc::clone(&book.stream))
+            .collect()
+    }
+
+    /// No stream can be opened: without any, what waits fails.
+    pub(super) fn no_stream(&mut self, why: &StoreError, next: &mut Next) {
+        if !self.books.is_empty() {
+            return;
+        }
+        let all: Vec<TransferId> = self.waiting.iter().map(|slice| slice.transfer).collect();
+        for transfer in all {
+            self.give_up(transfer, why.clone());
+            self.finish_if_over(transfer, next);
+        }
     }
 
     /// The reads into a segment.
     pub(super) fn of_segment(&self, segment: SegmentId) -> Vec<TransferId> {
-        let of_it = self.transfers.iter().filter(|(_, transfer)| transfer.segment == segment);
+        let of_it = self
+            .transfers
+            .iter()
+            .filter(|(_, transfer)| transfer.segment == segment);
         of_it.map(|(number, _)| *number).collect()
     }
 
@@ -275,7 +336,10 @@ impl Reads {
             self.give_up(transfer, why.clone());
             self.finish_if_over(transfer, &mut next);
         }
-        (next.finished, self.books.iter().map(|book| Arc::clone(&book.stream)).collect())
+        (
+            next.finished,
+            self.books.iter().map(|book| Arc::clone(&book.stream)).collect(),
+        )
     }
 
     /// The sink knows of one more finished read.
@@ -285,7 +349,8 @@ impl Reads {
 
     /// Whether the end of the link can be reported now; true once.
     pub(super) fn is_last_word(&mut self) -> bool {
-        let over = matches!(self.state, State::Closed(_)) && self.transfers.is_empty() && self.unreported == 0;
+        let over =
+            matches!(self.state, State::Closed(_)) && self.transfers.is_empty() && self.unreported == 0;
         if over {
             self.state = State::Over;
         }
@@ -298,14 +363,15 @@ impl Reads {
             return;
         };
         transfer.error.get_or_insert(error);
-        if transfer.unasked > 0 {
-            transfer.unasked = 0;
-            self.waiting.retain(|slice| slice.transfer != number);
-        }
+        transfer.unasked = 0;
+        self.waiting.retain(|slice| slice.transfer != number);
     }
 
     fn finish_if_over(&mut self, number: TransferId, next: &mut Next) {
-        let over = self.transfers.get(&number).is_some_and(|it| it.under_way == 0 && it.unasked == 0);
+        let over = self
+            .transfers
+            .get(&number)
+            .is_some_and(|it| it.under_way == 0 && it.unasked == 0);
         if !over {
             return;
         }
@@ -315,7 +381,10 @@ impl Reads {
                 Some(error) => Err(error),
                 None => Ok(transfer.stats),
             };
-            next.finished.push(Finished { transfer: number, result });
+            next.finished.push(Finished {
+                transfer: number,
+                result,
+            });
         }
     }
 }

@@ -53,10 +53,6 @@ impl Seats {
         }
     }
 
-    pub(super) fn bell(&self) -> &Bell {
-        &self.bell
-    }
-
     /// Registers the caller as a waiter and says how many announcements there were; it then looks at its condition,
     /// and either calls `leave` or sleeps.
     pub(super) fn register(&self) -> (Seat, u64) {

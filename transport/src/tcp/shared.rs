@@ -72,7 +72,7 @@ impl Conn {
             link.note_writable();
         }
         if let Self::Read(stream) = self
-            && flags.contains(EventFlags::OUT)
+            && (ended || flags.contains(EventFlags::OUT))
         {
             stream.note_writable();
         }
@@ -122,7 +122,8 @@ impl Shared {
         listener: OwnedFd,
         listen_port: u16,
     ) -> Result<Self, StoreError> {
-        let (epoll, task_bell, leader_bell, timer) = (Epoll::new()?, Bell::new()?, Bell::new()?, Timer::new()?);
+        let (epoll, task_bell, leader_bell, timer) =
+            (Epoll::new()?, Bell::new()?, Bell::new()?, Timer::new()?);
         epoll.add(&listener, LISTENER, EventFlags::IN | EventFlags::ET)?;
         epoll.add(&task_bell, TASK_BELL, EventFlags::IN | EventFlags::ET)?;
         epoll.add(&leader_bell, LEADER_BELL, EventFlags::IN | EventFlags::ET)?;
@@ -226,6 +227,17 @@ impl Shared {
         self.seats.announce();
     }
 
+    /// Forgets everything that refers to something else here, so that all of it can be freed.
+    pub(super) fn clear(&self) {
+        let links = std::mem::take(&mut *self.links.write());
+        for link in links.into_values() {
+            link.forget(self);
+        }
+        self.tokens.lock().clear();
+        self.transfers.lock().clear();
+        self.tasks.lock().clear();
+    }
+
     // Reports.
 
     pub(super) fn report(&self, event: FabricEvent) {
@@ -290,6 +302,24 @@ impl Shared {
         self.epoll.remove(socket);
     }
 
+    /// Everything that is connected, to be shut down.
+    pub(super) fn take_conns(&self) -> Vec<Conn> {
+        std::mem::take(&mut *self.conns.write()).into_values().collect()
+    }
+
+    /// # Errors
+    /// `Busy` at the limit of links.
+    pub(super) fn check_link_room(&self) -> Result<(), StoreError> {
+        let limit = self.config.links_max;
+        if self.links.read().len() < limit {
+            return Ok(());
+        }
+        Err(StoreError::busy(
+            "connect",
+            format!("this node has {limit} links, its limit"),
+        ))
+    }
+
     pub(super) fn inbound_is_over(&self) {
         self.inbound_count.fetch_sub(1, Ordering::Relaxed);
     }
@@ -302,7 +332,9 @@ impl Shared {
             let fd = match sys::accept(&listener) {
                 Ok(Some(fd)) => fd,
                 Ok(None) => return,
-                Err(error @ (rustix::io::Errno::MFILE | rustix::io::Errno::NFILE | rustix::io::Errno::NOMEM)) => {
+                Err(
+                    error @ (rustix::io::Errno::MFILE | rustix::io::Errno::NFILE | rustix::io::Errno::NOMEM),
+                ) => {
                     tracing::warn!(%error, "cannot accept: raise RLIMIT_NOFILE (ulimit -n); trying again soon");
                     self.set_deadline(LISTENER, ACCEPT_PAUSE);
                     return;
@@ -345,8 +377,11 @@ impl Shared {
         let now = Instant::now();
         let expired: Vec<u64> = {
             let mut deadlines = self.deadlines.lock();
-            let expired: Vec<u64> =
-                deadlines.iter().filter(|(_, deadline)| **deadline <= now).map(|(id, _)| *id).collect();
+            let expired: Vec<u64> = deadlines
+                .iter()
+                .filter(|(_, deadline)| **deadline <= now)
+                .map(|(id, _)| *id)
+                .collect();
             deadlines.retain(|_, deadline| *deadline > now);
             if let Some(next) = deadlines.values().min() {
                 self.timer.set(next.saturating_duration_since(now));
@@ -367,7 +402,8 @@ impl Shared {
                     link.fail(self, why);
                 }
                 Some(Conn::Read(stream)) => {
-                    let why = StoreError::timed_out("open a data stream to", stream.link.address(), timeout_ms);
+                    let why =
+                        StoreError::timed_out("open a data stream to", stream.link.address(), timeout_ms);
                     stream.lose(self, &why);
                 }
                 Some(Conn::Serve(_)) | None => {}

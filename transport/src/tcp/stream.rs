@@ -2,12 +2,13 @@
 //! straight into the local extents. Which slice is asked for when is in `reads`. Invariant: bytes land only within a
 //! turn, and a lost stream's slices are given back within a turn too, so nothing lands for them afterwards.
 
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use hetmem_core::StoreError;
 use hetmem_core::ErrorKind;
+use hetmem_core::StoreError;
 use parking_lot::Mutex;
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
@@ -17,7 +18,7 @@ use super::reads::{Next, Slice};
 use super::shared::{Conn, Shared, Task};
 use super::sys::{Got, Socket};
 use super::turn::Turn;
-use super::wire::{ANSWER_LEN, Answer, FabricMessage, Request, error_from};
+use super::wire::{ANSWER_LEN, Answer, FabricMessage, Request, StreamToken, error_from};
 use crate::region::Unmoved;
 
 /// Bytes received before other connections get their turn.
@@ -59,8 +60,15 @@ struct Inbox {
 }
 
 enum Incoming {
-    Bytes { slice: Slice, done: usize },
-    Refusal { kind: ErrorKind, text: Vec<u8>, len: usize },
+    Bytes {
+        slice: Slice,
+        done: usize,
+    },
+    Refusal {
+        kind: ErrorKind,
+        text: Vec<u8>,
+        len: usize,
+    },
 }
 
 impl ReadStream {
@@ -68,10 +76,12 @@ impl ReadStream {
     ///
     /// # Errors
     /// `Os` if the system refuses.
-    pub(super) fn open(shared: &Arc<Shared>, link: &Arc<Link>) -> Result<Option<Arc<Self>>, StoreError> {
-        let Some((address, token)) = link.reads.lock().peer() else {
-            return Ok(None);
-        };
+    pub(super) fn open(
+        shared: &Shared,
+        link: &Arc<Link>,
+        address: SocketAddr,
+        token: StreamToken,
+    ) -> Result<Arc<Self>, StoreError> {
         let id = shared.next_id();
         let socket = Socket::connecting(address, id)?;
         socket.no_delay();
@@ -83,17 +93,22 @@ impl ReadStream {
             turn: Turn::default(),
             writable: AtomicBool::new(false),
             lost: Mutex::default(),
-            out: Mutex::new(Out { connected: false, bytes: hello.into_bytes() }),
+            out: Mutex::new(Out {
+                connected: false,
+                bytes: hello.into_bytes(),
+            }),
             inbox: Mutex::default(),
         });
         shared.insert(id, Conn::Read(Arc::clone(&stream)));
         shared.set_deadline(id, shared.config.handshake_timeout);
-        let watched = shared.epoll.add(&stream.socket, id, EventFlags::OUT | EventFlags::ONESHOT);
+        let watched = shared
+            .epoll
+            .add(&stream.socket, id, EventFlags::OUT | EventFlags::ONESHOT);
         if let Err(error) = watched {
             shared.remove(&stream.socket);
             return Err(error);
         }
-        Ok(Some(stream))
+        Ok(stream)
     }
 
     pub(super) fn note_writable(&self) {
@@ -106,7 +121,7 @@ impl ReadStream {
     }
 
     /// Sends what the socket takes.
-    pub(super) fn flush(self: &Arc<Self>, shared: &Arc<Shared>) {
+    pub(super) fn flush(self: &Arc<Self>, shared: &Shared) {
         let failed = {
             let mut out = self.out.lock();
             if !out.connected {
@@ -156,6 +171,10 @@ impl ReadStream {
         self.give_up(shared, why, false);
     }
 
+    fn is_lost(&self) -> bool {
+        !matches!(*self.lost.lock(), Lost::No)
+    }
+
     fn give_up(self: &Arc<Self>, shared: &Shared, why: &StoreError, guilty: bool) {
         {
             let mut lost = self.lost.lock();
@@ -168,9 +187,13 @@ impl ReadStream {
         shared.later(Task::Work(Conn::Read(Arc::clone(self))));
     }
 
+    pub(super) fn shut_down(&self) {
+        self.socket.shut_down();
+    }
+
     pub(super) fn run(self: &Arc<Self>, shared: &Arc<Shared>) {
         self.turn.run(|| {
-            if matches!(*self.lost.lock(), Lost::No)
+            if !self.is_lost()
                 && let Err(why) = self.advance(shared)
             {
                 let why = if why.kind() == ErrorKind::Protocol {
@@ -210,16 +233,17 @@ impl ReadStream {
                     return Ok(());
                 }
                 let address = self.link.address();
-                self.socket.connected().map_err(|error| {
-                    StoreError::os(format!("open a data stream to {address}"), error)
-                })?;
+                self.socket
+                    .connected()
+                    .map_err(|error| StoreError::os(format!("open a data stream to {address}"), error))?;
                 out.connected = true;
                 shared.clear_deadline(self.socket.id);
             }
-            self.write(&mut out).map_err(|error| StoreError::os("send a read request", error))?;
+            self.write(&mut out)
+                .map_err(|error| StoreError::os("send a read request", error))?;
         }
         self.receive(shared)?;
-        if matches!(*self.lost.lock(), Lost::No) {
+        if !self.is_lost() {
             self.watch(shared, &self.out.lock());
         }
         Ok(())
@@ -228,7 +252,7 @@ impl ReadStream {
     fn receive(self: &Arc<Self>, shared: &Arc<Shared>) -> Result<(), StoreError> {
         let mut inbox = self.inbox.lock();
         let mut budget = RECEIVE_BUDGET;
-        while budget > 0 && matches!(*self.lost.lock(), Lost::No) {
+        while budget > 0 && !self.is_lost() {
             let (got, wanted) = inbox.receive(&self.socket)?;
             let count = match got {
                 Got::Bytes(count) => count,
@@ -255,7 +279,10 @@ impl ReadStream {
 
     fn answered(self: &Arc<Self>, shared: &Arc<Shared>, refused: Option<StoreError>) {
         let mut next = Next::default();
-        self.link.reads.lock().answered(self, refused, shared.config.slice_bytes, &mut next);
+        self.link
+            .reads
+            .lock()
+            .answered(self, refused, shared.config.slice_bytes, &mut next);
         for stream in &next.flush {
             stream.flush(shared);
         }
@@ -300,7 +327,11 @@ impl Inbox {
                     Err(Unmoved::Os(error)) => Ok((Got::of(Err(error)).map_err(failed)?, wanted)),
                     Err(Unmoved::Closed) => {
                         let subject = format!("transfer {}", slice.transfer);
-                        Err(StoreError::stale("read", subject, "the local segment was deregistered"))
+                        Err(StoreError::stale(
+                            "read",
+                            subject,
+                            "the local segment was deregistered",
+                        ))
                     }
                 }
             }
@@ -310,7 +341,9 @@ impl Inbox {
     /// A head is there: from now on its bytes are received.
     fn begin(&mut self, slice: Option<Slice>) -> Result<(), StoreError> {
         let Some(slice) = slice else {
-            return Err(StoreError::protocol("an answer came on a data stream that asked for nothing"));
+            return Err(StoreError::protocol(
+                "an answer came on a data stream that asked for nothing",
+            ));
         };
         let answer = Answer::parse(self.head, slice.number, slice.remote.len_bytes)?;
         self.head_len = 0;
@@ -318,7 +351,11 @@ impl Inbox {
             None => Incoming::Bytes { slice, done: 0 },
             Some(kind) => {
                 let len = usize::try_from(answer.len_bytes).unwrap_or(0);
-                Incoming::Refusal { kind, text: Vec::with_capacity(len), len }
+                Incoming::Refusal {
+                    kind,
+                    text: Vec::with_capacity(len),
+                    len,
+                }
             }
         });
         Ok(())

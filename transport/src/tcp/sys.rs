@@ -8,9 +8,7 @@ use std::time::Duration;
 use hetmem_core::StoreError;
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::io::Errno;
-use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, ipproto, sockopt,
-};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, ipproto, sockopt};
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
@@ -54,8 +52,14 @@ impl Timer {
     pub(super) fn set(&self, after: Duration) {
         // A value of zero would disarm the timer.
         let value = timespec(after.max(Duration::from_micros(1)));
-        let interval = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let spec = Itimerspec { it_interval: interval, it_value: value };
+        let interval = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        let spec = Itimerspec {
+            it_interval: interval,
+            it_value: value,
+        };
         if let Err(error) = timerfd_settime(&self.0, TimerfdTimerFlags::empty(), &spec) {
             tracing::error!(%error, "the timer of handshakes could not be set");
         }
@@ -85,14 +89,12 @@ impl Epoll {
         Ok(Self(fd))
     }
 
-    pub(super) fn add(
-        &self,
-        source: impl AsFd,
-        id: u64,
-        flags: epoll::EventFlags,
-    ) -> Result<(), StoreError> {
+    pub(super) fn add(&self, source: impl AsFd, id: u64, flags: epoll::EventFlags) -> Result<(), StoreError> {
         epoll::add(&self.0, source, epoll::EventData::new_u64(id), flags).map_err(|error| {
-            StoreError::os("epoll_ctl", format!("{error}: raise fs.epoll.max_user_watches or RLIMIT_NOFILE"))
+            StoreError::os(
+                "epoll_ctl",
+                format!("{error}: raise fs.epoll.max_user_watches or RLIMIT_NOFILE"),
+            )
         })
     }
 
@@ -111,7 +113,10 @@ impl Epoll {
     /// The next event, if one comes in time.
     pub(super) fn wait(&self, timeout: Option<Duration>) -> Option<(u64, epoll::EventFlags)> {
         // One at a time: what else is ready wakes another thread, rather than wait behind this one.
-        let mut events = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 1];
+        let mut events = [epoll::Event {
+            flags: epoll::EventFlags::empty(),
+            data: epoll::EventData::new_u64(0),
+        }; 1];
         let timeout = timeout.map(timespec);
         match epoll::wait(&self.0, &mut events[..], timeout.as_ref()) {
             Ok(1..) => Some((events[0].data.u64(), events[0].flags)),
@@ -210,7 +215,11 @@ impl Socket {
 }
 
 fn stream_socket(address: SocketAddr) -> rustix::io::Result<OwnedFd> {
-    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let family = if address.is_ipv4() {
+        AddressFamily::INET
+    } else {
+        AddressFamily::INET6
+    };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     rustix::net::socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP))
 }
@@ -219,7 +228,9 @@ fn stream_socket(address: SocketAddr) -> rustix::io::Result<OwnedFd> {
 pub(super) fn listen(address: SocketAddr) -> Result<(OwnedFd, SocketAddr), StoreError> {
     let fail = |call: &str, error: Errno| {
         let remedy = match error {
-            Errno::ADDRINUSE => ": another process listens there; stop it or choose another port (0 picks a free one)",
+            Errno::ADDRINUSE => {
+                ": another process listens there; stop it or choose another port (0 picks a free one)"
+            }
             Errno::ADDRNOTAVAIL => ": no interface of this machine has this address",
             Errno::ACCESS => ": ports below 1024 need privileges; choose another port",
             _ => "",
@@ -232,7 +243,9 @@ pub(super) fn listen(address: SocketAddr) -> Result<(OwnedFd, SocketAddr), Store
     rustix::net::bind(&fd, &address).map_err(|error| fail("bind", error))?;
     rustix::net::listen(&fd, BACKLOG).map_err(|error| fail("listen", error))?;
     let real = rustix::net::getsockname(&fd).map_err(|error| fail("getsockname", error))?;
-    let real = real.try_into().unwrap_or(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)));
+    let real = real
+        .try_into()
+        .unwrap_or(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)));
     Ok((fd, real))
 }
 

@@ -1,0 +1,140 @@
+//! `hetmem bench remote`: gets from another node over TCP on loopback. Not verbs. Invariant: the owner is a process
+//! of its own, and nothing that was fetched is kept: every get moves its bytes.
+
+use std::hint::black_box;
+
+use hetmem_client::{GetOptions, Key, Path, Store, StoreError};
+use hetmem_node::{Config, Node};
+
+use super::Size;
+use super::baseline::{TcpLoop, iperf3};
+use super::rows::{Pair, Row, Target, timed};
+use crate::demo::nodes::{Folder, Process};
+
+const KIB: usize = 1 << 10;
+const MIB: usize = 1 << 20;
+/// What an answer has beside the object: header and metadata.
+const ENVELOPE_LEN: usize = 96;
+
+pub(super) fn run(size: Size) -> Result<Vec<Row>, StoreError> {
+    let folder = Folder::create()?;
+    let socket = |name: &str| folder.path().join(name).display().to_string();
+    let owner = Process::start(
+        "bench-owner",
+        &[
+            ("socket", socket("owner.sock")),
+            ("listen", "127.0.0.1:0".to_owned()),
+            ("host", "512MiB".to_owned()),
+        ],
+    )?;
+    let put = Store::connect(Some(&owner.socket))?;
+    let here = [
+        ("name", "bench-here".to_owned()),
+        ("socket", socket("here.sock")),
+        ("listen", "127.0.0.1:0".to_owned()),
+        ("host", "2GiB".to_owned()),
+        ("join", owner.address.clone()),
+    ];
+    let here = here.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
+    let node = Node::start(Config::load(None, here)?)?;
+    let inside = Store::over(node.session()?)?;
+    let outside = Store::connect(Some(node.socket()))?;
+    let mut bare = TcpLoop::start(64 * MIB + ENVELOPE_LEN)?;
+    let mut rows = Vec::new();
+    for (len, samples, target) in [
+        (KIB, 500, Target::AtMost(1.5)),
+        (32 * KIB, 200, Target::AtMost(1.5)),
+        (MIB, 50, Target::AtLeast(0.95)),
+        (64 * MIB, 3, Target::AtLeast(0.95)),
+    ] {
+        let key = Key::new(&format!("bench/remote/{len}"))?;
+        put.put_bytes(&key, &vec![9; len])?;
+        rows.push(get(size, "get", &inside, &key, &mut bare, (len, samples, target))?);
+        rows.push(get(size, "get through a daemon", &outside, &key, &mut bare, (len, samples, target))?);
+    }
+    match iperf3() {
+        Ok(rate) => rows.push(beside_iperf3(size, &inside)?.into_row(rate)),
+        Err(why) => {
+            use std::io::Write as _;
+            let _ = writeln!(std::io::stderr(), "skipped: get beside iperf3: {why}");
+        }
+    }
+    drop((inside, outside, node, put, owner));
+    Ok(rows)
+}
+
+fn fetch(store: &Store, key: &Key, len: usize) -> Result<Path, StoreError> {
+    let options = GetOptions { keep: false, ..GetOptions::default() };
+    let object = store.get_with(key, &options)?;
+    if object.len() != len {
+        return Err(StoreError::corrupt(key, format!("{} bytes came, {len} were put", object.len())));
+    }
+    black_box(&object[len - 1]);
+    Ok(object.path())
+}
+
+fn get(
+    size: Size,
+    op: &str,
+    store: &Store,
+    key: &Key,
+    bare: &mut TcpLoop,
+    (len, samples, target): (usize, usize, Target),
+) -> Result<Row, StoreError> {
+    let path = fetch(store, key, len)?;
+    let pair = Pair {
+        workload: "remote",
+        op: &format!("{op} ({path})"),
+        size_bytes: len as u64,
+        moves: true,
+        ceiling_name: "bare TCP loop, one stream",
+        target,
+        rounds: size.rounds(),
+        samples,
+    };
+    pair.measure(
+        &mut || {
+            let (us, done) = timed(|| bare.fetch(len + ENVELOPE_LEN));
+            done.map(|()| us)
+        },
+        &mut || {
+            let (us, done) = timed(|| fetch(store, key, len));
+            done.map(|_| us)
+        },
+    )
+}
+
+/// Gets of 64 MiB for as long as iperf3 ran.
+struct Rate {
+    row: Row,
+}
+
+fn beside_iperf3(size: Size, store: &Store) -> Result<Rate, StoreError> {
+    let len = 64 * MIB;
+    let key = Key::new(&format!("bench/remote/{len}"))?;
+    let mut own = || {
+        let (us, done) = timed(|| fetch(store, &key, len));
+        done.map(|_| us)
+    };
+    let pair = Pair {
+        workload: "remote",
+        op: "get (read)",
+        size_bytes: len as u64,
+        moves: true,
+        ceiling_name: "iperf3, one stream, one second",
+        target: Target::AtLeast(1.0),
+        rounds: size.rounds(),
+        samples: 3,
+    };
+    let mut same = || Ok(1.0);
+    Ok(Rate { row: pair.measure(&mut same, &mut own)? })
+}
+
+impl Rate {
+    #[allow(clippy::cast_precision_loss, reason = "a rate for people")]
+    fn into_row(mut self, iperf_gib_per_s: f64) -> Row {
+        self.row.ceiling_p50_us = self.row.size_bytes as f64 / (1_u64 << 30) as f64 / iperf_gib_per_s * 1e6;
+        self.row.ratio_to_ceiling = self.row.ceiling_p50_us / self.row.p50_us;
+        self.row
+    }
+}

@@ -1,0 +1,301 @@
+//! `hetmem demo`: the main job on one machine. Two nodes, one state dict, every byte compared. Not a benchmark.
+//! Invariant: it succeeds only if every byte and every checksum of every tensor agree on both nodes.
+
+pub(crate) mod nodes;
+mod report;
+mod state_dict;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use hetmem_client::{Key, Object, ObjectMeta, Path as BytesPath, Store, StoreError};
+use hetmem_host_mem::MappedFile;
+use serde_json::json;
+
+use crate::commands::key_under;
+use crate::failure::Failure;
+use crate::formats::Format;
+use crate::formats::safetensors::SafeTensors;
+use crate::output::{Output, bytes};
+use nodes::{Folder, Process};
+use report::{Samples, Step};
+use state_dict::{Generated, Values};
+
+/// Times that each tensor is got where it is: enough for a percentile, done in no time.
+const LOCAL_ROUNDS: usize = 20;
+/// Beyond the tensors themselves: allocation units, and segments granted to the demo's own client.
+const HOST_SLACK: u64 = 256 << 20;
+/// Differences that are named; the rest is counted.
+const NAMED_MAX: usize = 10;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// A .safetensors file [default: a made-up state dict with GPT-2's names, shapes and types]
+    #[arg(conflicts_with = "size")]
+    file: Option<PathBuf>,
+    /// About how many bytes to make up
+    #[arg(long, value_name = "BYTES")]
+    size: Option<u64>,
+    /// What carries bytes between the nodes
+    #[arg(long, value_enum, default_value_t = Fabric::Auto)]
+    fabric: Fabric,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Fabric {
+    /// The best that works
+    Auto,
+    /// TCP
+    Tcp,
+    /// RDMA verbs
+    Verbs,
+}
+
+/// Where the tensors' bytes come from.
+enum Source<'a> {
+    Made(Vec<Generated>),
+    File(SafeTensors<'a>),
+}
+
+/// One tensor of the source.
+struct Tensor<'a> {
+    key: Key,
+    meta: ObjectMeta,
+    content: Content<'a>,
+}
+
+enum Content<'a> {
+    Made(Values),
+    File(&'a [u8]),
+}
+
+impl Tensor<'_> {
+    /// The bytes, made in `buffer` if they are nowhere yet.
+    fn bytes<'b>(&'b self, buffer: &'b mut Vec<u8>) -> &'b [u8] {
+        match self.content {
+            Content::File(bytes) => bytes,
+            Content::Made(values) => {
+                buffer.resize(usize::try_from(self.meta.len_bytes).unwrap_or(usize::MAX), 0);
+                values.fill(0, buffer);
+                buffer
+            }
+        }
+    }
+
+    /// What is wrong with an object that should be this tensor.
+    fn fault(&self, object: &Object) -> Option<String> {
+        if object.len() as u64 != self.meta.len_bytes {
+            return Some(format!("{} bytes where {} belong", object.len(), self.meta.len_bytes));
+        }
+        if (object.meta().dtype, object.meta().shape) != (self.meta.dtype, self.meta.shape) {
+            return Some(format!("{} {:?}", object.meta().dtype, object.meta().shape));
+        }
+        let difference = match self.content {
+            Content::Made(values) => values.first_difference(0, object),
+            Content::File(bytes) if bytes == &**object => None,
+            Content::File(bytes) => {
+                bytes.iter().zip(&**object).position(|(left, right)| left != right).map(|at| at as u64)
+            }
+        };
+        if let Some(at) = difference {
+            return Some(format!("byte {at} differs from the source"));
+        }
+        match object.verify() {
+            Ok(true) => None,
+            Ok(false) => Some("it has no checksum".to_owned()),
+            Err(error) => Some(error.to_string()),
+        }
+    }
+}
+
+/// What the demo has found so far.
+#[derive(Default)]
+struct Findings {
+    samples: Samples,
+    compared: u64,
+    faults: Vec<String>,
+}
+
+pub(crate) fn run(args: &Args, out: Output) -> Result<(), Failure> {
+    if args.fabric == Fabric::Verbs {
+        return Err(StoreError::unavailable(
+            "the fabric verbs",
+            "not built yet in this release (use --fabric tcp, which needs no hardware)",
+        )
+        .into());
+    }
+    let file = args.file.as_deref().map(MappedFile::open).transpose()?;
+    let source = match (&args.file, &file) {
+        (Some(path), Some(file)) => Source::File(read(path, file)?),
+        _ => Source::Made(state_dict::gpt2(args.size)?),
+    };
+    let tensors = tensors(&source)?;
+    let total: u64 = tensors.iter().map(|tensor| tensor.meta.len_bytes).sum();
+    let folder = Folder::create()?;
+    let fabric = if args.fabric == Fabric::Tcp { "tcp" } else { "auto" };
+    let flags = |name: &str, join: Option<&str>| {
+        let mut flags = vec![
+            ("socket", folder.path().join(format!("{name}.sock")).display().to_string()),
+            ("listen", "127.0.0.1:0".to_owned()),
+            ("host", (total + total / 4 + HOST_SLACK).to_string()),
+            ("fabric", fabric.to_owned()),
+        ];
+        flags.extend(join.map(|address| ("join", address.to_owned())));
+        flags
+    };
+    let a = Process::start("demo-a", &flags("a", None))?;
+    let b = Process::start("demo-b", &flags("b", Some(&a.address)))?;
+    let (on_a, on_b) = (Store::connect(Some(&a.socket))?, Store::connect(Some(&b.socket))?);
+    let mut findings = Findings::default();
+    put(&on_a, &tensors, &mut findings)?;
+    fetch(&on_b, &tensors, &mut findings)?;
+    get_in_place(&on_a, &tensors, Step::GetA, &mut findings)?;
+    get_in_place(&on_b, &tensors, Step::GetB, &mut findings)?;
+    // The nodes go before the verdict: whoever reads it finds nothing left behind.
+    drop((on_a, on_b));
+    drop((b, a));
+    conclude(&tensors, total, findings, out)
+}
+
+fn read<'a>(path: &Path, file: &'a [u8]) -> Result<SafeTensors<'a>, Failure> {
+    if Format::of(path) != Format::Safetensors {
+        let why = format!("{} is no .safetensors file, which is what demo takes", path.display());
+        return Err(Failure::Usage(why));
+    }
+    Ok(SafeTensors::parse(&path.display().to_string(), file)?)
+}
+
+fn tensors<'a>(source: &Source<'a>) -> Result<Vec<Tensor<'a>>, StoreError> {
+    let tensor = |name: &str, meta, content| {
+        Ok(Tensor {
+            key: key_under("demo", name)?,
+            meta,
+            content,
+        })
+    };
+    match source {
+        Source::Made(made) => {
+            let all = made.iter();
+            all.map(|one| tensor(&one.name, one.meta, Content::Made(Values::of(&one.name)))).collect()
+        }
+        Source::File(file) => {
+            let all = file.tensors.iter();
+            all.map(|one| tensor(&one.name, one.meta, Content::File(file.bytes_of(one)))).collect()
+        }
+    }
+}
+
+fn put(store: &Store, tensors: &[Tensor<'_>], findings: &mut Findings) -> Result<(), StoreError> {
+    let mut buffer = Vec::new();
+    for tensor in tensors {
+        let bytes = tensor.bytes(&mut buffer);
+        let started = Instant::now();
+        let outcome = store.put(&tensor.key, tensor.meta, bytes)?;
+        let took = nanos_since(started);
+        if outcome.kept {
+            findings.fault(&tensor.key, "put", "an object was there already");
+        }
+        findings.samples.add(Step::Put, tensor.meta.len_bytes, None, took);
+    }
+    Ok(())
+}
+
+/// Gets each tensor once from the other node; only the get is timed, the comparison is not.
+fn fetch(store: &Store, tensors: &[Tensor<'_>], findings: &mut Findings) -> Result<(), StoreError> {
+    for tensor in tensors {
+        let started = Instant::now();
+        let object = store.get(&tensor.key)?;
+        let took = nanos_since(started);
+        findings.samples.add(Step::Fetch, tensor.meta.len_bytes, Some(object.path()), took);
+        if object.path() == BytesPath::Local {
+            findings.fault(&tensor.key, "fetch on B", "it was on B before it was fetched");
+        }
+        findings.compare(tensor, &object, "fetch on B");
+    }
+    Ok(())
+}
+
+/// Gets each tensor where it is, several times; get and release are timed together.
+fn get_in_place(
+    store: &Store,
+    tensors: &[Tensor<'_>],
+    step: Step,
+    findings: &mut Findings,
+) -> Result<(), StoreError> {
+    for tensor in tensors {
+        let object = store.get(&tensor.key)?;
+        findings.compare(tensor, &object, if step == Step::GetA { "get on A" } else { "get on B" });
+        drop(object);
+        for _ in 0..LOCAL_ROUNDS {
+            let started = Instant::now();
+            let object = store.get(&tensor.key)?;
+            let path = object.path();
+            drop(object);
+            findings.samples.add(step, tensor.meta.len_bytes, Some(path), nanos_since(started));
+        }
+    }
+    Ok(())
+}
+
+impl Findings {
+    fn compare(&mut self, tensor: &Tensor<'_>, object: &Object, step: &str) {
+        self.compared += object.len() as u64;
+        if let Some(fault) = tensor.fault(object) {
+            self.fault(&tensor.key, step, &fault);
+        }
+    }
+
+    fn fault(&mut self, key: &Key, step: &str, what: &str) {
+        self.faults.push(format!("{step}: {key}: {what}"));
+    }
+}
+
+fn nanos_since(started: Instant) -> u64 {
+    u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn conclude(
+    tensors: &[Tensor<'_>],
+    total: u64,
+    findings: Findings,
+    out: Output,
+) -> Result<(), Failure> {
+    let Findings {
+        samples,
+        compared,
+        faults,
+    } = findings;
+    let (eager, read) =
+        (samples.count(Step::Fetch, BytesPath::Eager), samples.count(Step::Fetch, BytesPath::Read));
+    out.print(
+        || {
+            json!({
+                "rows": samples.to_json(), "ok": faults.is_empty(), "tensors": tensors.len(), "bytes": total,
+                "compared_bytes": compared, "eager": eager, "read": read, "faults": faults,
+            })
+        },
+        |text| {
+            samples.write(text)?;
+            writeln!(text)?;
+            for fault in faults.iter().take(NAMED_MAX) {
+                writeln!(text, "{fault}")?;
+            }
+            if faults.is_empty() {
+                writeln!(
+                    text,
+                    "PASS: {} tensors, {} went from node A to node B ({eager} eager, {read} read); every byte and \
+                     every checksum agree ({} compared)",
+                    tensors.len(),
+                    bytes(total),
+                    bytes(compared)
+                )
+            } else {
+                writeln!(text, "FAIL: {} of {} tensors have faults", faults.len(), tensors.len())
+            }
+        },
+    )?;
+    if faults.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::Differs(format!("demo: {} faults, the first: {}", faults.len(), faults[0])))
+}

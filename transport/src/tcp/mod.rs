@@ -1,0 +1,371 @@
+//! The TCP fabric: frames over one control stream per link, reads served by the owner over data streams that the
+//! reader opens (docs/tcp-fabric.md). Not the engine's protocol. Invariant: a fixed number of threads, and callers
+//! of `progress`, do all the work on one shared epoll; no number of peers or of bytes they send adds a thread.
+//!
+//! Control streams are watched edge-triggered: the next frame needs no further system call to be noticed. Data
+//! streams are watched for one event at a time: while one thread receives or sends at length, what arrives meanwhile
+//! wakes no other.
+
+mod inbound;
+mod inbox;
+mod link;
+mod outbox;
+mod reads;
+mod seats;
+mod serve;
+mod shared;
+mod stream;
+mod sys;
+mod turn;
+mod wire;
+
+use std::fmt;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use hetmem_core::wire::Frame;
+use hetmem_core::{Extent, LinkId, RemoteExtent, RemoteKey, SegmentId, StoreError, TransferId};
+use parking_lot::Mutex;
+
+use self::link::Link;
+use self::shared::{Conn, Shared, Task};
+use crate::fabric::{
+    Access, Fabric, FabricEvent, FabricKind, FabricSink, ReadStats, SendToken, Sent, check_payload,
+};
+use crate::memory::RegionMemory;
+
+/// The shortest slice: below, a request costs more than what it asks for.
+const SLICE_BYTES_MIN: usize = 256 << 10;
+/// Host names that are being looked up at once; each takes a thread for as long as the system's resolver does.
+const LOOKUPS_MAX: usize = 8;
+
+/// How a TCP fabric is set up.
+#[derive(Clone, Debug)]
+pub struct TcpConfig {
+    /// Where to listen, as `host:port`; port 0 picks a free one.
+    pub listen: String,
+    /// Threads of the fabric, besides callers of `progress`.
+    pub threads: usize,
+    /// The most data streams that reads of one link are spread over.
+    pub streams: usize,
+    /// Bytes asked for in one request, at least 256 KiB.
+    pub slice_bytes: usize,
+    /// The send buffer of data streams in bytes; 0 leaves it to the system.
+    pub send_buffer_bytes: usize,
+    /// The receive buffer of data streams in bytes; 0 leaves it to the system.
+    pub receive_buffer_bytes: usize,
+    /// How long connecting and the handshake may take together.
+    pub handshake_timeout: Duration,
+    /// The most connections that have not introduced themselves.
+    pub handshakes_max: usize,
+    /// The most links, in and out.
+    pub links_max: usize,
+    /// The most data streams that one peer may open to this node.
+    pub streams_per_peer_max: usize,
+}
+
+impl Default for TcpConfig {
+    fn default() -> Self {
+        Self {
+            listen: "127.0.0.1:0".to_owned(),
+            threads: 2,
+            streams: 1,
+            slice_bytes: 1 << 20,
+            send_buffer_bytes: 0,
+            receive_buffer_bytes: 0,
+            handshake_timeout: Duration::from_secs(5),
+            handshakes_max: 256,
+            links_max: 1024,
+            streams_per_peer_max: 16,
+        }
+    }
+}
+
+/// A fabric over TCP sockets.
+pub struct TcpFabric {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    lookups: Arc<AtomicUsize>,
+}
+
+impl fmt::Debug for TcpFabric {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TcpFabric")
+            .field("address", &self.address)
+            .finish_non_exhaustive()
+    }
+}
+
+impl TcpFabric {
+    /// Listens and starts the threads. The sink is kept until the fabric is dropped.
+    ///
+    /// # Errors
+    /// `Os` naming the address if it cannot be listened on (in use, not this machine's), `Invalid` for a
+    /// configuration that cannot work.
+    pub fn start(config: TcpConfig, sink: Arc<dyn FabricSink>) -> Result<Arc<Self>, StoreError> {
+        check(&config)?;
+        let listen = resolve(&config.listen)?;
+        let (listener, address) = sys::listen(listen)?;
+        let threads = config.threads;
+        let shared = Arc::new(Shared::new(config, sink, listener, address.port())?);
+        let fabric = Arc::new(Self {
+            shared: Arc::clone(&shared),
+            address,
+            threads: Mutex::default(),
+            lookups: Arc::new(AtomicUsize::new(0)),
+        });
+        for number in 0..threads {
+            let shared = Arc::clone(&shared);
+            let thread = std::thread::Builder::new()
+                .name(format!("tcp-fabric-{number}"))
+                .spawn(move || shared.serve())
+                .map_err(|error| StoreError::os("start a thread of the TCP fabric", error))?;
+            fabric.threads.lock().push(thread);
+        }
+        Ok(fabric)
+    }
+
+    fn link(&self, operation: &'static str, link: LinkId) -> Result<Arc<Link>, StoreError> {
+        let found = self.shared.links.read().get(&link).map(Arc::clone);
+        found.ok_or_else(|| StoreError::PeerLost {
+            operation: operation.into(),
+            subject: format!("link {link}"),
+            peer: "(unknown)".to_owned(),
+            why: "the link is down, or never was".into(),
+        })
+    }
+
+    /// Looks a host name up on a thread of its own, since the system's resolver blocks.
+    fn look_up(&self, link: &Arc<Link>) -> Result<(), StoreError> {
+        let lookups = Arc::clone(&self.lookups);
+        if lookups.fetch_add(1, Ordering::Relaxed) >= LOOKUPS_MAX {
+            lookups.fetch_sub(1, Ordering::Relaxed);
+            return Err(StoreError::busy(
+                "connect",
+                format!("{LOOKUPS_MAX} host names are being looked up"),
+            ));
+        }
+        let (link, shared) = (Arc::clone(link), Arc::clone(&self.shared));
+        let started = std::thread::Builder::new()
+            .name("tcp-lookup".to_owned())
+            .spawn(move || {
+                link.resolved(&shared, resolve(link.address()));
+                lookups.fetch_sub(1, Ordering::Relaxed);
+            });
+        match started {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                self.lookups.fetch_sub(1, Ordering::Relaxed);
+                Err(StoreError::os("start a thread to look a host name up", error))
+            }
+        }
+    }
+}
+
+fn check(config: &TcpConfig) -> Result<(), StoreError> {
+    if config.threads == 0 || config.streams == 0 {
+        let what = format!(
+            "{} threads and {} streams, at least 1 is needed",
+            config.threads, config.streams
+        );
+        return Err(StoreError::invalid("TCP fabric", what));
+    }
+    if config.slice_bytes < SLICE_BYTES_MIN {
+        let what = format!(
+            "slices of {} bytes, at least {SLICE_BYTES_MIN} are needed",
+            config.slice_bytes
+        );
+        return Err(StoreError::invalid("TCP fabric", what));
+    }
+    Ok(())
+}
+
+fn resolve(address: &str) -> Result<SocketAddr, StoreError> {
+    let wrong = |why: String| StoreError::invalid("address", format!("{address:?}: {why}; write host:port"));
+    let mut found = address
+        .to_socket_addrs()
+        .map_err(|error| wrong(error.to_string()))?;
+    found
+        .next()
+        .ok_or_else(|| wrong("the host has no address".to_owned()))
+}
+
+impl Fabric for TcpFabric {
+    fn kind(&self) -> FabricKind {
+        FabricKind::Tcp
+    }
+
+    fn address(&self) -> String {
+        self.address.to_string()
+    }
+
+    fn register(
+        &self,
+        segment: SegmentId,
+        memory: Arc<dyn RegionMemory>,
+        access: Access,
+    ) -> Result<RemoteKey, StoreError> {
+        let key = RemoteKey(u64::from_le_bytes(sys::random()?));
+        self.shared.regions.register(segment, key, memory, access)?;
+        Ok(key)
+    }
+
+    fn deregister(&self, segment: SegmentId) {
+        let Some(region) = self.shared.regions.remove(segment) else {
+            return;
+        };
+        let links: Vec<Arc<Link>> = self.shared.links.read().values().map(Arc::clone).collect();
+        for link in links {
+            let transfers = link.reads.lock().of_segment(segment);
+            for transfer in transfers {
+                let subject = format!("transfer {transfer}");
+                let why = StoreError::stale(
+                    "read",
+                    subject,
+                    format!("local segment {segment} was deregistered"),
+                );
+                link.cancel(&self.shared, transfer, &why);
+            }
+        }
+        region.close();
+    }
+
+    fn connect(&self, address: &str) -> Result<LinkId, StoreError> {
+        let Some((_, port)) = address.rsplit_once(':') else {
+            return Err(StoreError::invalid(
+                "address",
+                format!("{address:?} has no port; write host:port"),
+            ));
+        };
+        if port.parse::<u16>().is_err() {
+            return Err(StoreError::invalid(
+                "address",
+                format!("{address:?}: {port:?} is no port"),
+            ));
+        }
+        let link = Link::outbound(&self.shared, address)?;
+        match address.parse::<SocketAddr>() {
+            Ok(address) => link.resolved(&self.shared, Ok(address)),
+            Err(_) => {
+                if let Err(why) = self.look_up(&link) {
+                    link.fail(&self.shared, why);
+                }
+            }
+        }
+        Ok(link.id)
+    }
+
+    fn disconnect(&self, link: LinkId) {
+        let link = self.shared.links.read().get(&link).map(Arc::clone);
+        if let Some(link) = link {
+            let why = StoreError::unavailable("link", "this node disconnected");
+            link.fail(&self.shared, link.lost_because("disconnect", &why));
+        }
+    }
+
+    fn send(
+        &self,
+        link: LinkId,
+        frame: Frame,
+        payload: Option<Extent>,
+        token: SendToken,
+    ) -> Result<Sent, StoreError> {
+        check_payload(&frame, payload)?;
+        let payload = payload.filter(|extent| extent.len_bytes > 0);
+        let piece = payload
+            .map(|extent| self.shared.regions.local("send", extent))
+            .transpose()?;
+        self.link("send", link)?.send(&self.shared, frame, piece, token)
+    }
+
+    fn read(
+        &self,
+        link: LinkId,
+        transfer: TransferId,
+        remote: RemoteExtent,
+        local: Extent,
+    ) -> Result<(), StoreError> {
+        if remote.len_bytes != local.len_bytes {
+            return Err(StoreError::invalid(
+                "read",
+                format!(
+                    "{} remote bytes into {} local bytes",
+                    remote.len_bytes, local.len_bytes
+                ),
+            ));
+        }
+        let piece = self.shared.regions.local("read", local)?;
+        let link = self.link("read", link)?;
+        {
+            let mut transfers = self.shared.transfers.lock();
+            if transfers.contains_key(&transfer) {
+                return Err(StoreError::invalid(
+                    "read",
+                    format!("transfer {transfer} is in progress"),
+                ));
+            }
+            transfers.insert(transfer, Arc::clone(&link));
+        }
+        if piece.len() == 0 {
+            let result = Ok(ReadStats::default());
+            self.shared.transfers.lock().remove(&transfer);
+            self.shared
+                .later(Task::Report(FabricEvent::ReadDone { transfer, result }));
+            return Ok(());
+        }
+        link.read(&self.shared, transfer, remote, piece).inspect_err(|_| {
+            self.shared.transfers.lock().remove(&transfer);
+        })
+    }
+
+    fn cancel(&self, transfer: TransferId) {
+        let link = self.shared.transfers.lock().get(&transfer).map(Arc::clone);
+        if let Some(link) = link {
+            let why = StoreError::stale("read", format!("transfer {transfer}"), "it was cancelled");
+            link.cancel(&self.shared, transfer, &why);
+        }
+    }
+
+    fn progress(&self, timeout: Duration, until: &dyn Fn() -> bool) -> bool {
+        self.shared.progress(timeout, until)
+    }
+
+    fn wake(&self) {
+        self.shared.seats.announce();
+    }
+
+    fn refused(&self) -> u64 {
+        self.shared.refused()
+    }
+
+    fn stop(&self) {
+        self.shared.stop();
+        let threads = std::mem::take(&mut *self.threads.lock());
+        for thread in threads {
+            if thread.thread().id() != std::thread::current().id() {
+                // A thread that panicked has said so already.
+                let _ = thread.join();
+            }
+        }
+        for conn in self.shared.take_conns() {
+            match conn {
+                Conn::Inbound(inbound) => inbound.shut_down(),
+                Conn::Link(link) => link.forget(&self.shared),
+                Conn::Read(stream) => stream.shut_down(),
+                Conn::Serve(stream) => stream.shut_down(),
+            }
+        }
+        self.shared.clear();
+        self.shared.regions.close_all();
+    }
+}
+
+impl Drop for TcpFabric {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
