@@ -105,7 +105,10 @@ impl Deref for Object {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        self.shared.segments.bytes(&self.located.extent).unwrap_or_default()
+        self.shared
+            .segments
+            .bytes(&self.located.extent)
+            .unwrap_or_default()
     }
 }
 

@@ -10,18 +10,16 @@ use hetmem_core::receipt::Path as BytesPath;
 use hetmem_core::wire::{
     self, ClientMessage, ClientReply, IfExists, Listed, PROTOCOL_MAX, PROTOCOL_MIN, Range, Status,
 };
-use hetmem_core::{
-    Checksum, ErrorKind, Extent, Key, ObjectMeta, SegmentId, StoreError, Tier, checksum,
-};
+use hetmem_core::{Checksum, ErrorKind, Extent, Key, ObjectMeta, SegmentId, StoreError, Tier, checksum};
 use hetmem_host_mem::{Answer, ClientPage, IndexReader, Pinned, Session};
 
+use crate::late;
 use crate::list::Listing;
 use crate::object::{Located, Object};
 use crate::options::{ConnectOptions, GetOptions, PutOptions, PutOutcome, Stat};
 use crate::reservation::{Place, Reservation, Reserved, check_len};
 use crate::segments::{Grants, ReadMappings};
 use crate::session::{Ticket, UnixSession};
-use crate::late;
 
 /// What a question may take beyond the time that the node itself gives it: the node answers that its own deadline
 /// has passed, and says why.
@@ -59,13 +57,17 @@ enum Link {
 
 impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Store").field("node", &self.shared.node).finish_non_exhaustive()
+        f.debug_struct("Store")
+            .field("node", &self.shared.node)
+            .finish_non_exhaustive()
     }
 }
 
 impl fmt::Debug for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Shared").field("node", &self.node).finish_non_exhaustive()
+        f.debug_struct("Shared")
+            .field("node", &self.node)
+            .finish_non_exhaustive()
     }
 }
 
@@ -87,7 +89,10 @@ impl Store {
     /// # Errors
     /// As [`Store::connect`].
     pub fn connect_with(options: &ConnectOptions) -> Result<Self, StoreError> {
-        let path = options.socket.clone().unwrap_or_else(hetmem_host_mem::socket::default_path);
+        let path = options
+            .socket
+            .clone()
+            .unwrap_or_else(hetmem_host_mem::socket::default_path);
         let session = Arc::new(UnixSession::connect(&path)?);
         let store = Self::greet(Link::Unix(Arc::clone(&session)), options.timeout)?;
         session.on_late(late::hook(Arc::downgrade(&store.shared)));
@@ -169,7 +174,7 @@ impl Store {
         }
         let message = get_message(key, options);
         let answer = self.shared.call(&message, &[], options.timeout + ANSWER_GRACE)?;
-        self.remote(key, &message, answer, options)
+        self.remote(key, &message, answer.reply, options)
     }
 
     /// `len_bytes` bytes of an object, from `start`.
@@ -195,14 +200,20 @@ impl Store {
     pub fn get_many_with(&self, keys: &[Key], options: &GetOptions) -> Vec<Result<Object, StoreError>> {
         let mut results: Vec<_> = keys.iter().map(|key| self.local_part(key, options)).collect();
         let missing: Vec<usize> = (0..keys.len()).filter(|&at| results[at].is_none()).collect();
-        let messages: Vec<_> = missing.iter().map(|&at| get_message(&keys[at], options)).collect();
+        let messages: Vec<_> = missing
+            .iter()
+            .map(|&at| get_message(&keys[at], options))
+            .collect();
         let answers = self.ask_all(&messages, options.timeout + ANSWER_GRACE);
         for ((at, message), answer) in missing.into_iter().zip(&messages).zip(answers) {
-            let object = answer.and_then(|answer| self.remote(&keys[at], message, answer, options));
+            let object = answer.and_then(|answer| self.remote(&keys[at], message, answer.reply, options));
             results[at] = Some(object);
         }
         let unanswered = || Err(StoreError::protocol("a get has no answer"));
-        results.into_iter().map(|result| result.unwrap_or_else(unanswered)).collect()
+        results
+            .into_iter()
+            .map(|result| result.unwrap_or_else(unanswered))
+            .collect()
     }
 
     /// Asks all questions, many out at a time where the session can.
@@ -240,7 +251,12 @@ impl Store {
             std::thread::scope(|scope| {
                 let ask = |message| scope.spawn(move || self.shared.call(message, &[], timeout));
                 let asked: Vec<_> = some.iter().map(ask).collect();
-                let died = || Err(StoreError::unavailable("get", "the thread that asked has panicked"));
+                let died = || {
+                    Err(StoreError::unavailable(
+                        "get",
+                        "the thread that asked has panicked",
+                    ))
+                };
                 answers.extend(asked.into_iter().map(|one| one.join().unwrap_or_else(|_| died())));
             });
         }
@@ -364,7 +380,11 @@ impl Store {
             key: key.clone(),
             timeout_ms: millis(timeout),
         };
-        match self.shared.call(&message, &[], timeout.saturating_add(ANSWER_GRACE))?.reply {
+        match self
+            .shared
+            .call(&message, &[], timeout.saturating_add(ANSWER_GRACE))?
+            .reply
+        {
             ClientReply::Exists => Ok(()),
             reply => Err(unexpected(&message, &reply)),
         }
@@ -400,7 +420,11 @@ impl Store {
             key: key.clone(),
             timeout_ms: millis(self.shared.timeout),
         };
-        match self.shared.call(&message, &[], self.shared.timeout + ANSWER_GRACE)?.reply {
+        match self
+            .shared
+            .call(&message, &[], self.shared.timeout + ANSWER_GRACE)?
+            .reply
+        {
             ClientReply::Stat {
                 object,
                 meta,
@@ -472,7 +496,11 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::PeerLost`].
     pub fn status(&self) -> Result<Status, StoreError> {
-        match self.shared.call(&ClientMessage::Status, &[], self.shared.timeout)?.reply {
+        match self
+            .shared
+            .call(&ClientMessage::Status, &[], self.shared.timeout)?
+            .reply
+        {
             ClientReply::Status(status) => Ok(*status),
             reply => Err(unexpected(&ClientMessage::Status, &reply)),
         }
@@ -505,11 +533,12 @@ impl Store {
         &self,
         key: &Key,
         message: &ClientMessage,
-        answer: Answer,
+        answer: ClientReply,
         options: &GetOptions,
     ) -> Result<Object, StoreError> {
-        let ClientReply::Located(located) = answer.reply else {
-            return Err(unexpected(message, &answer.reply));
+        let located = match answer {
+            ClientReply::Located(located) => located,
+            reply => return Err(unexpected(message, &reply)),
         };
         let tier = located.tier;
         let located = Located {
@@ -521,7 +550,9 @@ impl Store {
             path: located.path,
         };
         let object = Object::new(Arc::clone(&self.shared), key.clone(), located);
-        let wanted = options.range.map_or(located.meta.len_bytes, |range| range.len_bytes);
+        let wanted = options
+            .range
+            .map_or(located.meta.len_bytes, |range| range.len_bytes);
         if located.extent.len_bytes != wanted {
             return Err(wrong_length(key, &located.extent, wanted));
         }
@@ -629,7 +660,10 @@ impl Shared {
             self.ask_done(&ClientMessage::Mapped { segment })?;
             self.grants.told(segment);
         }
-        granted.mapping.extent_mut(extent.offset, extent.len_bytes).map(Place::Mapped)
+        granted
+            .mapping
+            .extent_mut(extent.offset, extent.len_bytes)
+            .map(Place::Mapped)
     }
 }
 

@@ -1,6 +1,8 @@
 //! The probe against this machine, and against stand-in libraries that are absent, broken, old or odd. Not a test of
 //! a real GPU. Invariant: each library is loaded in a process of its own, because libcuda is never unloaded.
 
+#![allow(clippy::print_stdout)]
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Barrier;

@@ -7,10 +7,12 @@ use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
 use hetmem_core::{
-    Epoch, Extent, Generation, Key, NodeId, ObjectId, ObjectMeta, SegmentId, SlotId, StoreError, Tier, checksum,
+    Epoch, Extent, Generation, Key, NodeId, ObjectId, ObjectMeta, SegmentId, SlotId, StoreError, Tier,
+    checksum,
 };
 use hetmem_host_mem::{
-    ClientPage, IndexEntry, IndexReader, IndexWriter, NodePage, PagePolicy, Segment, SegmentOwner, copy, pages_report,
+    ClientPage, IndexEntry, IndexReader, IndexWriter, NodePage, PagePolicy, Segment, SegmentOwner, copy,
+    pages_report,
 };
 
 fn main() -> Result<(), StoreError> {
@@ -43,7 +45,9 @@ fn time(work: impl FnOnce()) -> Duration {
 }
 
 fn copies() -> Result<(), StoreError> {
-    println!("copies into a warm segment, GiB/s (p50): plain memcpy | copy | copy + checksum | checksum alone");
+    println!(
+        "copies into a warm segment, GiB/s (p50): plain memcpy | copy | copy + checksum | checksum alone"
+    );
     for pages in [PagePolicy::Off, PagePolicy::Auto] {
         let segment = Segment::create(SegmentId(1), 64 << 20, SegmentOwner::Node, pages)?;
         for len in [64 << 20, 16 << 20, 8 << 20, 4 << 20, 1 << 20, 64 << 10] {
@@ -87,9 +91,23 @@ fn copies() -> Result<(), StoreError> {
 
 fn entry(number: u64) -> IndexEntry {
     let meta = ObjectMeta::bytes(4096).unwrap();
-    let extent = Extent { segment: SegmentId(1), offset: number * 4096, len_bytes: 4096 };
-    let object = ObjectId { origin: NodeId(1), epoch: Epoch(1), number };
-    IndexEntry { object, meta, generation: Generation(number + 1), extent, tier: Tier::Host }
+    let extent = Extent {
+        segment: SegmentId(1),
+        offset: number * 4096,
+        len_bytes: 4096,
+    };
+    let object = ObjectId {
+        origin: NodeId(1),
+        epoch: Epoch(1),
+        number,
+    };
+    IndexEntry {
+        object,
+        meta,
+        generation: Generation(number + 1),
+        extent,
+        tier: Tier::Host,
+    }
 }
 
 fn gets() -> Result<(), StoreError> {
@@ -100,7 +118,9 @@ fn gets() -> Result<(), StoreError> {
             .collect::<Result<_, _>>()?;
         let filled = time(|| {
             for (number, key) in (0..).zip(&keys) {
-                writer.publish(SlotId(number), key, &entry(u64::from(number))).unwrap();
+                writer
+                    .publish(SlotId(number), key, &entry(u64::from(number)))
+                    .unwrap();
             }
         });
         let node = NodePage::create()?;
@@ -114,21 +134,30 @@ fn gets() -> Result<(), StoreError> {
             order.swap(at, (state >> 33) as usize % (at + 1));
         }
         let hot: Vec<Key> = order.iter().take(64).map(|at| keys[*at].clone()).collect();
-        let ordered: Vec<Key> = order.iter().map(|at| Key::new(keys[*at].as_str()).unwrap()).collect();
+        let ordered: Vec<Key> = order
+            .iter()
+            .map(|at| Key::new(keys[*at].as_str()).unwrap())
+            .collect();
         let get = |key: &Key| {
             let pinned = reader.get(key, key.fingerprint(), &page).unwrap().unwrap();
             page.unpin(black_box(&pinned).pin);
         };
         let each = |keys: &[Key], rounds: usize| {
-            let runs = (0..9).map(|_| time(|| (0..rounds).for_each(|_| keys.iter().for_each(get)))).collect();
+            let runs = (0..9)
+                .map(|_| time(|| (0..rounds).for_each(|_| keys.iter().for_each(get))))
+                .collect();
             median(runs).as_secs_f64() * 1e9 / (rounds * keys.len()) as f64
         };
         let one = each(&hot[..1], 20_000);
         let few = each(&hot, 500);
         let all = each(&ordered, (200_000 / ordered.len()).max(1));
-        let hash = time(|| (0..1000).for_each(|_| hot.iter().for_each(|key| {
-            black_box(black_box(key).fingerprint());
-        })));
+        let hash = time(|| {
+            (0..1000).for_each(|_| {
+                hot.iter().for_each(|key| {
+                    black_box(black_box(key).fingerprint());
+                })
+            })
+        });
         println!(
             "get + unpin of {objects:>7} objects: one key {one:5.1} ns, 64 keys {few:5.1} ns, all at random {all:5.1} ns \
              (of it fingerprint {:.1} ns); publish {:.0} ns",
@@ -139,7 +168,11 @@ fn gets() -> Result<(), StoreError> {
             let mut pinned = std::collections::HashSet::new();
             (0..1000).for_each(|_| node.pinned(&mut pinned));
         });
-        println!("    scan of one client's pins {:.2} us, hits {}", scan.as_secs_f64() * 1e3, node.hits());
+        println!(
+            "    scan of one client's pins {:.2} us, hits {}",
+            scan.as_secs_f64() * 1e3,
+            node.hits()
+        );
     }
     Ok(())
 }
@@ -152,7 +185,11 @@ fn population() -> Result<(), StoreError> {
             let start = Instant::now();
             let segment = Segment::create(SegmentId(1), len as u64, SegmentOwner::Node, pages)?;
             let time = start.elapsed();
-            println!("populate 512 MiB on {}: {:.2} GiB/s", segment.pages(), gib_per_s(len, time));
+            println!(
+                "populate 512 MiB on {}: {:.2} GiB/s",
+                segment.pages(),
+                gib_per_s(len, time)
+            );
         }
     }
     Ok(())

@@ -19,7 +19,11 @@ const THREADS_MAX: usize = 4;
 /// # Panics
 /// If the lengths differ.
 pub fn copy_with_checksum(dst: &mut [u8], src: &[u8]) -> u64 {
-    assert_eq!(dst.len(), src.len(), "a copy has a source and a target of one length");
+    assert_eq!(
+        dst.len(),
+        src.len(),
+        "a copy has a source and a target of one length"
+    );
     // SAFETY: `dst` is as long as `src`, borrowed exclusively, and so no part of it.
     unsafe { to_with_checksum(dst.as_mut_ptr(), src) }
 }
@@ -29,7 +33,11 @@ pub fn copy_with_checksum(dst: &mut [u8], src: &[u8]) -> u64 {
 /// # Panics
 /// If the lengths differ.
 pub fn copy(dst: &mut [u8], src: &[u8]) {
-    assert_eq!(dst.len(), src.len(), "a copy has a source and a target of one length");
+    assert_eq!(
+        dst.len(),
+        src.len(),
+        "a copy has a source and a target of one length"
+    );
     // SAFETY: as above.
     unsafe { to(dst.as_mut_ptr(), src) };
 }
@@ -62,7 +70,9 @@ pub(crate) unsafe fn to_with_checksum(target: *mut u8, src: &[u8]) -> u64 {
         for (number, block) in src.chunks(BLOCK_LEN).enumerate() {
             root.add(checksum::block(block));
             // SAFETY: the caller's promise holds for every part of it.
-            unsafe { std::ptr::copy_nonoverlapping(block.as_ptr(), target.add(number * BLOCK_LEN), block.len()) };
+            unsafe {
+                std::ptr::copy_nonoverlapping(block.as_ptr(), target.add(number * BLOCK_LEN), block.len());
+            };
         }
         return root.finish();
     }
@@ -206,11 +216,21 @@ mod tests {
                 let value = copy_with_checksum(&mut whole[shift..shift + len], src);
                 assert_eq!(value, checksum::of(src), "{len} bytes at {shift}");
                 assert!(&whole[shift..shift + len] == src, "{len} bytes at {shift}");
-                assert!(whole[..shift].iter().chain(&whole[shift + len..]).all(|byte| *byte == 0xee));
+                assert!(
+                    whole[..shift]
+                        .iter()
+                        .chain(&whole[shift + len..])
+                        .all(|byte| *byte == 0xee)
+                );
                 whole.fill(0xee);
                 copy(&mut whole[shift..shift + len], src);
                 assert!(&whole[shift..shift + len] == src, "{len} bytes at {shift}");
-                assert!(whole[..shift].iter().chain(&whole[shift + len..]).all(|byte| *byte == 0xee));
+                assert!(
+                    whole[..shift]
+                        .iter()
+                        .chain(&whole[shift + len..])
+                        .all(|byte| *byte == 0xee)
+                );
             }
         }
     }

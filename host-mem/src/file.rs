@@ -25,11 +25,15 @@ impl MappedFile {
     /// # Errors
     /// [`hetmem_core::ErrorKind::Os`] naming the path and the system's error.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let failed = |error: std::io::Error| StoreError::os("open file", format!("{}: {error}", path.display()));
+        let failed =
+            |error: std::io::Error| StoreError::os("open file", format!("{}: {error}", path.display()));
         let file = File::open(path).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
         if !metadata.is_file() {
-            return Err(StoreError::os("open file", format!("{}: not an ordinary file", path.display())));
+            return Err(StoreError::os(
+                "open file",
+                format!("{}: not an ordinary file", path.display()),
+            ));
         }
         if metadata.len() == 0 {
             return Ok(Self { mapping: None });
@@ -39,7 +43,9 @@ impl MappedFile {
         let mapping = unsafe { Mmap::map(&file) }.map_err(failed)?;
         // Read from front to back; that the kernel cannot use the advice is no error.
         let _ = mapping.advise(Advice::Sequential);
-        Ok(Self { mapping: Some(mapping) })
+        Ok(Self {
+            mapping: Some(mapping),
+        })
     }
 }
 

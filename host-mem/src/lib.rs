@@ -34,6 +34,11 @@ pub mod socket;
 #[cfg(not(loom))]
 mod view;
 
+#[cfg(all(test, not(loom)))]
+mod segment_tests;
+#[cfg(all(test, not(loom)))]
+mod socket_tests;
+
 #[cfg(not(loom))]
 pub use {
     file::MappedFile,

@@ -65,13 +65,27 @@ impl Mapping {
         let reserved = whole + align;
         // SAFETY: as above; nothing is accessible in the reservation.
         let start = unsafe {
-            mmap_anonymous(ptr::null_mut(), reserved, ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE)
+            mmap_anonymous(
+                ptr::null_mut(),
+                reserved,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
         };
         let start = start.map_err(failed)?.cast::<u8>();
         let before = start.align_offset(align);
         let aligned = start.wrapping_add(before);
         // SAFETY: `aligned..aligned + len` lies in the reservation made above, which nobody else knows.
-        let mapped = unsafe { mmap(aligned.cast(), len, protection, MapFlags::SHARED | MapFlags::FIXED, fd, 0) };
+        let mapped = unsafe {
+            mmap(
+                aligned.cast(),
+                len,
+                protection,
+                MapFlags::SHARED | MapFlags::FIXED,
+                fd,
+                0,
+            )
+        };
         // SAFETY: what is left of the reservation on either side belongs to this function and holds nothing.
         unsafe {
             if before > 0 {
@@ -138,11 +152,14 @@ impl Mapping {
             .collect();
         let threads = threads.min(parts.len().div_ceil(2)).max(1);
         if threads == 1 {
-            return parts.iter().try_for_each(|(start, len)| self.populate_part(*start, *len, huge));
+            return parts
+                .iter()
+                .try_for_each(|(start, len)| self.populate_part(*start, *len, huge));
         }
         let next = std::sync::atomic::AtomicUsize::new(0);
         let work = || {
-            while let Some((start, len)) = parts.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)) {
+            while let Some((start, len)) = parts.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed))
+            {
                 self.populate_part(*start, *len, huge)?;
             }
             Ok(())
@@ -159,9 +176,13 @@ impl Mapping {
     fn populate_part(&self, start: usize, len: usize, huge: bool) -> Result<(), Errno> {
         let base = self.base().wrapping_add(start);
         if huge {
-            for at in (0..len).step_by(HUGE_PAGE_LEN).filter(|at| at + HUGE_PAGE_LEN <= len) {
+            for at in (0..len)
+                .step_by(HUGE_PAGE_LEN)
+                .filter(|at| at + HUGE_PAGE_LEN <= len)
+            {
                 // SAFETY: inside the mapping; populating does not change what the bytes are.
-                let first = unsafe { madvise(base.wrapping_add(at).cast(), 4096, Advice::LinuxPopulateWrite) };
+                let first =
+                    unsafe { madvise(base.wrapping_add(at).cast(), 4096, Advice::LinuxPopulateWrite) };
                 if first.is_err() {
                     break;
                 }

@@ -37,7 +37,10 @@ pub const PAGE_LEN: u64 = END as u64 * 8;
 
 fn pins(mapping: &Mapping) -> Pins<'_> {
     let words = mapping.words();
-    Pins { words: &words[WORDS..END], used: &words[USED] }
+    Pins {
+        words: &words[WORDS..END],
+        used: &words[USED],
+    }
 }
 
 fn counter(mapping: &Mapping, lane: usize) -> &AtomicU64 {
@@ -72,7 +75,11 @@ impl NodePage {
         words[0].store(MAGIC, Ordering::Relaxed);
         words[1].store(VERSION, Ordering::Relaxed);
         words[2].store(PINS as u64, Ordering::Relaxed);
-        Ok(Self { mapping, fd, start: AtomicU32::new(0) })
+        Ok(Self {
+            mapping,
+            fd,
+            start: AtomicU32::new(0),
+        })
     }
 
     /// To be passed to the client, writable.
@@ -156,7 +163,10 @@ thread_local! {
 fn place() -> Place {
     PLACE.get().unwrap_or_else(|| {
         let number = THREADS.fetch_add(1, Ordering::Relaxed);
-        let place = Place { lane: number % LANES, start: number * LANE_WORDS % PINS };
+        let place = Place {
+            lane: number % LANES,
+            start: number * LANE_WORDS % PINS,
+        };
         PLACE.set(Some(place));
         place
     })
@@ -173,10 +183,10 @@ impl ClientPage {
     ///
     /// # Errors
     /// [`hetmem_core::ErrorKind::Protocol`] if it is no page of this layout.
-    #[expect(clippy::needless_pass_by_value, reason = "the descriptor is used up: the mapping keeps the memory")]
     pub fn map(fd: OwnedFd) -> Result<Self, StoreError> {
         memfd::check_sealed(fd.as_fd(), "client page", PAGE_LEN)?;
         let mapping = Mapping::new(fd.as_fd(), PAGE_LEN, Access::Write)?;
+        drop(fd);
         mapping.prefault(Access::Write);
         let header = [0, 1, 2].map(|word| mapping.words()[word].load(Ordering::Relaxed));
         if header != [MAGIC, VERSION, PINS as u64] {
@@ -201,7 +211,10 @@ impl ClientPage {
 
     #[inline]
     fn pinned_at(&self, place: Place, pin: usize) -> Option<u32> {
-        PLACE.set(Some(Place { start: pin + 1, ..place }));
+        PLACE.set(Some(Place {
+            start: pin + 1,
+            ..place
+        }));
         u32::try_from(pin).ok()
     }
 
@@ -210,7 +223,10 @@ impl ClientPage {
     pub fn unpin(&self, pin: u32) {
         let position = pin as usize;
         pins(&self.mapping).release(position);
-        PLACE.set(Some(Place { start: position, ..place() }));
+        PLACE.set(Some(Place {
+            start: position,
+            ..place()
+        }));
     }
 
     /// Counts a hit and notes the slot. [`crate::IndexReader::get`] does it.
@@ -233,5 +249,154 @@ impl ClientPage {
     #[inline]
     pub(crate) fn claimed(&self, pin: usize) -> u32 {
         self.pinned_at(place(), pin).unwrap_or(u32::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pages() -> (NodePage, ClientPage) {
+        let node = NodePage::create().expect("a page");
+        let fd = node
+            .descriptor()
+            .try_clone_to_owned()
+            .expect("a descriptor is left");
+        let client = ClientPage::map(fd).expect("the same page");
+        (node, client)
+    }
+
+    fn pinned(node: &NodePage) -> HashSet<Generation> {
+        let mut pinned = HashSet::new();
+        node.pinned(&mut pinned);
+        pinned
+    }
+
+    fn touched(node: &NodePage) -> Vec<u32> {
+        let mut slots = Vec::new();
+        node.drain_touches(|slot| slots.push(slot.0));
+        slots.sort_unstable();
+        slots
+    }
+
+    #[test]
+    fn pins_of_both_sides_are_one_set() {
+        let (node, client) = pages();
+        let mine = client.pin(Generation(5)).expect("free");
+        let other = node.pin_for_client(Generation(6)).expect("free");
+        assert_ne!(mine, other);
+        assert_eq!(pinned(&node), HashSet::from([Generation(5), Generation(6)]));
+        client.unpin(other);
+        assert_eq!(pinned(&node), HashSet::from([Generation(5)]));
+        let again = node.pin_for_client(Generation(7)).expect("free");
+        node.unpin_for_client(again, Generation(8));
+        assert!(
+            pinned(&node).contains(&Generation(7)),
+            "only what the node has pinned itself"
+        );
+        node.unpin_for_client(again, Generation(7));
+        client.unpin(mine);
+        assert!(pinned(&node).is_empty());
+        assert_eq!(
+            (client.pin(Generation(0)), node.pin_for_client(Generation(0))),
+            (None, None)
+        );
+        client.unpin(u32::MAX);
+    }
+
+    #[test]
+    fn threads_pin_without_losing_any() {
+        let (node, client) = pages();
+        std::thread::scope(|scope| {
+            for thread in 0..4_u64 {
+                let client = &client;
+                scope.spawn(move || {
+                    let pins: Vec<_> = (1..=1000)
+                        .map(|number| client.pin(Generation(thread * 1000 + number)).expect("free"))
+                        .collect();
+                    pins.iter().skip(1).for_each(|pin| client.unpin(*pin));
+                });
+            }
+        });
+        assert_eq!(
+            pinned(&node),
+            (0..4).map(|thread| Generation(thread * 1000 + 1)).collect()
+        );
+    }
+
+    #[test]
+    fn touches_arrive_once_and_hits_add_up() {
+        let (node, client) = pages();
+        for slot in [3, 5, 3] {
+            client.touch(SlotId(slot));
+        }
+        assert_eq!((touched(&node), node.hits()), (vec![3, 3, 5], 3));
+        assert_eq!(touched(&node), Vec::<u32>::new());
+        for slot in 0..1000 {
+            client.touch(SlotId(slot));
+        }
+        let late = touched(&node);
+        assert!(
+            late.len() == RING_LEN && late.contains(&999),
+            "the latest of many: {late:?}"
+        );
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| (0..500).for_each(|_| client.touch(SlotId(1))));
+            }
+        });
+        assert_eq!(node.hits(), 3003);
+    }
+
+    #[test]
+    fn whatever_a_client_writes_costs_only_its_own_pins() {
+        let (node, client) = pages();
+        for garbage in [u64::MAX, 1, u64::MAX / 2] {
+            client
+                .mapping
+                .words()
+                .iter()
+                .for_each(|word| word.store(garbage, Ordering::Relaxed));
+            assert_eq!(pinned(&node), HashSet::from([Generation(garbage)]));
+            assert_eq!(
+                node.pin_for_client(Generation(4)),
+                None,
+                "its own quota is used up"
+            );
+            node.unpin_for_client(u32::MAX, Generation(4));
+            assert!(touched(&node).len() <= LANES * RING_LEN);
+            let _ = node.hits();
+        }
+        // A client that hides its pins spoils its own reads only; others have pages of their own.
+        let (other, theirs) = pages();
+        let _held = theirs.pin(Generation(9)).expect("free");
+        assert_eq!(pinned(&other), HashSet::from([Generation(9)]));
+        client
+            .mapping
+            .words()
+            .iter()
+            .for_each(|word| word.store(0, Ordering::Relaxed));
+        assert!(pinned(&node).is_empty());
+        assert!(node.pin_for_client(Generation(4)).is_some());
+    }
+
+    #[test]
+    fn files_that_are_no_page_are_refused() {
+        let (node, client) = pages();
+        assert!(rustix::fs::ftruncate(node.descriptor(), 0).is_err());
+        client.mapping.words()[1].store(VERSION + 1, Ordering::Relaxed);
+        let fd = node
+            .descriptor()
+            .try_clone_to_owned()
+            .expect("a descriptor is left");
+        let error = ClientPage::map(fd).expect_err("another version");
+        assert_eq!(error.kind(), hetmem_core::ErrorKind::Protocol, "{error}");
+        let unsealed = memfd::create("page", PAGE_LEN, None).expect("a file");
+        assert!(
+            ClientPage::map(unsealed)
+                .expect_err("not sealed")
+                .to_string()
+                .contains("sealed")
+        );
     }
 }

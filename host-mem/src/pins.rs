@@ -53,7 +53,7 @@ impl Pins<'_> {
     /// looks at the pins: one of the two sees the other. So a generation that was withdrawn before this call and is
     /// not among the results is pinned by nobody and never will be.
     pub(crate) fn each(self, mut pinned: impl FnMut(u64)) {
-        fence(Ordering::AcqRel);
+        fence(Ordering::SeqCst);
         let used = self.used.load(Ordering::Relaxed);
         let used = usize::try_from(used).map_or(self.words.len(), |used| used.min(self.words.len()));
         for word in &self.words[..used] {

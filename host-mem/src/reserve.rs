@@ -83,4 +83,11 @@ impl Reserve {
         self.len_bytes += len_bytes;
         Ok(())
     }
+
+    /// Bytes of memory that the kernel says the file has.
+    #[cfg(test)]
+    pub(crate) fn held_bytes(&self) -> u64 {
+        let stat = rustix::fs::fstat(&self.fd).expect("a file");
+        u64::try_from(stat.st_blocks).expect("not negative") * 512
+    }
 }

@@ -51,7 +51,10 @@ impl Segment {
         pages: PagePolicy,
     ) -> Result<Self, StoreError> {
         if len_bytes == 0 {
-            return Err(StoreError::invalid("segment", "a segment has at least 1 byte, 0 were asked for"));
+            return Err(StoreError::invalid(
+                "segment",
+                "a segment has at least 1 byte, 0 were asked for",
+            ));
         }
         let segment = Self::allocate(id, len_bytes, pages)?;
         if pages == PagePolicy::Require && segment.pages == PageKind::Small {
@@ -80,7 +83,11 @@ impl Segment {
             }
         }
         memfd::check_available("create segment", len_bytes)?;
-        let wanted = if huge { PageKind::Transparent } else { PageKind::Small };
+        let wanted = if huge {
+            PageKind::Transparent
+        } else {
+            PageKind::Small
+        };
         let mut segment = Self::allocate_on(id, &name, len_bytes, wanted)?;
         segment.pages = pages::kind_of(&segment.mapping);
         Ok(segment)
@@ -101,7 +108,12 @@ impl Segment {
             other => other,
         };
         populated.map_err(|errno| os::error("populate segment", errno))?;
-        Ok(Self { id, pages, mapping, fd })
+        Ok(Self {
+            id,
+            pages,
+            mapping,
+            fd,
+        })
     }
 
     /// From now on nobody gets a new writable mapping, writes through the descriptor, or changes the seals; mappings
@@ -148,7 +160,9 @@ impl Segment {
     }
 
     fn range(&self, what: &'static str, offset: u64, len_bytes: u64) -> Result<(*mut u8, usize), StoreError> {
-        self.mapping.range(offset, len_bytes).ok_or_else(|| outside(what, self.id, offset, len_bytes, self.len_bytes()))
+        self.mapping
+            .range(offset, len_bytes)
+            .ok_or_else(|| outside(what, self.id, offset, len_bytes, self.len_bytes()))
     }
 
     /// Copies `bytes` in at `offset`.
@@ -226,7 +240,10 @@ impl Segment {
         if (target as usize).abs_diff(source as usize) < len {
             return Err(StoreError::invalid(
                 "copy",
-                format!("{len_bytes} bytes at {from_offset} and at {to_offset} of segment {} overlap", self.id),
+                format!(
+                    "{len_bytes} bytes at {from_offset} and at {to_offset} of segment {} overlap",
+                    self.id
+                ),
             ));
         }
         // SAFETY: both ranges are inside their mappings and do not overlap.
@@ -241,7 +258,10 @@ impl Segment {
     pub fn load_u64(&self, offset: u64) -> Result<u64, StoreError> {
         let (word, _) = self.range("load", offset, 8)?;
         if !offset.is_multiple_of(8) {
-            return Err(StoreError::invalid("load", format!("offset {offset} is no multiple of 8")));
+            return Err(StoreError::invalid(
+                "load",
+                format!("offset {offset} is no multiple of 8"),
+            ));
         }
         // SAFETY: eight bytes inside the mapping at an aligned address; other accesses to it are atomic or excluded.
         Ok(unsafe { AtomicU64::from_ptr(word.cast()) }.load(Ordering::Acquire))

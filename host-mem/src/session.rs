@@ -24,10 +24,5 @@ pub trait Session: Send + Sync {
     /// # Errors
     /// What the node refused with; [`hetmem_core::ErrorKind::TimedOut`] after `timeout`;
     /// [`hetmem_core::ErrorKind::PeerLost`] when the node is gone.
-    fn call(
-        &self,
-        message: &ClientMessage,
-        payload: &[u8],
-        timeout: Duration,
-    ) -> Result<Answer, StoreError>;
+    fn call(&self, message: &ClientMessage, payload: &[u8], timeout: Duration) -> Result<Answer, StoreError>;
 }

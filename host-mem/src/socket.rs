@@ -34,7 +34,11 @@ const BACKLOG: i32 = 128;
 /// `/tmp/hetmem-UID.sock`. A client without instructions looks there too.
 #[must_use]
 pub fn default_path() -> PathBuf {
-    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let variable = |name| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
     variable("HETMEM_SOCKET")
         .or_else(|| Some(variable("XDG_RUNTIME_DIR")?.join("hetmem.sock")))
         .unwrap_or_else(|| {
@@ -86,7 +90,11 @@ pub fn listen(path: &Path) -> Result<Listener, StoreError> {
     let failed = |error: io::Error| StoreError::os("listen", format!("{}: {error}", path.display()));
     let address = address(path)?;
     if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(failed)?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(parent)
+            .map_err(failed)?;
     }
     let lock = lock(path)?;
     make_way(path, &address)?;
@@ -94,7 +102,11 @@ pub fn listen(path: &Path) -> Result<Listener, StoreError> {
     // The mode of the socket before it is bound is the mode of its path from the first moment on.
     fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(|errno| failed(errno.into()))?;
     rustix::net::bind(&socket, &address).map_err(|errno| failed(errno.into()))?;
-    let listener = Listener { socket, path: path.to_owned(), _lock: lock };
+    let listener = Listener {
+        socket,
+        path: path.to_owned(),
+        _lock: lock,
+    };
     rustix::net::listen(&listener.socket, BACKLOG).map_err(|errno| failed(errno.into()))?;
     Ok(listener)
 }
@@ -102,7 +114,10 @@ pub fn listen(path: &Path) -> Result<Listener, StoreError> {
 fn answered(path: &Path) -> StoreError {
     StoreError::denied(
         "listen",
-        format!("a node answers at {} (stop it, or use another socket path)", path.display()),
+        format!(
+            "a node answers at {} (stop it, or use another socket path)",
+            path.display()
+        ),
     )
 }
 
@@ -111,8 +126,7 @@ fn lock(path: &Path) -> Result<OwnedFd, StoreError> {
     let mut name = path.as_os_str().to_owned();
     name.push(".lock");
     let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-    let failed =
-        |errno| StoreError::os("listen", format!("lock {}: {errno}", Path::new(&name).display()));
+    let failed = |errno| StoreError::os("listen", format!("lock {}: {errno}", Path::new(&name).display()));
     let file = rustix::fs::open(&*name, flags, Mode::RUSR | Mode::WUSR).map_err(failed)?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
@@ -138,7 +152,11 @@ fn make_way(path: &Path, address: &SocketAddrUnix) -> Result<(), StoreError> {
         // Another kind of socket answers with PROTOTYPE.
         Ok(()) | Err(Errno::PROTOTYPE | Errno::AGAIN) => Err(answered(path)),
         Err(Errno::CONNREFUSED | Errno::NOENT) => fs::remove_file(path).or_else(|error| {
-            if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(failed(error)) }
+            if error.kind() == io::ErrorKind::NotFound {
+                Ok(())
+            } else {
+                Err(failed(error))
+            }
         }),
         Err(errno) => Err(failed(errno.into())),
     }
@@ -146,15 +164,22 @@ fn make_way(path: &Path, address: &SocketAddrUnix) -> Result<(), StoreError> {
 
 fn address(path: &Path) -> Result<SocketAddrUnix, StoreError> {
     SocketAddrUnix::new(path).map_err(|errno| {
-        StoreError::invalid("socket path", format!("{}: {errno} (at most 107 bytes)", path.display()))
+        StoreError::invalid(
+            "socket path",
+            format!("{}: {errno} (at most 107 bytes)", path.display()),
+        )
     })
 }
 
 fn socket(operation: &'static str) -> Result<OwnedFd, StoreError> {
     let failed = |errno| os::error(operation, errno);
-    let socket =
-        rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-            .map_err(failed)?;
+    let socket = rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .map_err(failed)?;
     size(&socket).map_err(failed)?;
     Ok(socket)
 }
@@ -217,9 +242,13 @@ pub fn connect(path: &Path) -> Result<OwnedFd, StoreError> {
 /// [`hetmem_core::ErrorKind::Os`] when there are no descriptors left.
 pub fn pair() -> Result<(OwnedFd, OwnedFd), StoreError> {
     let failed = |errno| os::error("make socket pair", errno);
-    let ends =
-        rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-            .map_err(failed)?;
+    let ends = rustix::net::socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .map_err(failed)?;
     size(&ends.0).and_then(|()| size(&ends.1)).map_err(failed)?;
     Ok(ends)
 }
@@ -243,13 +272,19 @@ pub fn send(socket: impl AsFd, parts: &[IoSlice<'_>], descriptors: &[BorrowedFd<
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "the descriptors do not fit"));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "the descriptors do not fit",
+        ));
     }
     let sent = retry(|| rustix::net::sendmsg(&socket, parts, &mut control, SendFlags::NOSIGNAL))?;
     if sent == len {
         return Ok(());
     }
-    Err(io::Error::new(io::ErrorKind::WriteZero, format!("{sent} of {len} bytes of a packet were sent")))
+    Err(io::Error::new(
+        io::ErrorKind::WriteZero,
+        format!("{sent} of {len} bytes of a packet were sent"),
+    ))
 }
 
 /// Receives one packet and returns its length in bytes, 0 when the other end has closed. Descriptors are appended to

@@ -7,6 +7,7 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use hetmem_core::engine::Input;
@@ -15,7 +16,7 @@ use hetmem_core::{ClientId, StoreError};
 use hetmem_host_mem::NodePage;
 use hetmem_host_mem::socket::{self, Accepted, Listener, PACKET_LEN_MAX};
 use parking_lot::Mutex;
-use rustix::event::epoll;
+use rustix::event::{Timespec, epoll};
 
 use crate::driver::{Descriptors, Driver};
 use crate::inprocess::Slots;
@@ -24,6 +25,9 @@ use crate::inprocess::Slots;
 const UNREAD_MAX: usize = 4096;
 /// Sessions at once: a bound on what can be made to hold memory by connecting.
 const CLIENTS_MAX: usize = 4096;
+/// How long the thread looks for the next request before it sleeps, giving way to whoever wants the core. Two cores of
+/// one machine wake each other in 20 to 40 us; a request is handled in 3.
+const SPIN: Duration = Duration::from_micros(50);
 
 struct Packet {
     bytes: Vec<u8>,
@@ -236,9 +240,17 @@ impl Reactor {
 
     pub(crate) fn run(mut self) {
         let mut events = Vec::with_capacity(64);
+        let mut busy = Instant::now();
         loop {
             events.clear();
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), None) {
+            // Waking a core that sleeps costs more than most requests, and the next one often follows at once.
+            let spin = busy.elapsed() < SPIN;
+            let timeout = spin.then(Timespec::default);
+            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
+                Ok(0) => {
+                    rustix::thread::sched_yield();
+                    continue;
+                }
                 Ok(_) => {}
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(error) => {
@@ -254,6 +266,7 @@ impl Reactor {
                     Source::Process(client) => self.process_gone(client),
                 }
             }
+            busy = Instant::now();
         }
     }
 

@@ -3,6 +3,9 @@
 //! Not the engine: which bytes move, when, and what to do when that fails is decided above. Invariant: both
 //! implementations pass one conformance suite.
 
+#[cfg(any(test, feature = "conformance"))]
+#[doc(hidden)]
+pub mod conformance;
 mod fabric;
 mod memory;
 mod region;

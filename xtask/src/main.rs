@@ -1,2 +1,137 @@
-//! Placeholder.
-fn main() {}
+//! `cargo xtask test`: everything that CI runs, and `cargo xtask simulate`. Not a build system: cargo builds, this
+//! says what to run and counts. Invariant: the last line of `test` is its count, and the exit status agrees with it.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod process;
+mod python;
+mod steps;
+mod tally;
+mod workspace;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use steps::{STEPS, Step};
+use tally::Tally;
+use workspace::Workspace;
+
+const USAGE: &str = "\
+usage: cargo xtask test [--only STEP[,STEP...]] [--list]
+       cargo xtask simulate --seeds N [--from S]
+
+test      runs every step in order, to the end, and closes with `N passed, N failed, N skipped`.
+          HETMEM_REQUIRE=STEP[,STEP...] makes a skip of these steps a failure.
+simulate  runs the simulation on seeds S, S+1, ..., S+N-1 (S is 0 if not given).";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let result = match arguments.as_slice() {
+        ["test", "--list"] => {
+            for step in STEPS {
+                println!("{:12} {}", step.name, step.what);
+            }
+            Ok(true)
+        }
+        ["test"] => Workspace::find().map(|workspace| test(&workspace, STEPS)),
+        ["test", "--only", names] => {
+            select(names).and_then(|chosen| Workspace::find().map(|workspace| test(&workspace, &chosen)))
+        }
+        ["simulate", options @ ..] => seeds(options)
+            .and_then(|(count, from)| Workspace::find().and_then(|w| steps::simulate(&w, count, from))),
+        _ => Err(USAGE.to_owned()),
+    };
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(message) => {
+            eprintln!("{message}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// The steps of a comma-separated list, in their own order.
+fn select(names: &str) -> Result<Vec<Step>, String> {
+    let wanted: Vec<&str> = names.split(',').collect();
+    if let Some(unknown) = wanted
+        .iter()
+        .find(|name| !STEPS.iter().any(|step| step.name == **name))
+    {
+        let known: Vec<&str> = STEPS.iter().map(|step| step.name).collect();
+        return Err(format!("no step {unknown:?}; there are {}", known.join(", ")));
+    }
+    let chosen = STEPS.iter().filter(|step| wanted.contains(&step.name));
+    Ok(chosen.copied().collect())
+}
+
+/// The options of `simulate`: how many seeds, and the first.
+fn seeds(options: &[&str]) -> Result<(u64, u64), String> {
+    let (mut count, mut from) = (None, 0);
+    for pair in options.chunks(2) {
+        let &[name, value] = pair else {
+            return Err(USAGE.to_owned());
+        };
+        let number = value
+            .parse()
+            .map_err(|error| format!("{name} {value:?}: {error}; a whole number is needed"))?;
+        match name {
+            "--seeds" => count = Some(number),
+            "--from" => from = number,
+            _ => return Err(USAGE.to_owned()),
+        }
+    }
+    Ok((count.ok_or(USAGE)?, from))
+}
+
+/// Runs the steps and prints what came of each. Returns whether nothing failed.
+fn test(workspace: &Workspace, steps: &[Step]) -> bool {
+    let required = std::env::var("HETMEM_REQUIRE").unwrap_or_default();
+    let mut total = Tally::default();
+    let mut lines = Vec::new();
+    for step in steps {
+        println!("== {}: {}", step.name, step.what);
+        let start = Instant::now();
+        let mut report = (step.run)(workspace);
+        if report.tally.skipped > 0 && required.split(',').any(|name| name == step.name) {
+            report = report.with_skips_failed();
+        }
+        let line = format!(
+            "{:12} {:7} {:7.1} s  {}",
+            step.name,
+            report.word(),
+            start.elapsed().as_secs_f64(),
+            report.note
+        );
+        println!("== {line}\n");
+        lines.push(line);
+        total += report.tally;
+    }
+    println!("{}\n\n{total}", lines.join("\n"));
+    total.failed == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_read_or_explained() {
+        assert_eq!(seeds(&["--seeds", "20"]), Ok((20, 0)));
+        assert_eq!(seeds(&["--from", "7", "--seeds", "20"]), Ok((20, 7)));
+        for wrong in [&["--seeds"][..], &["--from", "1"], &["--seed", "1"], &[]] {
+            assert_eq!(seeds(wrong), Err(USAGE.to_owned()), "{wrong:?}");
+        }
+        let error = seeds(&["--seeds", "many"]).expect_err("not a number");
+        assert!(error.contains("\"many\""), "{error}");
+    }
+
+    #[test]
+    fn steps_are_chosen_by_name_and_kept_in_order() {
+        let chosen = select("loom,fmt").expect("both exist");
+        let names: Vec<&str> = chosen.iter().map(|step| step.name).collect();
+        assert_eq!(names, ["fmt", "loom"]);
+        let error = select("fmt,lomo").expect_err("a slip");
+        assert!(error.contains("\"lomo\"") && error.contains("loom"), "{error}");
+    }
+}

@@ -66,7 +66,11 @@ fn get(size: Size, store: &Store, echo: &mut UnixEcho, len: u64) -> Result<Row, 
     let name = key(&format!("bench/get/{len}"))?;
     let mut reservation = match store.reserve(&name, ObjectMeta::bytes(len)?, &PutOptions::default())? {
         hetmem_client::Reserved::Open(reservation) => reservation,
-        hetmem_client::Reserved::Kept(_) => return Err(StoreError::AlreadyExists { key: name.to_string() }),
+        hetmem_client::Reserved::Kept(_) => {
+            return Err(StoreError::AlreadyExists {
+                key: name.to_string(),
+            });
+        }
     };
     reservation.bytes_mut().fill(0x5a);
     reservation.seal()?;
@@ -129,7 +133,10 @@ fn large_put(size: Size, store: &Store, checksum: bool) -> Result<Row, StoreErro
     let len = 64 * MIB;
     let bytes: Vec<u8> = (0..len).map(|at| (at % 251) as u8).collect();
     let target = Segment::create(SegmentId(1), len, SegmentOwner::Client, PagePolicy::Auto)?;
-    let descriptor = target.descriptor().try_clone_to_owned().map_err(|error| StoreError::os("bench", error))?;
+    let descriptor = target
+        .descriptor()
+        .try_clone_to_owned()
+        .map_err(|error| StoreError::os("bench", error))?;
     let mapping = Arc::new(WriteMapping::map(descriptor, len)?);
     let mut warm = mapping.extent_mut(0, len)?;
     let pair = Pair {
@@ -143,7 +150,10 @@ fn large_put(size: Size, store: &Store, checksum: bool) -> Result<Row, StoreErro
         samples: 5,
     };
     let name = key("bench/put/large")?;
-    let options = PutOptions { checksum, ..PutOptions::default() };
+    let options = PutOptions {
+        checksum,
+        ..PutOptions::default()
+    };
     let meta = ObjectMeta::bytes(len)?;
     let row = pair.measure(
         &mut || {
@@ -198,8 +208,15 @@ const MANY: usize = 1_000_000;
 
 fn filled(folder: &Folder, name: &str, count: usize) -> Result<(Node, Store, Vec<Key>), StoreError> {
     let socket = folder.path().join(name).display().to_string();
-    let settings = [("socket", socket.as_str()), ("listen", "127.0.0.1:0"), ("host", "512MiB")];
-    let settings = settings.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+    let settings = [
+        ("socket", socket.as_str()),
+        ("listen", "127.0.0.1:0"),
+        ("host", "512MiB"),
+    ];
+    let settings = settings
+        .iter()
+        .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
+        .collect();
     let node = Node::start(Config::load(None, settings)?)?;
     let store = Store::over(node.session()?)?;
     let mut keys = Vec::with_capacity(count);
@@ -221,7 +238,9 @@ fn many_objects(size: Size, folder: &Folder, pick: Pick) -> Result<Row, StoreErr
         }
         Pick::All => {
             // A multiplicative step that is prime to the count visits every key once, far from the last.
-            many_keys = (0..MANY).map(|at| many_keys[at * 611_953 % MANY].clone()).collect();
+            many_keys = (0..MANY)
+                .map(|at| many_keys[at * 611_953 % MANY].clone())
+                .collect();
             "get and release, all of 1,000,000 keys"
         }
     };
@@ -236,10 +255,9 @@ fn many_objects(size: Size, folder: &Folder, pick: Pick) -> Result<Row, StoreErr
         samples: 100,
     };
     let (mut at, mut beside) = (0, 0);
-    let row = pair.measure(
-        &mut || get_sample(&few, &few_keys, &mut beside),
-        &mut || get_sample(&many, &many_keys, &mut at),
-    );
+    let row = pair.measure(&mut || get_sample(&few, &few_keys, &mut beside), &mut || {
+        get_sample(&many, &many_keys, &mut at)
+    });
     drop((few, many, few_node, many_node));
     row
 }

@@ -79,8 +79,14 @@ fn single(object: &Object, file: &mut NewFile) -> Result<Done, StoreError> {
 /// All tensors under a prefix; if there are none, the one object of that key.
 fn tensors(store: &Store, key: &str, options: &GetOptions, file: &mut NewFile) -> Result<Done, Failure> {
     let under = all_under(key);
-    let mut keys = store.list(&under).map(|listed| Ok(listed?.key)).collect::<Result<Vec<_>, StoreError>>()?;
-    let metadata = match keys.iter().position(|found| found.as_str() == format!("{under}{METADATA}")) {
+    let mut keys = store
+        .list(&under)
+        .map(|listed| Ok(listed?.key))
+        .collect::<Result<Vec<_>, StoreError>>()?;
+    let metadata = match keys
+        .iter()
+        .position(|found| found.as_str() == format!("{under}{METADATA}"))
+    {
         Some(at) => {
             keys.remove(at);
             Some(metadata_of(store, key, options)?)
@@ -105,7 +111,10 @@ fn tensors(store: &Store, key: &str, options: &GetOptions, file: &mut NewFile) -
     safetensors::write_header(&mut file.out, &parts, metadata.as_ref())?;
     let mut done = Done::default();
     for batch in parts.chunks(BATCH) {
-        let wanted: Vec<Key> = batch.iter().filter_map(|(name, _)| keys.get(name).cloned()).collect();
+        let wanted: Vec<Key> = batch
+            .iter()
+            .filter_map(|(name, _)| keys.get(name).cloned())
+            .collect();
         for ((_, meta), object) in batch.iter().zip(store.get_many_with(&wanted, options)) {
             let object = object?;
             check_unchanged(&object, meta)?;
@@ -132,14 +141,19 @@ fn check_unchanged(object: &Object, meta: &ObjectMeta) -> Result<(), StoreError>
     if object.meta() == meta {
         return Ok(());
     }
-    Err(StoreError::stale("get", object.key(), "another object took this key meanwhile: get it again"))
+    Err(StoreError::stale(
+        "get",
+        object.key(),
+        "another object took this key meanwhile: get it again",
+    ))
 }
 
 fn metadata_of(store: &Store, prefix: &str, options: &GetOptions) -> Result<Metadata, StoreError> {
     let key = metadata_key(prefix)?;
     let object = store.get_with(&key, options)?;
     serde_json::from_slice(&object).map_err(|error| {
-        let why = format!("it should be a JSON map of text to text: {error} (rm it to get the tensors without it)");
+        let why =
+            format!("it should be a JSON map of text to text: {error} (rm it to get the tensors without it)");
         StoreError::corrupt(&key, why)
     })
 }
@@ -155,7 +169,10 @@ struct NewFile {
 impl NewFile {
     fn create(path: &Path) -> Result<Self, StoreError> {
         let Some(name) = path.file_name() else {
-            return Err(StoreError::invalid("output", format!("{} is no file name", path.display())));
+            return Err(StoreError::invalid(
+                "output",
+                format!("{} is no file name", path.display()),
+            ));
         };
         let name = format!(".{}.{}.partial", name.to_string_lossy(), std::process::id());
         let partial = path.with_file_name(name);
@@ -169,11 +186,16 @@ impl NewFile {
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
-        self.out.write_all(bytes).map_err(|error| file_error("write", &self.path, &error))
+        self.out
+            .write_all(bytes)
+            .map_err(|error| file_error("write", &self.path, &error))
     }
 
     fn finish(mut self) -> Result<(), StoreError> {
-        let flushed = self.out.flush().and_then(|()| fs::rename(&self.partial, &self.path));
+        let flushed = self
+            .out
+            .flush()
+            .and_then(|()| fs::rename(&self.partial, &self.path));
         self.complete = flushed.is_ok();
         flushed.map_err(|error| file_error("write", &self.path, &error))
     }
@@ -203,7 +225,11 @@ fn report(args: &Args, done: &Done, took: Duration, out: Output) -> Result<(), F
         |text| {
             let len = bytes(done.len_bytes);
             let file = args.output.display();
-            writeln!(text, "{}: {} objects, {len} in {seconds:.3} s", file, done.objects)
+            writeln!(
+                text,
+                "{}: {} objects, {len} in {seconds:.3} s",
+                file, done.objects
+            )
         },
     )?;
     Ok(())

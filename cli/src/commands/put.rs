@@ -74,7 +74,11 @@ pub(crate) fn run(args: &Args, socket: Option<&Path>, out: Output) -> Result<(),
 impl Args {
     fn options(&self) -> PutOptions {
         PutOptions {
-            if_exists: if self.error_if_exists { IfExists::Error } else { IfExists::Keep },
+            if_exists: if self.error_if_exists {
+                IfExists::Error
+            } else {
+                IfExists::Keep
+            },
             pin: self.pin,
             cache: self.cache,
             ttl: self.ttl_ms.map(Duration::from_millis),
@@ -138,7 +142,8 @@ impl Args {
 
 fn text_of(name: Option<&std::ffi::OsStr>) -> Result<String, Failure> {
     let text = name.and_then(|name| name.to_str());
-    let usage = || Failure::Usage("the file's name is no key (not UTF-8): name a --key or --prefix".to_owned());
+    let usage =
+        || Failure::Usage("the file's name is no key (not UTF-8): name a --key or --prefix".to_owned());
     text.map(str::to_owned).ok_or_else(usage)
 }
 
@@ -164,7 +169,8 @@ fn progress(total: u64, out: Output) -> ProgressBar {
         false => ProgressDrawTarget::stderr(),
     };
     let bar = ProgressBar::with_draw_target(Some(total), target);
-    let style = ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {binary_bytes_per_sec} {wide_msg}");
+    let style =
+        ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {binary_bytes_per_sec} {wide_msg}");
     bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
@@ -180,7 +186,11 @@ fn report(file: &str, done: &Done, took: Duration, out: Output) -> Result<(), Fa
         |text| {
             let speed = done.len_bytes as f64 / seconds.max(1e-9) / f64::from(1 << 30);
             let len = bytes(done.len_bytes);
-            writeln!(text, "{} objects, {len} in {seconds:.3} s ({speed:.2} GiB/s)", done.objects)?;
+            writeln!(
+                text,
+                "{} objects, {len} in {seconds:.3} s ({speed:.2} GiB/s)",
+                done.objects
+            )?;
             if done.kept > 0 {
                 writeln!(
                     text,

@@ -1,7 +1,7 @@
 //! `hetmem serve`: the one place of the command line that runs a node. Not the node (`hetmem_node`).
 //! Invariant: standard output gets one line of JSON when the node is ready, everything else goes to standard error.
 
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, IsTerminal as _, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
 use hetmem_client::StoreError;
@@ -81,14 +81,21 @@ impl Args {
             ("streams", &self.streams),
             ("fabric", &self.fabric),
         ];
-        let given = given.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value.clone()?)));
+        let given = given
+            .into_iter()
+            .filter_map(|(key, value)| Some((key.to_owned(), value.clone()?)));
         Ok(given.collect())
     }
 }
 
 pub(crate) fn run(args: &Args, socket: Option<&Path>) -> Result<(), Failure> {
     let filter = EnvFilter::try_from_env("HETMEM_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).init();
+    let colours = io::stderr().is_terminal();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(colours)
+        .with_writer(io::stderr)
+        .init();
     let config = Config::load(args.config.as_deref(), args.overrides(socket)?)?;
     let node = Node::start(config)?;
     if node.is_exposed() {
@@ -121,7 +128,9 @@ fn stop_with_stdin() -> Result<(), StoreError> {
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::TERM);
     };
     let spawned = std::thread::Builder::new().name("stdin".to_owned()).spawn(watch);
-    spawned.map(drop).map_err(|error| StoreError::os("start a thread", error))
+    spawned
+        .map(drop)
+        .map_err(|error| StoreError::os("start a thread", error))
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ mod report;
 mod state_dict;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use hetmem_client::{Key, Object, ObjectMeta, Path as BytesPath, Store, StoreError};
@@ -85,7 +86,11 @@ impl Tensor<'_> {
     /// What is wrong with an object that should be this tensor.
     fn fault(&self, object: &Object) -> Option<String> {
         if object.len() as u64 != self.meta.len_bytes {
-            return Some(format!("{} bytes where {} belong", object.len(), self.meta.len_bytes));
+            return Some(format!(
+                "{} bytes where {} belong",
+                object.len(),
+                self.meta.len_bytes
+            ));
         }
         if (object.meta().dtype, object.meta().shape) != (self.meta.dtype, self.meta.shape) {
             return Some(format!("{} {:?}", object.meta().dtype, object.meta().shape));
@@ -93,9 +98,11 @@ impl Tensor<'_> {
         let difference = match self.content {
             Content::Made(values) => values.first_difference(0, object),
             Content::File(bytes) if bytes == &**object => None,
-            Content::File(bytes) => {
-                bytes.iter().zip(&**object).position(|(left, right)| left != right).map(|at| at as u64)
-            }
+            Content::File(bytes) => bytes
+                .iter()
+                .zip(&**object)
+                .position(|(left, right)| left != right)
+                .map(|at| at as u64),
         };
         if let Some(at) = difference {
             return Some(format!("byte {at} differs from the source"));
@@ -135,7 +142,10 @@ pub(crate) fn run(args: &Args, out: Output) -> Result<(), Failure> {
     let fabric = if args.fabric == Fabric::Tcp { "tcp" } else { "auto" };
     let flags = |name: &str, join: Option<&str>| {
         let mut flags = vec![
-            ("socket", folder.path().join(format!("{name}.sock")).display().to_string()),
+            (
+                "socket",
+                folder.path().join(format!("{name}.sock")).display().to_string(),
+            ),
             ("listen", "127.0.0.1:0".to_owned()),
             ("host", (total + total / 4 + HOST_SLACK).to_string()),
             ("fabric", fabric.to_owned()),
@@ -143,9 +153,12 @@ pub(crate) fn run(args: &Args, out: Output) -> Result<(), Failure> {
         flags.extend(join.map(|address| ("join", address.to_owned())));
         flags
     };
-    let a = Process::start("demo-a", &flags("a", None))?;
-    let b = Process::start("demo-b", &flags("b", Some(&a.address)))?;
+    let quiet = Arc::default();
+    let a = Process::start_among("demo-a", &flags("a", None), &quiet)?;
+    let b = Process::start_among("demo-b", &flags("b", Some(&a.address)), &quiet)?;
     let (on_a, on_b) = (Store::connect(Some(&a.socket))?, Store::connect(Some(&b.socket))?);
+    // Connections need no path any more, and a demo that is killed from here on leaves nothing behind.
+    drop(folder);
     let mut findings = Findings::default();
     put(&on_a, &tensors, &mut findings)?;
     fetch(&on_b, &tensors, &mut findings)?;
@@ -159,7 +172,10 @@ pub(crate) fn run(args: &Args, out: Output) -> Result<(), Failure> {
 
 fn read<'a>(path: &Path, file: &'a [u8]) -> Result<SafeTensors<'a>, Failure> {
     if Format::of(path) != Format::Safetensors {
-        let why = format!("{} is no .safetensors file, which is what demo takes", path.display());
+        let why = format!(
+            "{} is no .safetensors file, which is what demo takes",
+            path.display()
+        );
         return Err(Failure::Usage(why));
     }
     Ok(SafeTensors::parse(&path.display().to_string(), file)?)
@@ -176,11 +192,13 @@ fn tensors<'a>(source: &Source<'a>) -> Result<Vec<Tensor<'a>>, StoreError> {
     match source {
         Source::Made(made) => {
             let all = made.iter();
-            all.map(|one| tensor(&one.name, one.meta, Content::Made(Values::of(&one.name)))).collect()
+            all.map(|one| tensor(&one.name, one.meta, Content::Made(Values::of(&one.name))))
+                .collect()
         }
         Source::File(file) => {
             let all = file.tensors.iter();
-            all.map(|one| tensor(&one.name, one.meta, Content::File(file.bytes_of(one)))).collect()
+            all.map(|one| tensor(&one.name, one.meta, Content::File(file.bytes_of(one))))
+                .collect()
         }
     }
 }
@@ -206,7 +224,9 @@ fn fetch(store: &Store, tensors: &[Tensor<'_>], findings: &mut Findings) -> Resu
         let started = Instant::now();
         let object = store.get(&tensor.key)?;
         let took = nanos_since(started);
-        findings.samples.add(Step::Fetch, tensor.meta.len_bytes, Some(object.path()), took);
+        findings
+            .samples
+            .add(Step::Fetch, tensor.meta.len_bytes, Some(object.path()), took);
         if object.path() == BytesPath::Local {
             findings.fault(&tensor.key, "fetch on B", "it was on B before it was fetched");
         }
@@ -224,14 +244,24 @@ fn get_in_place(
 ) -> Result<(), StoreError> {
     for tensor in tensors {
         let object = store.get(&tensor.key)?;
-        findings.compare(tensor, &object, if step == Step::GetA { "get on A" } else { "get on B" });
+        findings.compare(
+            tensor,
+            &object,
+            if step == Step::GetA {
+                "get on A"
+            } else {
+                "get on B"
+            },
+        );
         drop(object);
         for _ in 0..LOCAL_ROUNDS {
             let started = Instant::now();
             let object = store.get(&tensor.key)?;
             let path = object.path();
             drop(object);
-            findings.samples.add(step, tensor.meta.len_bytes, Some(path), nanos_since(started));
+            findings
+                .samples
+                .add(step, tensor.meta.len_bytes, Some(path), nanos_since(started));
         }
     }
     Ok(())
@@ -254,19 +284,16 @@ fn nanos_since(started: Instant) -> u64 {
     u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX)
 }
 
-fn conclude(
-    tensors: &[Tensor<'_>],
-    total: u64,
-    findings: Findings,
-    out: Output,
-) -> Result<(), Failure> {
+fn conclude(tensors: &[Tensor<'_>], total: u64, findings: Findings, out: Output) -> Result<(), Failure> {
     let Findings {
         samples,
         compared,
         faults,
     } = findings;
-    let (eager, read) =
-        (samples.count(Step::Fetch, BytesPath::Eager), samples.count(Step::Fetch, BytesPath::Read));
+    let (eager, read) = (
+        samples.count(Step::Fetch, BytesPath::Eager),
+        samples.count(Step::Fetch, BytesPath::Read),
+    );
     out.print(
         || {
             json!({
@@ -297,5 +324,9 @@ fn conclude(
     if faults.is_empty() {
         return Ok(());
     }
-    Err(Failure::Differs(format!("demo: {} faults, the first: {}", faults.len(), faults[0])))
+    Err(Failure::Differs(format!(
+        "demo: {} faults, the first: {}",
+        faults.len(),
+        faults[0]
+    )))
 }

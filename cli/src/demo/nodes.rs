@@ -5,7 +5,8 @@
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use hetmem_client::StoreError;
@@ -44,6 +45,8 @@ pub(crate) struct Process {
     child: Child,
     /// Closing it tells the node to stop.
     stdin: Option<ChildStdin>,
+    /// Set once the node is told to stop: what it and its peer then say of each other is no news.
+    quiet: Arc<AtomicBool>,
     /// Where its clients connect.
     pub(crate) socket: PathBuf,
     /// Where its peers connect.
@@ -60,6 +63,15 @@ struct Ready {
 impl Process {
     /// Starts `hetmem serve` and waits until it is ready. `flags` are configuration keys and values.
     pub(crate) fn start(name: &str, flags: &[(&str, String)]) -> Result<Self, StoreError> {
+        Self::start_among(name, flags, &Arc::default())
+    }
+
+    /// The same for nodes that know each other, which share `quiet`.
+    pub(crate) fn start_among(
+        name: &str,
+        flags: &[(&str, String)],
+        quiet: &Arc<AtomicBool>,
+    ) -> Result<Self, StoreError> {
         let own = std::env::current_exe().map_err(|error| StoreError::os("find this program", error))?;
         let mut command = Command::new(own);
         command.args(["serve", "--stop-with-stdin", "--name", name]);
@@ -69,21 +81,29 @@ impl Process {
         if std::env::var_os("HETMEM_LOG").is_none() {
             command.env("HETMEM_LOG", "warn");
         }
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child =
-            command.spawn().map_err(|error| StoreError::os(format!("start node {name}"), error))?;
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command
+            .spawn()
+            .map_err(|error| StoreError::os(format!("start node {name}"), error))?;
         let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         // From here on every way out stops the node.
         let mut process = Self {
             child,
             stdin,
+            quiet: Arc::clone(quiet),
             socket: PathBuf::new(),
             address: String::new(),
         };
         let (Some(stdout), Some(stderr)) = (stdout, stderr) else {
-            return Err(StoreError::os(format!("start node {name}"), "its output cannot be read"));
+            return Err(StoreError::os(
+                format!("start node {name}"),
+                "its output cannot be read",
+            ));
         };
-        let words = forward(name, stderr);
+        let words = forward(name, stderr, Arc::clone(quiet));
         let ready = first_line(stdout)
             .and_then(|line| serde_json::from_str::<Ready>(&line).map_err(|error| error.to_string()));
         match ready {
@@ -102,6 +122,7 @@ impl Process {
     }
 
     fn stop(&mut self) {
+        self.quiet.store(true, Ordering::Relaxed);
         drop(self.stdin.take());
         let until = Instant::now() + STOP_TIMEOUT;
         // The standard library waits without a deadline only, so this asks in turns.
@@ -144,7 +165,11 @@ fn first_line(stdout: std::process::ChildStdout) -> Result<String, String> {
 }
 
 /// Passes a node's words on to standard error, each line with its name, and hands all of them out at the end.
-fn forward(name: &str, mut stderr: std::process::ChildStderr) -> mpsc::Receiver<String> {
+fn forward(
+    name: &str,
+    mut stderr: std::process::ChildStderr,
+    quiet: Arc<AtomicBool>,
+) -> mpsc::Receiver<String> {
     let (sender, receiver) = mpsc::channel();
     let name = name.to_owned();
     std::thread::spawn(move || {
@@ -154,7 +179,8 @@ fn forward(name: &str, mut stderr: std::process::ChildStderr) -> mpsc::Receiver<
             && read > 0
         {
             let text = String::from_utf8_lossy(&buffer[..read]);
-            for line in text.lines() {
+            let heard = if quiet.load(Ordering::Relaxed) { "" } else { &*text };
+            for line in heard.lines() {
                 let _ = std::io::Write::write_all(
                     &mut std::io::stderr().lock(),
                     format!("[{name}] {line}\n").as_bytes(),

@@ -52,8 +52,11 @@ impl<'a> SafeTensors<'a> {
         let (header, data) = split(file).map_err(corrupt)?;
         let header = std::str::from_utf8(header)
             .map_err(|error| corrupt(format!("the safetensors header is not UTF-8: {error}")))?;
-        let header: Header = serde_json::from_str(header)
-            .map_err(|error| corrupt(format!("the safetensors header is not what it should be: {error}")))?;
+        let header: Header = serde_json::from_str(header).map_err(|error| {
+            corrupt(format!(
+                "the safetensors header is not what it should be: {error}"
+            ))
+        })?;
         let mut tensors = Vec::with_capacity(header.tensors.len());
         for (name, stated) in header.tensors {
             tensors.push(stated.check(name, data.len() as u64).map_err(corrupt)?);
@@ -252,10 +255,7 @@ pub(crate) fn write_header(
     write(out).map_err(|error| StoreError::os("write the safetensors header", error))
 }
 
-fn header_text(
-    tensors: &[(String, ObjectMeta)],
-    metadata: Option<&Metadata>,
-) -> Result<String, StoreError> {
+fn header_text(tensors: &[(String, ObjectMeta)], metadata: Option<&Metadata>) -> Result<String, StoreError> {
     let json = |error: serde_json::Error| StoreError::invalid("safetensors header", error.to_string());
     let mut members = Vec::with_capacity(tensors.len() + 1);
     if let Some(metadata) = metadata {
@@ -342,7 +342,10 @@ mod tests {
         assert_eq!(read.tensors[1].meta.dtype, DType::BF16);
         assert_eq!(read.tensors[1].meta.shape.dims(), [1, 1]);
         assert!(read.bytes_of(&read.tensors[2]).is_empty());
-        assert_eq!(read.metadata.as_ref().map(|map| map["format"].as_str()), Some("pt"));
+        assert_eq!(
+            read.metadata.as_ref().map(|map| map["format"].as_str()),
+            Some("pt")
+        );
     }
 
     /// Each hostile file, and the word its error must say.
@@ -360,25 +363,73 @@ mod tests {
             (file("[]", b""), "a map of tensor names"),
             (file("{\"t\":7}", b""), "\"t\""),
             ([&2_u64.to_le_bytes()[..], &[0xff, 0xfe]].concat(), "UTF-8"),
-            (one(r#"{"dtype":"F31","shape":[2],"data_offsets":[0,8]}"#), "\"F31\""),
-            (one(r#"{"dtype":"float32","shape":[2],"data_offsets":[0,8]}"#), "\"float32\""),
-            (one(r#"{"dtype":"F32","shape":[3],"data_offsets":[0,8]}"#), "12 bytes"),
-            (one(r#"{"dtype":"F32","shape":[2],"data_offsets":[8,0]}"#), "8 to 0"),
-            (one(r#"{"dtype":"F32","shape":[2],"data_offsets":[8,16]}"#), "8 to 16"),
-            (one(r#"{"dtype":"F32","shape":[2],"data_offsets":[0,18446744073709551615]}"#), "8 bytes of data"),
+            (
+                one(r#"{"dtype":"F31","shape":[2],"data_offsets":[0,8]}"#),
+                "\"F31\"",
+            ),
+            (
+                one(r#"{"dtype":"float32","shape":[2],"data_offsets":[0,8]}"#),
+                "\"float32\"",
+            ),
+            (
+                one(r#"{"dtype":"F32","shape":[3],"data_offsets":[0,8]}"#),
+                "12 bytes",
+            ),
+            (
+                one(r#"{"dtype":"F32","shape":[2],"data_offsets":[8,0]}"#),
+                "8 to 0",
+            ),
+            (
+                one(r#"{"dtype":"F32","shape":[2],"data_offsets":[8,16]}"#),
+                "8 to 16",
+            ),
+            (
+                one(r#"{"dtype":"F32","shape":[2],"data_offsets":[0,18446744073709551615]}"#),
+                "8 bytes of data",
+            ),
             (one(r#"{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}"#), "-2"),
-            (one(r#"{"dtype":"F32","shape":[2.5],"data_offsets":[0,8]}"#), "2.5"),
-            (one(r#"{"dtype":"F32","shape":[4294967296,4294967296,2],"data_offsets":[0,8]}"#), "64-bit"),
-            (one(r#"{"dtype":"F32","shape":[1,1,1,1,1,1,1,1,2],"data_offsets":[0,8]}"#), "9 dimensions"),
-            (one(r#"{"dtype":"F4","shape":[15],"data_offsets":[0,8]}"#), "inside a byte"),
-            (one(r#"{"dtype":"F32","shape":[1],"data_offsets":[0,4]}"#), "end at byte 4"),
+            (
+                one(r#"{"dtype":"F32","shape":[2.5],"data_offsets":[0,8]}"#),
+                "2.5",
+            ),
+            (
+                one(r#"{"dtype":"F32","shape":[4294967296,4294967296,2],"data_offsets":[0,8]}"#),
+                "64-bit",
+            ),
+            (
+                one(r#"{"dtype":"F32","shape":[1,1,1,1,1,1,1,1,2],"data_offsets":[0,8]}"#),
+                "9 dimensions",
+            ),
+            (
+                one(r#"{"dtype":"F4","shape":[15],"data_offsets":[0,8]}"#),
+                "inside a byte",
+            ),
+            (
+                one(r#"{"dtype":"F32","shape":[1],"data_offsets":[0,4]}"#),
+                "end at byte 4",
+            ),
             (one(r#"{"dtype":"F32","shape":[1],"data_offsets":[4,8]}"#), "gap"),
-            (one(r#"{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}"#), "duplicate"),
+            (
+                one(r#"{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}"#),
+                "duplicate",
+            ),
             (one(r#"{"dtype":"F32","shape":[2]}"#), "data_offsets"),
             (file("{\"__metadata__\":{\"a\":7}}", b""), "__metadata__"),
             (file("{\"__metadata__\":{},\"__metadata__\":{}}", b""), "twice"),
-            (file(r#"{"a":{"dtype":"U8","shape":[6],"data_offsets":[0,6]},"b":{"dtype":"U8","shape":[4],"data_offsets":[4,8]}}"#, &[0; 8]), "overlaps"),
-            (file(r#"{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"a":{"dtype":"U8","shape":[4],"data_offsets":[4,8]}}"#, &[0; 8]), "twice"),
+            (
+                file(
+                    r#"{"a":{"dtype":"U8","shape":[6],"data_offsets":[0,6]},"b":{"dtype":"U8","shape":[4],"data_offsets":[4,8]}}"#,
+                    &[0; 8],
+                ),
+                "overlaps",
+            ),
+            (
+                file(
+                    r#"{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"a":{"dtype":"U8","shape":[4],"data_offsets":[4,8]}}"#,
+                    &[0; 8],
+                ),
+                "twice",
+            ),
         ];
         for (bytes, word) in cases {
             let error = SafeTensors::parse("hostile.safetensors", &bytes).expect_err(word);
@@ -418,7 +469,10 @@ mod tests {
         for tensor in &read.tensors {
             let view = official.tensor(&tensor.name).expect("named alike");
             assert_eq!(view.data(), read.bytes_of(tensor));
-            assert_eq!(Some(view.dtype().to_string().as_str()), tensor.meta.dtype.safetensors());
+            assert_eq!(
+                Some(view.dtype().to_string().as_str()),
+                tensor.meta.dtype.safetensors()
+            );
         }
     }
 

@@ -139,7 +139,8 @@ pub enum Action {
         message: PeerMessage,
         payload: Option<(Extent, u64)>,
     },
-    /// Let the payload of the message that is being handled go here. `Landed` with the request follows.
+    /// Let the payload of the message that is being handled go here; this may come in answer to the `PinScan` that
+    /// the message led to. `Landed` with the request follows.
     Land { request: u64, extent: Extent },
     /// Read from a peer; exactly one `ReadDone` follows.
     Read {

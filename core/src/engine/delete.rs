@@ -1,15 +1,17 @@
 //! Deleting an object on every node. Not eviction, which only drops one node's copy. Invariant: the answer comes
-//! after every holder that lives has dropped the object.
+//! after every linked node has dropped the object, and will not take it in any more.
+
+use std::collections::BTreeSet;
 
 use super::Engine;
 use super::cluster::{AskFor, Pending};
-use super::timer::Timer;
+use super::timer::{Time, Timer};
 use crate::error::StoreError;
 use crate::key::Key;
-use crate::tier::{ClientId, LinkId, ObjectId};
+use crate::tier::{ClientId, LinkId, NodeId, ObjectId};
 use crate::wire::{ClientReply, PeerMessage};
 
-/// How long holders may take, in milliseconds; one that does not answer is as good as lost.
+/// How long everyone may take to drop an object, in milliseconds; then it is unknown whether it is gone.
 const DELETE_MS: u64 = 5_000;
 
 #[derive(Debug)]
@@ -29,31 +31,70 @@ enum Asker {
 #[derive(Debug)]
 pub(super) struct Delete {
     key: Key,
+    /// Only this object; none: every object of the key.
+    only: Option<ObjectId>,
     asker: Asker,
     existed: bool,
     left: usize,
+    deadline: Time,
 }
 
 impl Engine {
     pub(super) fn delete_request(&mut self, client: ClientId, request: u64, key: Key) {
-        self.delete_everywhere(key, Some((client, request)));
+        self.delete(key, None, Asker::Client { client, request });
     }
 
-    pub(super) fn delete_everywhere(&mut self, key: Key, client: Option<(ClientId, u64)>) {
-        let asker = match client {
-            Some((client, request)) => Asker::Client { client, request },
-            None => Asker::Nobody,
-        };
-        if self.directory.is_some() {
-            return self.delete_as_directory(key, asker);
+    /// An object's time to live is over: it goes, and no other object that has its key by now.
+    pub(super) fn delete_expired(&mut self, key: Key, object: ObjectId) {
+        self.delete(key, Some(object), Asker::Nobody);
+    }
+
+    /// DELETE: only the node that keeps the directory can see to it.
+    pub(super) fn delete_for_peer(&mut self, link: LinkId, request: u64, key: Key) {
+        if self.directory.is_none() {
+            let error = StoreError::unavailable("the directory", "this node does not keep it");
+            return self.answer_peer(link, request, PeerMessage::Failed { error });
         }
-        let operation = self.begin_delete(key.clone(), asker);
-        match self.directory_link {
-            Some(link) => {
-                // The directory tells every holder, this node included, before it answers.
-                self.ask_peer(link, PeerMessage::Delete { key }, Pending::Delete { operation });
+        self.delete(key, None, Asker::Peer { link, request });
+    }
+
+    /// DROP: from the directory, drop yours; to it, see to it that everyone does.
+    pub(super) fn drop_for_peer(&mut self, link: LinkId, request: u64, key: Key, object: ObjectId) {
+        if self.directory.is_some() {
+            return self.delete(key, Some(object), Asker::Peer { link, request });
+        }
+        self.deleted.insert(object);
+        let existed = self.drop_local(&key, Some(object));
+        self.answer_peer(link, request, PeerMessage::Dropped { existed });
+    }
+
+    fn delete(&mut self, key: Key, only: Option<ObjectId>, asker: Asker) {
+        let operation = self.next_operation;
+        self.next_operation += 1;
+        let deadline = self.now.after_ms(DELETE_MS);
+        let delete = Delete {
+            key: key.clone(),
+            only,
+            asker,
+            existed: false,
+            left: 1,
+            deadline,
+        };
+        self.deletes.insert(operation, delete);
+        self.timers.set(deadline, Timer::Operation(operation));
+        match (self.directory.is_some(), self.directory_link, only) {
+            (true, _, Some(_)) => self.delete_from_holders(operation),
+            // What was put is found although its announcement may still be under way.
+            (true, _, None) => self.ask_everyone(key, AskFor::Delete(operation)),
+            (false, Some(link), only) => {
+                // The directory tells everyone, this node included, before it answers.
+                let message = match only {
+                    Some(object) => PeerMessage::Drop { key, object },
+                    None => PeerMessage::Delete { key },
+                };
+                self.ask_peer(link, message, Pending::Delete { operation });
             }
-            None => {
+            (false, None, _) => {
                 let why = format!(
                     "delete {key:?}: there is no link to the node that keeps it; it is being dialled"
                 );
@@ -62,81 +103,48 @@ impl Engine {
         }
     }
 
-    pub(super) fn delete_for_peer(&mut self, link: LinkId, request: u64, key: Key) {
-        if self.directory.is_none() {
-            let error = StoreError::unavailable("the directory", "this node does not keep it");
-            return self.answer_peer(link, request, PeerMessage::Failed { error });
-        }
-        self.delete_as_directory(key, Asker::Peer { link, request });
-    }
-
-    fn begin_delete(&mut self, key: Key, asker: Asker) -> u64 {
-        let operation = self.next_operation;
-        self.next_operation += 1;
-        self.deletes.insert(
-            operation,
-            Delete {
-                key,
-                asker,
-                existed: false,
-                left: 1,
-            },
-        );
-        self.timers
-            .set(self.now.after_ms(DELETE_MS), Timer::Operation(operation));
-        operation
-    }
-
-    fn delete_as_directory(&mut self, key: Key, asker: Asker) {
-        let own = self.config.member.node;
-        let known = self
-            .directory
-            .as_ref()
-            .is_some_and(|directory| directory.holders(&key).next().is_some());
-        let operation = self.begin_delete(key.clone(), asker);
-        if known || self.peers.values().all(|peer| peer.link.is_none()) {
-            return self.delete_from_holders(operation);
-        }
-        debug_assert!(
-            self.directory
-                .as_ref()
-                .is_none_or(|d| d.holders(&key).all(|(node, _)| node != own))
-        );
-        self.ask_everyone(key, AskFor::Delete(operation));
-    }
-
-    /// Everything that the directory knows under the key goes, wherever it is.
+    /// Everything that the directory knows under the key goes, wherever it is. Everyone is told, not only holders:
+    /// a copy may be on its way to a node that does not hold it yet.
     pub(super) fn delete_from_holders(&mut self, operation: u64) {
-        let Some(key) = self.deletes.get(&operation).map(|delete| delete.key.clone()) else {
+        let Some(delete) = self.deletes.get(&operation) else {
             return;
         };
-        let own = self.config.member.node;
+        let (key, only) = (delete.key.clone(), delete.only);
         let Some(directory) = &mut self.directory else {
             return;
         };
-        let holders: Vec<_> = directory.holders(&key).collect();
-        for (node, object) in &holders {
+        let holders: Vec<(NodeId, ObjectId)> = directory
+            .holders(&key)
+            .filter(|(_, object)| only.is_none_or(|only| only == *object))
+            .collect();
+        let mut objects: BTreeSet<ObjectId> = holders.iter().map(|(_, object)| *object).collect();
+        objects.extend(only);
+        for object in &objects {
             directory.deleted(*object);
+            self.deleted.insert(*object);
+        }
+        for (node, object) in &holders {
             directory.withdraw(*node, &key, *object);
         }
-        let mut left = 0;
-        let existed = self.drop_local(&key, None) || !holders.is_empty();
-        for (node, object) in holders.into_iter().filter(|(node, _)| *node != own) {
-            if let Some(link) = self.link_to(node) {
-                left += 1;
-                let message = PeerMessage::Drop {
-                    key: key.clone(),
-                    object,
-                };
-                self.ask_peer(link, message, Pending::Drop { operation });
+        let links: Vec<LinkId> = self.peers.values().filter_map(|peer| peer.link).collect();
+        for &object in &objects {
+            self.drop_local(&key, Some(object));
+            for &link in &links {
+                let key = key.clone();
+                self.ask_peer(
+                    link,
+                    PeerMessage::Drop { key, object },
+                    Pending::Drop { operation },
+                );
             }
         }
+        let left = links.len() * objects.len();
         if let Some(delete) = self.deletes.get_mut(&operation) {
-            delete.existed = existed;
+            delete.existed = !holders.is_empty();
             delete.left = left;
         }
         if left == 0 {
-            self.finish_delete(operation);
+            self.finish_delete(operation, Ok(()));
         }
     }
 
@@ -152,7 +160,7 @@ impl Engine {
         true
     }
 
-    /// A holder, or the directory, has done its part.
+    /// A node, or the directory, has done its part.
     pub(super) fn dropped(&mut self, operation: u64, existed: bool) {
         let Some(delete) = self.deletes.get_mut(&operation) else {
             return;
@@ -160,51 +168,43 @@ impl Engine {
         delete.existed |= existed;
         delete.left = delete.left.saturating_sub(1);
         if delete.left == 0 {
-            self.finish_delete(operation);
+            self.finish_delete(operation, Ok(()));
         }
     }
 
-    fn finish_delete(&mut self, operation: u64) {
+    fn finish_delete(&mut self, operation: u64, result: Result<(), StoreError>) {
         let Some(delete) = self.deletes.remove(&operation) else {
             return;
         };
+        self.timers.unset(delete.deadline, Timer::Operation(operation));
         let existed = delete.existed;
-        match delete.asker {
-            Asker::Client { client, request } => {
-                self.reply(client, request, Ok(ClientReply::Deleted { existed }))
+        match (delete.asker, result) {
+            (Asker::Client { client, request }, result) => {
+                self.reply(client, request, result.map(|()| ClientReply::Deleted { existed }));
             }
-            Asker::Peer { link, request } => {
+            (Asker::Peer { link, request }, Ok(())) => {
                 self.answer_peer(link, request, PeerMessage::Dropped { existed });
             }
-            Asker::Nobody => {}
+            (Asker::Peer { link, request }, Err(error)) => {
+                self.answer_peer(link, request, PeerMessage::Failed { error });
+            }
+            (Asker::Nobody, Ok(())) => {}
+            (Asker::Nobody, Err(_)) => {
+                // What is here goes; other copies go by eviction, or when their nodes start again.
+                self.drop_local(&delete.key, delete.only);
+            }
         }
     }
 
     /// The directory could not be asked, or went away before it answered.
     pub(super) fn delete_lost(&mut self, operation: u64, why: StoreError) {
-        let Some(delete) = self.deletes.remove(&operation) else {
-            return;
-        };
-        match delete.asker {
-            Asker::Client { client, request } => self.reply(client, request, Err(why)),
-            Asker::Peer { link, request } => {
-                self.answer_peer(link, request, PeerMessage::Failed { error: why });
-            }
-            // What is here goes; other copies go by their own nodes' restart or eviction.
-            Asker::Nobody => {
-                self.drop_local(&delete.key, None);
-            }
-        }
+        self.finish_delete(operation, Err(why));
     }
 
     pub(super) fn delete_deadline(&mut self, operation: u64) {
-        let Some(delete) = self.deletes.get(&operation) else {
-            return;
-        };
-        if self.directory.is_some() {
-            return self.finish_delete(operation);
+        if let Some(delete) = self.deletes.get(&operation) {
+            let error = StoreError::timed_out("delete", &delete.key, DELETE_MS);
+            self.finish_delete(operation, Err(error));
         }
-        let error = StoreError::timed_out("delete", &delete.key, DELETE_MS);
-        self.delete_lost(operation, error);
     }
 }

@@ -26,13 +26,36 @@ struct Held {
     len_bytes: u64,
 }
 
+/// Objects that were deleted, the latest of them.
+#[derive(Debug, Default)]
+pub(super) struct Deleted {
+    objects: BTreeSet<ObjectId>,
+    order: VecDeque<ObjectId>,
+}
+
+impl Deleted {
+    pub(super) fn insert(&mut self, object: ObjectId) {
+        if self.objects.insert(object) {
+            self.order.push_back(object);
+        }
+        if self.order.len() > DELETED_MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.objects.remove(&oldest);
+        }
+    }
+
+    pub(super) fn contains(&self, object: ObjectId) -> bool {
+        self.objects.contains(&object)
+    }
+}
+
 /// The directory of a cluster, kept by one node.
 #[derive(Debug, Default)]
 pub struct Directory {
     keys: BTreeMap<Key, BTreeMap<NodeId, Held>>,
     by_node: BTreeMap<NodeId, BTreeSet<Key>>,
-    deleted: BTreeSet<ObjectId>,
-    deleted_order: VecDeque<ObjectId>,
+    deleted: Deleted,
 }
 
 impl Directory {
@@ -42,7 +65,7 @@ impl Directory {
     /// object that is no longer the one of its key. Two nodes that each put the key stay both: the bytes of an
     /// immutable object under one key are one value.
     pub fn announce(&mut self, node: NodeId, announced: &Announced, exclusive: bool) -> Verdict {
-        if self.deleted.contains(&announced.object) {
+        if self.deleted.contains(announced.object) {
             return Verdict::Refused;
         }
         if let Some(holders) = self.keys.get(&announced.key) {
@@ -110,14 +133,7 @@ impl Directory {
 
     /// Remembers that an object was deleted.
     pub fn deleted(&mut self, object: ObjectId) {
-        if self.deleted.insert(object) {
-            self.deleted_order.push_back(object);
-        }
-        if self.deleted_order.len() > DELETED_MAX
-            && let Some(oldest) = self.deleted_order.pop_front()
-        {
-            self.deleted.remove(&oldest);
-        }
+        self.deleted.insert(object);
     }
 
     /// Keys that start with `prefix`, in order, after `after`, with one of their objects and all their holders.

@@ -1,26 +1,23 @@
-//! Gets from other nodes: who is asked, where the bytes land, when they may be believed. Not the owner's side
-//! (`owner`). Invariant: a fetch succeeds only if its lease, counted from before the question and less a fifth for
-//! clocks that run at different rates, had not run out when the last byte was there.
+//! Gets from other nodes: who is asked, and what is done when an answer is none. Not the bytes (`arrival`), and not
+//! the owner's side (`owner`). Invariant: a fetch is in one stage, and only the question, dialling or retry of that
+//! stage moves it on.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use super::action::Action;
-use super::cluster::Pending;
-use super::lifecycle::State;
-use super::objects::Object;
-use super::room::Purpose;
-use super::space::Owner;
+use super::cluster::{AskFor, Pending};
 use super::timer::{Time, Timer};
 use super::{Engine, THRESHOLD_DEFAULT};
 use crate::error::{ErrorKind, StoreError};
 use crate::key::Key;
 use crate::meta::ObjectMeta;
-use crate::receipt::Path;
-use crate::tier::{ClientId, Extent, Generation, LinkId, NodeId, ObjectId, TransferId};
-use crate::wire::{ClientReply, Granted, Holder, IfExists, PeerMessage, PutHints, Range};
+use crate::tier::{ClientId, LinkId, NodeId, ObjectId, TransferId};
+use crate::wire::{Granted, Holder, PeerMessage, Range};
 
 /// How soon a fetch that met a passing obstacle tries again, in milliseconds.
 const RETRY_MS: u64 = 20;
+/// How long a fetch waits for a link to a holder before it looks for another, in milliseconds.
+const DIAL_MS: u64 = 200;
 /// Keys whose holder is remembered.
 const HINTS_MAX: usize = 65_536;
 
@@ -39,17 +36,21 @@ pub(super) enum Want {
 }
 
 #[derive(Debug)]
-struct FetchWaiter {
-    client: ClientId,
-    request: u64,
+pub(super) struct FetchWaiter {
+    pub(super) client: ClientId,
+    pub(super) request: u64,
     deadline: Time,
     timeout_ms: u64,
 }
 
 #[derive(Debug)]
-enum Stage {
-    /// Waits for a link, a retry, or the directory's answer.
+pub(super) enum Stage {
+    /// Waits until it is tried again.
     Waiting,
+    /// Waits for a link to this node.
+    Dialling { node: NodeId },
+    /// This node keeps the directory, does not know the key, and asks everyone.
+    AskingAll,
     /// A GET is under way.
     Asked { link: LinkId, request: u64, at: Time },
     /// Bytes are known to be at a peer, and there is no room for them yet.
@@ -67,21 +68,32 @@ enum Stage {
 
 /// What a peer has answered.
 #[derive(Clone, Copy, Debug)]
-struct Source {
-    object: ObjectId,
-    meta: ObjectMeta,
-    /// None: the answer held the bytes, but there was no room for them; ask again.
-    granted: Option<(Granted, Time)>,
+pub(super) struct Source {
+    pub(super) object: ObjectId,
+    pub(super) meta: ObjectMeta,
+    pub(super) bytes: Bytes,
+}
+
+/// Where the bytes are that a peer has answered with.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Bytes {
+    /// In the answer to this request, which is being handled; gone once it is not.
+    InAnswer { request: u64 },
+    /// At the peer, to be read until then.
+    Granted { granted: Granted, valid_until: Time },
 }
 
 #[derive(Debug)]
 pub(super) struct Fetch {
     pub(super) key: Key,
-    range: Option<Range>,
-    want: Want,
-    waiters: Vec<FetchWaiter>,
-    stage: Stage,
+    pub(super) range: Option<Range>,
+    pub(super) want: Want,
+    pub(super) waiters: Vec<FetchWaiter>,
+    pub(super) stage: Stage,
+    /// Nodes that did not give it since it was last tried from the start.
     tried: Vec<NodeId>,
+    /// What was last in the way.
+    obstacle: Option<StoreError>,
 }
 
 /// Which node gave a key's object last.
@@ -92,7 +104,7 @@ pub(super) struct Hints {
 }
 
 impl Hints {
-    fn remember(&mut self, key: &Key, node: NodeId) {
+    pub(super) fn remember(&mut self, key: &Key, node: NodeId) {
         if self.nodes.insert(key.clone(), node).is_none() {
             self.order.push_back(key.clone());
         }
@@ -151,6 +163,7 @@ impl Engine {
             waiters: vec![waiter],
             stage: Stage::Waiting,
             tried: Vec::new(),
+            obstacle: None,
         };
         self.fetches.insert(id, fetch);
         self.timers.set(deadline, Timer::Fetch(id));
@@ -163,70 +176,80 @@ impl Engine {
             return;
         };
         let key = fetch.key.clone();
+        if self.objects.sealed(&key).is_some() {
+            // It was put here, or came with another fetch, meanwhile.
+            let Some(fetch) = self.take_fetch(id) else { return };
+            for waiter in fetch.waiters {
+                self.found_here(waiter.client, waiter.request, &key, fetch.range, fetch.want);
+            }
+            return;
+        }
         let hinted = self.hints.get(&key).filter(|node| !fetch.tried.contains(node));
         if let Some(node) = hinted
-            && self.link_to(node).is_some()
+            && let Some(link) = self.link_to(node)
         {
-            return self.fetch_ask(id, node);
+            return self.fetch_ask(id, link);
         }
         if self.directory.is_some() {
             let holders = self.live_holders(&key, self.config.member.node);
-            if holders.is_empty() {
-                return self.ask_everyone(key, super::cluster::AskFor::Fetch(id));
+            if !holders.is_empty() {
+                return self.fetch_from(id, &holders);
             }
-            return self.fetch_from(id, &holders);
+            self.set_stage(id, Stage::AskingAll);
+            return self.ask_everyone(key, AskFor::Fetch(id));
         }
-        match self
-            .directory_link
-            .and_then(|link| self.links.get(&link))
-            .and_then(|link| link.node)
-        {
-            Some(node) => self.fetch_ask(id, node),
+        match self.directory_link {
+            Some(link) => self.fetch_ask(id, link),
             None => {
                 let why = StoreError::unavailable(
                     "the directory",
                     format!("get {key:?}: there is no link to the node that keeps it; it is being dialled"),
                 );
-                self.fetch_obstacle(id, &why);
+                self.fetch_obstacle(id, why);
             }
         }
     }
 
-    /// Asks the first of these nodes that was not tried.
-    pub(super) fn fetch_from(&mut self, id: FetchId, holders: &[Holder]) {
-        let Some(fetch) = self.fetches.get(&id) else {
+    fn set_stage(&mut self, id: FetchId, stage: Stage) {
+        if let Some(fetch) = self.fetches.get_mut(&id) {
+            fetch.stage = stage;
+        }
+    }
+
+    /// Asks one of these nodes that was not tried, rather one to which there is a link.
+    fn fetch_from(&mut self, id: FetchId, holders: &[Holder]) {
+        let Some(fetch) = self.fetches.get_mut(&id) else {
             return;
         };
-        let fresh = holders.iter().find(|holder| !fetch.tried.contains(&holder.node));
-        let Some(holder) = fresh.cloned() else {
-            let why = StoreError::PeerLost {
-                operation: "get".into(),
-                subject: fetch.key.to_string(),
-                peer: holders
-                    .iter()
-                    .map(|holder| holder.address.as_str())
-                    .collect::<Vec<_>>()
-                    .join(", "),
-                why: "none of the nodes that are said to hold it gave it".into(),
-            };
-            if let Some(fetch) = self.fetches.get_mut(&id) {
-                fetch.tried.clear();
-            }
-            return self.fetch_obstacle(id, &why);
-        };
-        if self.link_to(holder.node).is_some() {
-            return self.fetch_ask(id, holder.node);
+        let mut fresh = holders
+            .iter()
+            .filter(|holder| !fetch.tried.contains(&holder.node));
+        let first = fresh.clone().next();
+        let linked = fresh.find_map(|holder| self.peers.get(&holder.node)?.link);
+        if let Some(link) = linked {
+            return self.fetch_ask(id, link);
         }
-        // The answer comes when the link is up: `link_established` starts waiting fetches again.
-        self.hints.remember(&self.fetches[&id].key.clone(), holder.node);
-        self.dial(&holder.address);
-        self.timers
-            .set(self.now.after_ms(RETRY_MS * 10), Timer::Retry(id));
+        if let Some(holder) = first {
+            // `welcome` goes on when the link is up.
+            fetch.stage = Stage::Dialling { node: holder.node };
+            self.hints.remember(&fetch.key, holder.node);
+            self.timers
+                .set(self.now.after_ms(DIAL_MS), Timer::Retry(id));
+            return self.dial(&holder.address);
+        }
+        fetch.tried.clear();
+        let addresses: Vec<&str> = holders.iter().map(|holder| holder.address.as_str()).collect();
+        let why = StoreError::PeerLost {
+            operation: "get".into(),
+            subject: fetch.key.to_string(),
+            peer: addresses.join(", "),
+            why: "none of the nodes that are said to hold it gave it".into(),
+        };
+        self.fetch_obstacle(id, why);
     }
 
-    fn fetch_ask(&mut self, id: FetchId, node: NodeId) {
-        let Some(link) = self.link_to(node) else { return };
-        let Some(fetch) = self.fetches.get_mut(&id) else {
+    fn fetch_ask(&mut self, id: FetchId, link: LinkId) {
+        let Some(fetch) = self.fetches.get(&id) else {
             return;
         };
         let (range, inline_max) = match fetch.want {
@@ -249,326 +272,88 @@ impl Engine {
         };
         let at = self.now;
         let request = self.ask_peer(link, message, Pending::Get { fetch: id });
-        if let Some(fetch) = self.fetches.get_mut(&id) {
-            fetch.stage = Stage::Asked { link, request, at };
+        self.set_stage(id, Stage::Asked { link, request, at });
+    }
+
+    /// Whether a fetch still waits for the answer to this very question, and when that was asked.
+    pub(super) fn fetch_asked_at(&self, id: FetchId, request: u64) -> Option<Time> {
+        match self.fetches.get(&id)?.stage {
+            Stage::Asked { request: of, at, .. } if of == request => Some(at),
+            _ => None,
         }
     }
 
-    /// How many bytes a fetch is for, once the object's length is known.
-    fn wanted_len(fetch: &Fetch, meta: &ObjectMeta) -> Result<u64, StoreError> {
-        match fetch.range {
-            None => Ok(meta.len_bytes),
-            Some(range) => range.check(&fetch.key, meta.len_bytes).map(|()| range.len_bytes),
+    /// Everyone was asked for the key of a fetch.
+    pub(super) fn fetch_asked_all(&mut self, id: FetchId, holders: &[Holder]) {
+        if !matches!(self.fetches.get(&id), Some(fetch) if matches!(fetch.stage, Stage::AskingAll)) {
+            return;
+        }
+        if holders.is_empty() {
+            return self.fetch_not_found(id);
+        }
+        self.fetch_from(id, holders);
+    }
+
+    /// FAILED in answer to a GET.
+    pub(super) fn fetch_refused(&mut self, link: LinkId, id: FetchId, why: StoreError) {
+        let node = self.links.get(&link).and_then(|link| link.node);
+        let from_directory = node.is_some() && node == self.directory_node();
+        let Some(fetch) = self.fetches.get_mut(&id) else {
+            return;
+        };
+        fetch.stage = Stage::Waiting;
+        match why.kind() {
+            ErrorKind::NotFound if from_directory => self.fetch_not_found(id),
+            ErrorKind::NotFound => {
+                // A holder that was remembered or named has dropped it meanwhile.
+                fetch.tried.extend(node);
+                self.hints.forget(&fetch.key);
+                self.fetch_start(id);
+            }
+            _ => self.fetch_obstacle(id, why),
         }
     }
 
-    /// DATA: the object is the payload of this very message.
-    pub(super) fn fetch_data(
-        &mut self,
-        link: LinkId,
-        request: u64,
-        id: FetchId,
-        object: ObjectId,
-        meta: ObjectMeta,
-        payload_len: u64,
-    ) {
+    /// LOCATED in answer to a GET.
+    pub(super) fn fetch_located(&mut self, id: FetchId, holders: &[Holder]) {
+        self.set_stage(id, Stage::Waiting);
+        self.fetch_from(id, holders);
+    }
+
+    /// Nobody has it. If somebody had it and was lost on the way, that is the answer.
+    fn fetch_not_found(&mut self, id: FetchId) {
         let Some(fetch) = self.fetches.get(&id) else {
             return;
         };
-        match fetch.want {
-            Want::Object { .. } => {}
-            Want::Stat | Want::Existence => return self.fetch_described(id, link, object, meta),
-        }
-        let wanted = Self::wanted_len(fetch, &meta);
-        if wanted != Ok(payload_len) {
-            let why = StoreError::protocol(format!(
-                "get {:?}: the answer has {payload_len} bytes of payload, {wanted:?} were asked",
-                fetch.key
-            ));
-            return self.fetch_failed(id, &why);
-        }
-        let Some(extent) = self.space_now(payload_len) else {
-            return self.fetch_needs_room(
-                id,
-                link,
-                Source {
-                    object,
-                    meta,
-                    granted: None,
-                },
-                payload_len,
-            );
-        };
-        let Some(generation) = self.insert_fetched(id, object, meta, extent) else {
-            return;
-        };
-        if let Some(fetch) = self.fetches.get_mut(&id) {
-            fetch.stage = Stage::Landing { link };
-        }
-        self.landing.insert(request, (generation, id));
-        if payload_len == 0 {
-            return self.landed(request, Ok(()));
-        }
-        self.out.push(Action::Land { request, extent });
+        let lost = fetch
+            .obstacle
+            .as_ref()
+            .filter(|why| why.kind() == ErrorKind::PeerLost && fetch.want != Want::Existence);
+        let why = lost
+            .cloned()
+            .unwrap_or_else(|| StoreError::not_found("get", &fetch.key));
+        self.fetch_failed(id, &why);
     }
 
-    fn fetch_described(&mut self, id: FetchId, link: LinkId, object: ObjectId, meta: ObjectMeta) {
-        let Some(fetch) = self.fetches.remove(&id) else {
-            return;
-        };
-        if let Some(node) = self.links.get(&link).and_then(|link| link.node) {
-            self.hints.remember(&fetch.key, node);
-        }
-        let holders = self.holder_names_from(link);
-        for waiter in fetch.waiters {
-            let reply = match fetch.want {
-                Want::Existence => ClientReply::Exists,
-                _ => ClientReply::Stat {
-                    object,
-                    meta,
-                    tier: None,
-                    pinned: false,
-                    holders: holders.clone(),
-                },
-            };
-            self.reply(waiter.client, waiter.request, Ok(reply));
-        }
-    }
-
-    /// GRANT: the object may be read until the lease runs out.
-    pub(super) fn fetch_grant(
-        &mut self,
-        link: LinkId,
-        id: FetchId,
-        object: ObjectId,
-        meta: ObjectMeta,
-        granted: Granted,
-    ) {
-        let Some(fetch) = self.fetches.get(&id) else {
-            return;
-        };
-        let Stage::Asked { at, .. } = fetch.stage else {
-            return;
-        };
-        if !matches!(fetch.want, Want::Object { .. }) {
-            self.tell_peer(link, PeerMessage::Release { lease: granted.lease });
-            return self.fetch_described(id, link, object, meta);
-        }
-        let len_bytes = match Self::wanted_len(fetch, &meta) {
-            Ok(len_bytes) if len_bytes == granted.extent.len_bytes => len_bytes,
-            Ok(len_bytes) => {
-                let why = StoreError::protocol(format!(
-                    "get {:?}: {} bytes were granted, {len_bytes} were asked",
-                    fetch.key, granted.extent.len_bytes
-                ));
-                return self.fetch_failed(id, &why);
-            }
-            Err(why) => return self.fetch_failed(id, &why),
-        };
-        let valid_until = at.after_ms(u64::from(granted.lease_ms) * 4 / 5);
-        self.fetch_needs_room(
-            id,
-            link,
-            Source {
-                object,
-                meta,
-                granted: Some((granted, valid_until)),
-            },
-            len_bytes,
-        );
-    }
-
-    fn fetch_needs_room(&mut self, id: FetchId, link: LinkId, source: Source, len_bytes: u64) {
-        if let Some(fetch) = self.fetches.get_mut(&id) {
-            fetch.stage = Stage::NeedsRoom { link, source };
-        }
-        self.want_space(Purpose::Fetch { fetch: id }, Owner::Node, len_bytes);
-    }
-
-    /// There is room for what a peer holds.
-    pub(super) fn fetch_into(&mut self, id: FetchId, extent: Extent) {
-        let Some((link, source)) = self.fetches.get(&id).and_then(|fetch| match fetch.stage {
-            Stage::NeedsRoom { link, source } => Some((link, source)),
-            _ => None,
-        }) else {
-            let _ = self.space.free(extent);
-            return;
-        };
-        let fresh = source.granted.filter(|(_, valid_until)| self.now < *valid_until);
-        let (Some((granted, valid_until)), true) = (fresh, self.links.contains_key(&link)) else {
-            // The bytes were in the answer and could not be kept, or the lease ran out while there was no room.
-            let _ = self.space.free(extent);
-            return self.fetch_again(id);
-        };
-        let Some(generation) = self.insert_fetched(id, source.object, source.meta, extent) else {
-            return;
-        };
-        let transfer = TransferId(self.next_transfer);
-        self.next_transfer += 1;
-        self.transfers.insert(transfer, (generation, id));
-        if let Some(fetch) = self.fetches.get_mut(&id) {
-            fetch.stage = Stage::Reading {
-                link,
-                transfer,
-                granted,
-                valid_until,
-            };
-        }
-        self.out.push(Action::Read {
-            link,
-            transfer,
-            remote: granted.extent,
-            local: extent,
-        });
-    }
-
-    fn insert_fetched(
-        &mut self,
-        id: FetchId,
-        object: ObjectId,
-        meta: ObjectMeta,
-        extent: Extent,
-    ) -> Option<Generation> {
-        let fetch = self.fetches.get(&id)?;
-        let transient = fetch.want != Want::Object { keep: true };
-        Some(self.objects.insert(Object {
-            key: fetch.key.clone(),
-            id: object,
-            meta,
-            extent,
-            state: State::Filling,
-            slot: None,
-            hints: PutHints::default(),
-            if_exists: IfExists::Keep,
-            writer: None,
-            in_place: false,
-            copied_here: true,
-            leases: 0,
-            sends: 0,
-            filling: true,
-            transient,
-        }))
-    }
-
-    /// The payload of a DATA is in its place, or never will be.
-    pub(super) fn landed(&mut self, request: u64, result: Result<(), StoreError>) {
-        let Some((generation, id)) = self.landing.remove(&request) else {
-            return;
-        };
-        if let Some(object) = self.objects.get_mut(generation) {
-            object.filling = false;
-        }
-        if !self.fetches.contains_key(&id) {
-            // Nobody waits for it any more.
-            return self.free_object(generation);
-        }
-        match result {
-            Ok(()) => self.fetch_complete(id, generation, Path::Eager),
-            Err(why) => {
-                self.free_object(generation);
-                self.fetch_obstacle(id, &why);
-            }
-        }
-    }
-
-    /// A read has ended.
-    pub(super) fn read_done(&mut self, transfer: TransferId, result: Result<(), StoreError>) {
-        let Some((generation, id)) = self.transfers.remove(&transfer) else {
-            return;
-        };
-        if let Some(object) = self.objects.get_mut(generation) {
-            object.filling = false;
-        }
-        let Some(&Stage::Reading {
-            link,
-            granted,
-            valid_until,
-            ..
-        }) = self.fetches.get(&id).map(|f| &f.stage)
-        else {
-            // Its fetch was given up; this was what the extent waited for.
-            return self.free_object(generation);
-        };
-        self.tell_peer(link, PeerMessage::Release { lease: granted.lease });
-        match result {
-            Ok(()) if self.now <= valid_until => self.fetch_complete(id, generation, Path::Read),
-            Ok(()) => {
-                // Late: the owner may have reused the extent. Time never turns a late read into a success.
-                self.free_object(generation);
-                self.fetch_again(id);
-            }
-            Err(why) => {
-                self.free_object(generation);
-                if let Some(node) = self.links.get(&link).and_then(|link| link.node)
-                    && let Some(fetch) = self.fetches.get_mut(&id)
-                {
-                    fetch.tried.push(node);
-                }
-                self.fetch_obstacle(id, &why);
-            }
-        }
-    }
-
-    fn fetch_complete(&mut self, id: FetchId, generation: Generation, path: Path) {
-        let Some(fetch) = self.fetches.remove(&id) else {
-            return;
-        };
-        match path {
-            Path::Eager => self.counters.eager += 1,
-            _ => self.counters.read += 1,
-        }
-        let link = match fetch.stage {
-            Stage::Landing { link, .. } | Stage::Reading { link, .. } => Some(link),
-            _ => None,
-        };
-        if let Some(node) = link
-            .and_then(|link| self.links.get(&link))
-            .and_then(|link| link.node)
-        {
-            self.hints.remember(&fetch.key, node);
-        }
-        let mut generation = generation;
-        if fetch.want == (Want::Object { keep: true }) {
-            let checksum = self
-                .objects
-                .get(generation)
-                .map_or(crate::Checksum::None, |o| o.meta.checksum);
-            // Someone may have put or fetched the same key meanwhile; then that object is the answer.
-            let _ = self.publish(generation, checksum);
-            match self.objects.sealed(&fetch.key) {
-                Some((sealed, _)) => generation = sealed,
-                None => {
-                    let why = StoreError::too_large("get", "number of objects (max_objects)", 0, 0);
-                    return self.answer_all(fetch.waiters, &why);
-                }
-            }
-        }
-        let Some(extent) = self.objects.get(generation).map(|object| object.extent) else {
-            return;
-        };
-        for waiter in fetch.waiters {
-            self.locate(waiter.client, waiter.request, generation, extent, path);
-        }
-        if self
-            .objects
-            .get(generation)
-            .is_some_and(|object| object.transient)
-        {
-            // From here on only the pins that were just made hold it.
-            self.withdraw(generation);
-        }
-    }
-
-    fn answer_all(&mut self, waiters: Vec<FetchWaiter>, why: &StoreError) {
+    pub(super) fn answer_all(&mut self, waiters: Vec<FetchWaiter>, why: &StoreError) {
         for waiter in waiters {
             self.counters.failed += 1;
             self.reply(waiter.client, waiter.request, Err(why.clone()));
         }
     }
 
+    /// Takes a fetch out of the books, with the timers of those who wait for it.
+    pub(super) fn take_fetch(&mut self, id: FetchId) -> Option<Fetch> {
+        let fetch = self.fetches.remove(&id)?;
+        for waiter in &fetch.waiters {
+            self.timers.unset(waiter.deadline, Timer::Fetch(id));
+        }
+        Some(fetch)
+    }
+
     /// The fetch cannot succeed.
     pub(super) fn fetch_failed(&mut self, id: FetchId, why: &StoreError) {
-        let Some(fetch) = self.fetches.remove(&id) else {
+        let Some(fetch) = self.take_fetch(id) else {
             return;
         };
         self.leave_stage(fetch.stage);
@@ -583,48 +368,70 @@ impl Engine {
     }
 
     /// Something passing is in the way: tries again until the deadline, and remembers why it could not.
-    pub(super) fn fetch_obstacle(&mut self, id: FetchId, why: &StoreError) {
+    pub(super) fn fetch_obstacle(&mut self, id: FetchId, why: StoreError) {
         let passing = matches!(
             why.kind(),
-            ErrorKind::PeerLost | ErrorKind::Busy | ErrorKind::Stale | ErrorKind::TimedOut | ErrorKind::Os
+            ErrorKind::PeerLost
+                | ErrorKind::Busy
+                | ErrorKind::Stale
+                | ErrorKind::TimedOut
+                | ErrorKind::Unavailable
+                | ErrorKind::Os
         );
+        let alone = self.directory.is_some() && self.peers.is_empty();
+        if !passing || (alone && why.kind() != ErrorKind::Stale) {
+            return self.fetch_failed(id, &why);
+        }
         let Some(fetch) = self.fetches.get_mut(&id) else {
             return;
         };
-        let alone = self.directory.is_some() && self.peers.is_empty();
-        if !passing || alone {
-            return self.fetch_failed(id, why);
-        }
         self.hints.forget(&fetch.key);
+        fetch.obstacle = Some(why);
         fetch.stage = Stage::Waiting;
         self.timers.set(self.now.after_ms(RETRY_MS), Timer::Retry(id));
     }
 
-    /// Asks again from the start, soon.
-    fn fetch_again(&mut self, id: FetchId) {
-        if let Some(fetch) = self.fetches.get_mut(&id) {
-            fetch.stage = Stage::Waiting;
-            fetch.tried.clear();
-            self.timers.set(self.now.after_ms(RETRY_MS), Timer::Retry(id));
+    /// A node did not give it; others may.
+    pub(super) fn fetch_tried(&mut self, id: FetchId, link: LinkId) {
+        if let Some(node) = self.links.get(&link).and_then(|link| link.node)
+            && let Some(fetch) = self.fetches.get_mut(&id)
+        {
+            fetch.tried.push(node);
         }
     }
 
-    pub(super) fn fetch_retry(&mut self, id: FetchId) {
-        if self
-            .fetches
-            .get(&id)
-            .is_some_and(|fetch| matches!(fetch.stage, Stage::Waiting))
-        {
+    /// Asks again from the start, now.
+    pub(super) fn fetch_restart(&mut self, id: FetchId) {
+        if let Some(fetch) = self.fetches.get_mut(&id) {
+            fetch.stage = Stage::Waiting;
+            fetch.tried.clear();
             self.fetch_start(id);
         }
     }
 
-    /// A link to a node is there: fetches that waited for it go on.
+    pub(super) fn fetch_retry(&mut self, id: FetchId) {
+        let Some(fetch) = self.fetches.get_mut(&id) else {
+            return;
+        };
+        match fetch.stage {
+            Stage::Waiting => self.fetch_start(id),
+            Stage::Dialling { node } => {
+                // It takes long to get through to that one; another may have the object too.
+                fetch.tried.push(node);
+                fetch.stage = Stage::Waiting;
+                self.fetch_start(id);
+            }
+            _ => {}
+        }
+    }
+
+    /// A link to a node is there: fetches that waited go on.
     pub(super) fn fetches_waiting_start(&mut self) {
+        let waits = |stage: &Stage| matches!(stage, Stage::Waiting | Stage::Dialling { .. });
         let waiting: Vec<FetchId> = self
             .fetches
             .iter()
-            .filter(|(_, f)| matches!(f.stage, Stage::Waiting))
+            .filter(|(_, f)| waits(&f.stage))
             .map(|(&id, _)| id)
             .collect();
         for id in waiting {
@@ -632,37 +439,26 @@ impl Engine {
         }
     }
 
-    /// FAILED or LOCATED in answer to a GET.
-    pub(super) fn fetch_refused(&mut self, link: LinkId, id: FetchId, why: &StoreError) {
-        let node = self.links.get(&link).and_then(|link| link.node);
-        let from_directory = self.directory_link == Some(link);
-        let Some(fetch) = self.fetches.get_mut(&id) else {
-            return;
-        };
-        fetch.stage = Stage::Waiting;
-        match why.kind() {
-            ErrorKind::NotFound if from_directory => self.fetch_failed(id, why),
-            ErrorKind::NotFound => {
-                // A holder that was remembered or named has dropped it meanwhile.
-                fetch.tried.extend(node);
-                let key = fetch.key.clone();
-                self.hints.forget(&key);
-                self.fetch_start(id);
+    /// A node could not be reached: fetches that waited for it look elsewhere.
+    pub(super) fn fetches_undialled(&mut self, node: NodeId, why: &StoreError) {
+        let waits = |stage: &Stage| matches!(stage, Stage::Dialling { node: of } if *of == node);
+        let waiting: Vec<FetchId> = self
+            .fetches
+            .iter()
+            .filter(|(_, f)| waits(&f.stage))
+            .map(|(&id, _)| id)
+            .collect();
+        for id in waiting {
+            if let Some(fetch) = self.fetches.get_mut(&id) {
+                fetch.tried.push(node);
+                fetch.obstacle = Some(why.clone());
             }
-            _ => self.fetch_obstacle(id, why),
-        }
-    }
-
-    pub(super) fn fetch_located(&mut self, id: FetchId, holders: &[Holder]) {
-        if let Some(fetch) = self.fetches.get_mut(&id) {
-            fetch.stage = Stage::Waiting;
-            self.fetch_from(id, holders);
+            self.fetch_retry(id);
         }
     }
 
     /// The link over which a fetch was under way has gone.
     pub(super) fn fetches_lost(&mut self, link: LinkId, peer: &str, why: &StoreError) {
-        let node = self.links.get(&link).and_then(|link| link.node);
         let of_link = |stage: &Stage| match stage {
             Stage::Asked { link: of, .. } => *of == link,
             // A read or a landing ends by its own completion, which says when no more bytes land.
@@ -675,17 +471,18 @@ impl Engine {
             .map(|(&id, _)| id)
             .collect();
         for id in lost {
+            self.fetch_tried(id, link);
             let Some(fetch) = self.fetches.get_mut(&id) else {
                 continue;
             };
-            fetch.tried.extend(node);
+            fetch.stage = Stage::Waiting;
             let why = StoreError::PeerLost {
                 operation: "get".into(),
                 subject: fetch.key.to_string(),
                 peer: peer.to_owned(),
                 why: why.to_string().into(),
             };
-            self.fetch_obstacle(id, &why);
+            self.fetch_obstacle(id, why);
         }
     }
 
@@ -698,9 +495,17 @@ impl Engine {
             .into_iter()
             .partition(|waiter| waiter.deadline <= now);
         fetch.waiters = waiting;
-        let key = fetch.key.clone();
+        let (key, want) = (fetch.key.clone(), fetch.want);
+        // Why it could not be had says more than that time has passed.
+        let obstacle = fetch
+            .obstacle
+            .clone()
+            .filter(|why| matches!(why.kind(), ErrorKind::PeerLost | ErrorKind::Unavailable));
         for waiter in late {
-            let error = StoreError::timed_out("get", &key, waiter.timeout_ms);
+            let operation = if want == Want::Existence { "wait" } else { "get" };
+            let error = obstacle
+                .clone()
+                .unwrap_or_else(|| StoreError::timed_out(operation, &key, waiter.timeout_ms));
             self.counters.failed += 1;
             self.reply(waiter.client, waiter.request, Err(error));
         }
@@ -711,7 +516,9 @@ impl Engine {
         let ids: Vec<FetchId> = self.fetches.keys().copied().collect();
         for id in ids {
             if let Some(fetch) = self.fetches.get_mut(&id) {
-                fetch.waiters.retain(|waiter| waiter.client != client);
+                for waiter in fetch.waiters.extract_if(.., |waiter| waiter.client == client) {
+                    self.timers.unset(waiter.deadline, Timer::Fetch(id));
+                }
             }
             self.drop_fetch_without_waiters(id);
         }
@@ -722,7 +529,7 @@ impl Engine {
             .fetches
             .get(&id)
             .is_some_and(|fetch| fetch.waiters.is_empty())
-            && let Some(fetch) = self.fetches.remove(&id)
+            && let Some(fetch) = self.take_fetch(id)
         {
             self.leave_stage(fetch.stage);
             self.forget_space_request_of_fetch(id);
@@ -732,13 +539,13 @@ impl Engine {
     /// Gives up what a fetch held. An extent into which bytes may still land stays until they cannot any more.
     fn leave_stage(&mut self, stage: Stage) {
         match stage {
-            Stage::Waiting | Stage::Landing { .. } => {}
+            Stage::Waiting | Stage::Dialling { .. } | Stage::AskingAll | Stage::Landing { .. } => {}
             Stage::Asked { request, .. } => {
-                // A grant that still comes is released at once, see `late_answer`.
+                // A grant that still comes is released at once.
                 self.abandon(request);
             }
             Stage::NeedsRoom { link, source } => {
-                if let Some((granted, _)) = source.granted {
+                if let Bytes::Granted { granted, .. } = source.bytes {
                     self.tell_peer(link, PeerMessage::Release { lease: granted.lease });
                 }
             }

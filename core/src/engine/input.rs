@@ -80,7 +80,8 @@ pub enum Input {
     LinkDown { link: LinkId, why: StoreError },
     /// `Action::Connect` came to nothing.
     ConnectFailed { address: String, why: StoreError },
-    /// A peer says something. If `payload_len` is not 0, the answer may hold one `Action::Land` for it.
+    /// A peer says something. If `payload_len` is not 0, the answer, or that to the `PinScan` that it asks for,
+    /// may hold one `Action::Land` for it.
     PeerMessage {
         link: LinkId,
         request: u64,

@@ -7,6 +7,7 @@ use bytes::Bytes;
 
 use super::action::{Action, Attachment, Event};
 use super::cluster::Pending;
+use super::directory::Verdict;
 use super::fetch::Want;
 use super::objects::Object;
 use super::room::{NewObject, Purpose};
@@ -75,21 +76,29 @@ impl Engine {
             client,
             reservations: state.reservations.len(),
         }));
+        self.forget_space_requests_of(client);
+        self.forget_fetch_waiters_of(client);
         for reservation in state.reservations {
             self.abort(reservation);
         }
-        self.forget_space_requests_of(client);
-        self.forget_fetch_waiters_of(client);
         for waiting in self.waiting_keys.values_mut() {
             waiting.retain(|w| !matches!(w.who, Waiter::Client { client: of, .. } if of == client));
         }
         self.waiting_keys.retain(|_, waiting| !waiting.is_empty());
         self.space.client_left(client);
         if state.trusted {
-            self.space.adopt_segments_of(client);
+            self.adopt_segments_of(client);
         }
         // Its pins are gone with its page.
         self.scan_wanted = true;
+    }
+
+    /// The process of a client is gone: nobody but the node can write to its segments any more.
+    pub(super) fn adopt_segments_of(&mut self, client: ClientId) {
+        for segment in self.space.adopt_segments_of(client) {
+            self.out.push(Action::CloseToWriters { segment });
+        }
+        self.retry_space();
     }
 
     pub(super) fn client_request(
@@ -557,27 +566,35 @@ impl Engine {
         let Some(object) = self.objects.get(generation) else {
             return;
         };
-        if object.if_exists == IfExists::Error
-            && let Some(link) = self.directory_link
-        {
-            let objects = vec![object.announced()];
-            let pending = Pending::Exclusive {
-                client,
-                request,
-                generation,
-                checksum,
-            };
-            self.ask_peer(
-                link,
-                PeerMessage::Announce {
-                    objects,
-                    exclusive: true,
-                },
-                pending,
-            );
-            return;
+        // If the key was taken here meanwhile, `seal_now` says so.
+        if object.if_exists == IfExists::Keep || self.objects.sealed(&object.key).is_some() {
+            return self.seal_now(client, request, generation, checksum);
         }
-        self.seal_now(client, request, generation, checksum);
+        let announced = object.announced();
+        if let Some(directory) = &mut self.directory {
+            let verdict = directory.announce(self.config.member.node, &announced, true);
+            let refused = (verdict == Verdict::Refused).then_some(announced.key);
+            return self.exclusive_answer(client, request, generation, checksum, refused.into_iter().collect());
+        }
+        let Some(link) = self.directory_link else {
+            let why = format!(
+                "put {:?}: if_exists = error has to ask the node that keeps it, and there is no link to that; it is being dialled",
+                announced.key
+            );
+            self.free_object(generation);
+            return self.reply(client, request, Err(StoreError::unavailable("the directory", why)));
+        };
+        let pending = Pending::Exclusive {
+            client,
+            request,
+            generation,
+            checksum,
+        };
+        let message = PeerMessage::Announce {
+            objects: vec![announced],
+            exclusive: true,
+        };
+        self.ask_peer(link, message, pending);
     }
 
     /// Makes an object visible here and answers its client.
@@ -598,6 +615,7 @@ impl Engine {
         generation: Generation,
         checksum: Checksum,
     ) -> Result<ClientReply, StoreError> {
+        self.make_slot();
         let slot = match self.objects.seal(generation, checksum) {
             Ok(slot) => slot,
             Err(error) => {
@@ -652,6 +670,13 @@ impl Engine {
         })
     }
 
+    /// Sees to it that the index has a free slot, if an object may go for that.
+    pub(super) fn make_slot(&mut self) {
+        if self.objects.is_full() {
+            self.evict_for_slot();
+        }
+    }
+
     fn abort(&mut self, reservation: Generation) {
         let Some(object) = self.objects.get(reservation) else {
             return;
@@ -673,23 +698,53 @@ impl Engine {
         keep: bool,
     ) {
         self.counters.gets += 1;
-        if let Some((generation, object)) = self.objects.sealed(&key) {
-            let part = match range {
-                None => Ok(object.extent),
-                Some(range) => range
-                    .check(&key, object.meta.len_bytes)
-                    .and_then(|()| object.extent.slice(range.start, range.len_bytes)),
-            };
-            match part {
-                Ok(extent) => self.locate(client, request, generation, extent, Path::Local),
-                Err(error) => self.reply(client, request, Err(error)),
-            }
-            return;
-        }
         let want = Want::Object {
             keep: keep && range.is_none(),
         };
-        self.fetch(client, request, key, range, want, timeout_ms);
+        if !self.found_here(client, request, &key, range, want) {
+            self.fetch(client, request, key, range, want, timeout_ms);
+        }
+    }
+
+    /// Answers what is wanted of an object if it is here; false if it is not.
+    pub(super) fn found_here(
+        &mut self,
+        client: ClientId,
+        request: u64,
+        key: &Key,
+        range: Option<Range>,
+        want: Want,
+    ) -> bool {
+        let Some((generation, object)) = self.objects.sealed(key) else {
+            return false;
+        };
+        match want {
+            Want::Object { .. } => {
+                let part = match range {
+                    None => Ok(object.extent),
+                    Some(range) => range
+                        .check(key, object.meta.len_bytes)
+                        .and_then(|()| object.extent.slice(range.start, range.len_bytes)),
+                };
+                self.eviction.touch(&generation);
+                match part {
+                    Ok(extent) => self.locate(client, request, generation, extent, Path::Local),
+                    Err(error) => self.reply(client, request, Err(error)),
+                }
+            }
+            Want::Stat => {
+                let reply = ClientReply::Stat {
+                    object: object.id,
+                    meta: object.meta,
+                    tier: Some(Tier::Host),
+                    pinned: object.hints.pin,
+                    holders: self.holder_names(key),
+                };
+                self.reply(client, request, Ok(reply));
+            }
+            Want::Existence => self.reply(client, request, Ok(ClientReply::Exists)),
+        }
+        true
     }
 
     /// Hands an object over, pinned for the client.
@@ -811,17 +866,9 @@ impl Engine {
     }
 
     fn stat(&mut self, client: ClientId, request: u64, key: Key, timeout_ms: u64) {
-        let Some((_, object)) = self.objects.sealed(&key) else {
-            return self.fetch(client, request, key, None, Want::Stat, timeout_ms);
-        };
-        let reply = ClientReply::Stat {
-            object: object.id,
-            meta: object.meta,
-            tier: Some(Tier::Host),
-            pinned: object.hints.pin,
-            holders: self.holder_names(&key),
-        };
-        self.reply(client, request, Ok(reply));
+        if !self.found_here(client, request, &key, None, Want::Stat) {
+            self.fetch(client, request, key, None, Want::Stat, timeout_ms);
+        }
     }
 
     fn pin_hint(&mut self, key: &Key, pin: bool) -> Result<(), StoreError> {
@@ -854,8 +901,8 @@ impl Engine {
             return;
         };
         if object.state == State::Sealed && object.hints.ttl_ms.is_some() {
-            let key = object.key.clone();
-            self.delete_everywhere(key, None);
+            let (key, id) = (object.key.clone(), object.id);
+            self.delete_expired(key, id);
         }
     }
 }

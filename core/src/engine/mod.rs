@@ -5,12 +5,15 @@
 //! object only after the old one was withdrawn, its generation raised, and no pin, lease, send or read names it.
 
 mod action;
+mod arrival;
 mod cluster;
 mod delete;
 mod directory;
 mod fetch;
 mod input;
+mod known;
 mod lifecycle;
+mod links;
 mod local;
 mod objects;
 mod owner;
@@ -31,8 +34,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use crate::evict::S3Fifo;
 use crate::tier::{ClientId, Generation, LeaseId, LinkId, NodeId, SegmentId, TransferId};
 use crate::wire::NodeStatus;
-use cluster::{Link, Peer};
+use directory::Deleted;
 use fetch::{Fetch, FetchId, Hints};
+use links::{Link, Peer};
 use local::{Client, WaitingKey};
 use objects::Objects;
 use owner::Lease;
@@ -82,6 +86,8 @@ pub struct Engine {
     directory_link: Option<LinkId>,
     reconnect_attempts: u32,
     directory: Option<Directory>,
+    /// Objects that this node was told to drop: a copy that was under way meanwhile does not bring one back.
+    deleted: Deleted,
 
     fetches: BTreeMap<FetchId, Fetch>,
     next_fetch: u64,
@@ -90,6 +96,8 @@ pub struct Engine {
     /// Payloads under way, by the request that they answer.
     landing: BTreeMap<u64, (Generation, FetchId)>,
     next_transfer: u64,
+    /// The answer whose payload may still be given a place: the one that is being handled.
+    payload_at_hand: Option<u64>,
     hints: Hints,
 
     /// Questions to peers that wait for an answer, by request number.
@@ -131,11 +139,13 @@ impl Engine {
             directory_link: None,
             reconnect_attempts: 0,
             directory,
+            deleted: Deleted::default(),
             fetches: BTreeMap::new(),
             next_fetch: 1,
             transfers: BTreeMap::new(),
             landing: BTreeMap::new(),
             next_transfer: 1,
+            payload_at_hand: None,
             hints: Hints::default(),
             pending: BTreeMap::new(),
             next_request: 1,
@@ -149,6 +159,9 @@ impl Engine {
     /// Takes one input at a time `now` (never earlier than the last) and returns what is to be done, in order.
     pub fn handle(&mut self, now: Time, input: Input) -> Vec<Action> {
         self.now = self.now.max(now);
+        if !matches!(input, Input::PinScan { .. }) {
+            self.payload_at_hand = None;
+        }
         match input {
             Input::Start => self.start(),
             Input::Tick => {}
@@ -162,7 +175,7 @@ impl Engine {
                 self.client_request(client, request, message, payload);
             }
             Input::ClientLeft { client } => self.client_left(client),
-            Input::ClientProcessGone { client } => self.space.adopt_segments_of(client),
+            Input::ClientProcessGone { client } => self.adopt_segments_of(client),
             Input::LinkUp {
                 link,
                 fabric,

@@ -118,6 +118,11 @@ impl Objects {
         Some((generation, self.table.get(&generation)?))
     }
 
+    /// Whether the index has no slot left.
+    pub(super) fn is_full(&self) -> bool {
+        self.free_slots.is_empty() && self.next_slot >= self.slots_max
+    }
+
     pub(super) fn generation_of_slot(&self, slot: SlotId) -> Option<Generation> {
         self.slots.get(&slot).copied()
     }

@@ -35,6 +35,7 @@ impl Engine {
             return false;
         };
         let (id, meta) = (object.id, object.meta);
+        self.eviction.touch(&generation);
         let part = match range {
             None => Ok(object.extent),
             Some(range) => range
@@ -181,9 +182,10 @@ impl Engine {
     }
 
     fn end_lease(&mut self, lease: LeaseId) {
-        let Some(Lease { generation, .. }) = self.leases.remove(&lease) else {
+        let Some(Lease { generation, until, .. }) = self.leases.remove(&lease) else {
             return;
         };
+        self.timers.unset(until, Timer::Lease(lease));
         if let Some(object) = self.objects.get_mut(generation) {
             object.leases = object.leases.saturating_sub(1);
             self.reader_left(generation);

@@ -8,7 +8,8 @@ use bytes::Bytes;
 use super::action::{Action, Event};
 use super::fetch::FetchId;
 use super::input::FabricId;
-use super::space::{Growth, Owner};
+use super::objects::Object;
+use super::space::{Growth, Owner, Space};
 use super::timer::{Time, Timer};
 use super::{Engine, State};
 use crate::error::StoreError;
@@ -73,6 +74,8 @@ pub(super) struct SpaceRequest {
     pub(super) len_bytes: u64,
     deadline: Time,
     rounds: u32,
+    /// Whether a segment may be made for it; not after one could not be.
+    may_grow: bool,
     /// Whether draining objects were looked at since this request came.
     scanned: bool,
 }
@@ -93,6 +96,7 @@ impl Engine {
             len_bytes,
             deadline,
             rounds: 0,
+            may_grow: true,
             scanned: false,
         };
         self.try_space(request);
@@ -116,6 +120,7 @@ impl Engine {
                 Outcome::NoSpace if request.owner != Owner::Node => {
                     request.owner = Owner::Node;
                     request.rounds = 0;
+                    request.may_grow = true;
                 }
                 Outcome::NoSpace => {
                     let error = self.no_space(&request);
@@ -130,7 +135,8 @@ impl Engine {
         if let Some(extent) = self.space.allocate(owner, len_bytes) {
             return Outcome::Found(extent);
         }
-        match self.space.grow(owner, len_bytes) {
+        let growth = if request.may_grow { self.space.grow(owner, len_bytes) } else { Growth::None };
+        match growth {
             Growth::Create {
                 retire,
                 segment,
@@ -190,8 +196,23 @@ impl Engine {
         if evictable == 0 || self.space.free_bytes().saturating_add(evictable) < len_bytes {
             return false;
         }
+        self.evict_where(len_bytes, |object, space| {
+            space.owner(object.extent.segment).is_some_and(|of| of == owner || of == Owner::Node)
+        })
+    }
+
+    /// Withdraws one object that may go, for its slot in the index.
+    pub(super) fn evict_for_slot(&mut self) {
+        self.evict_where(1, |_, _| true);
+    }
+
+    fn evict_where(&mut self, len_bytes: u64, useful: impl Fn(&Object, &Space) -> bool) -> bool {
         let mut queue = std::mem::take(&mut self.eviction);
-        let victims = queue.victims(len_bytes, |generation| self.may_evict(*generation, owner));
+        let victims = queue.victims(len_bytes, |generation| {
+            self.objects
+                .get(*generation)
+                .is_some_and(|object| self.may_evict(object) && useful(object, &self.space))
+        });
         self.eviction = queue;
         let mut bytes = 0;
         for generation in &victims {
@@ -212,21 +233,14 @@ impl Engine {
         true
     }
 
-    /// Whether an object may be dropped to make room for `owner`: a copy whose origin lives, or one that was put as
-    /// cache; without a reader that would hold its extent anyway; in memory that the owner could use.
-    fn may_evict(&self, generation: Generation, owner: Owner) -> bool {
-        let Some(object) = self.objects.get(generation) else {
-            return false;
-        };
+    /// Whether an object may be dropped to make room: a copy whose origin lives, or one that was put as cache; without
+    /// a reader that would hold its extent anyway.
+    fn may_evict(&self, object: &Object) -> bool {
         let elsewhere = object.copied_here && self.is_alive(object.id.origin, object.id.epoch);
         object.state == State::Sealed
             && !object.hints.pin
             && (object.hints.cache || elsewhere)
             && object.only_pins_hold()
-            && self
-                .space
-                .owner(object.extent.segment)
-                .is_some_and(|of| of == owner || of == Owner::Node)
     }
 
     /// Looks at every waiting request again, oldest first.
@@ -322,7 +336,10 @@ impl Engine {
     }
 
     pub(super) fn segment_failed(&mut self, segment: SegmentId, why: &StoreError) {
-        self.space.failed(segment);
+        let owner = self.space.failed(segment);
+        for request in &mut self.waiting_space {
+            request.may_grow &= Some(request.owner) != owner;
+        }
         if self.first_segments.remove(&segment) {
             self.first_failure = Some(why.clone());
         }
@@ -394,7 +411,7 @@ impl Engine {
             .filter(|generation| {
                 self.objects
                     .get(*generation)
-                    .is_some_and(super::objects::Object::only_pins_hold)
+                    .is_some_and(Object::only_pins_hold)
             })
             .collect();
         for generation in &free {

@@ -123,11 +123,12 @@ impl Space {
         true
     }
 
-    /// A segment could not be made: its bytes are not there, so the tier is smaller than configured.
-    pub(super) fn failed(&mut self, segment: SegmentId) {
-        if let Some(books) = self.segments.remove(&segment) {
-            self.capacity_bytes -= books.len_bytes;
-        }
+    /// A segment could not be made. Whoever makes segments keeps its bytes for a later attempt. Returns for whom it
+    /// was.
+    pub(super) fn failed(&mut self, segment: SegmentId) -> Option<Owner> {
+        let books = self.segments.remove(&segment)?;
+        self.unassigned_bytes += books.len_bytes;
+        Some(books.owner)
     }
 
     /// An extent in a segment of this owner, if one has room.
@@ -284,17 +285,21 @@ impl Space {
         }
     }
 
-    /// The process is gone: what it could write to is now like the node's own. Segments without objects that were
-    /// never mapped are too.
-    pub(super) fn adopt_segments_of(&mut self, client: ClientId) {
+    /// The process is gone: what it could write to is now like the node's own. Returns the segments that it never
+    /// acknowledged to have mapped, which have to be closed to writers now.
+    pub(super) fn adopt_segments_of(&mut self, client: ClientId) -> Vec<SegmentId> {
         let owners = [Owner::Client(client), Owner::Left(client)];
-        for books in self
-            .segments
-            .values_mut()
-            .filter(|books| owners.contains(&books.owner))
-        {
+        let mut open = Vec::new();
+        for (&segment, books) in &mut self.segments {
+            if !owners.contains(&books.owner) {
+                continue;
+            }
             books.owner = Owner::Node;
+            if !std::mem::replace(&mut books.closed_to_writers, true) {
+                open.push(segment);
+            }
         }
+        open
     }
 
     pub(super) fn owner(&self, segment: SegmentId) -> Option<Owner> {

@@ -46,6 +46,11 @@ impl Timers {
         self.0.insert((at, timer));
     }
 
+    /// Takes out a timer whose cause has gone, so that what is never due does not pile up.
+    pub(super) fn unset(&mut self, at: Time, timer: Timer) {
+        self.0.remove(&(at, timer));
+    }
+
     pub(super) fn next(&self) -> Option<Time> {
         self.0.first().map(|(at, _)| *at)
     }

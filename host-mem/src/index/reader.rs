@@ -26,6 +26,8 @@ const ATTEMPTS: u32 = 4096;
 pub struct IndexReader {
     geometry: Geometry,
     mapping: Mapping,
+    /// [`ATTEMPTS`], except in tests.
+    pub(super) attempts: u32,
 }
 
 impl IndexReader {
@@ -34,7 +36,6 @@ impl IndexReader {
     /// # Errors
     /// [`hetmem_core::ErrorKind::Protocol`] if it is no index of this layout, or shorter than its header says;
     /// [`hetmem_core::ErrorKind::Os`] if it cannot be mapped.
-    #[expect(clippy::needless_pass_by_value, reason = "the descriptor is used up: the mapping keeps the memory")]
     pub fn map(fd: OwnedFd) -> Result<Self, StoreError> {
         const HEADER_LEN: u64 = 4096;
         memfd::check_sealed(fd.as_fd(), "index", HEADER_LEN)?;
@@ -47,14 +48,23 @@ impl IndexReader {
                 [MAGIC, VERSION]
             )));
         }
-        let geometry = u32::try_from(header[2]).ok().and_then(|objects| Geometry::new(objects).ok());
+        let geometry = u32::try_from(header[2])
+            .ok()
+            .and_then(|objects| Geometry::new(objects).ok());
         let Some(geometry) = geometry.filter(|geometry| geometry.header() == header) else {
-            return Err(StoreError::protocol(format!("index header is {header:x?}, which no layout gives")));
+            return Err(StoreError::protocol(format!(
+                "index header is {header:x?}, which no layout gives"
+            )));
         };
         let len_bytes = geometry.end as u64 * 8;
         memfd::check_sealed(fd.as_fd(), "index", len_bytes)?;
         let mapping = Mapping::new(fd.as_fd(), len_bytes, Access::Read)?;
-        Ok(Self { geometry, mapping })
+        drop(fd);
+        Ok(Self {
+            geometry,
+            mapping,
+            attempts: ATTEMPTS,
+        })
     }
 
     /// Slots.
@@ -131,7 +141,10 @@ impl IndexReader {
         let Some(number) = self.search(memory, fingerprint, probe) else {
             return Ok(None);
         };
-        Ok(Some(Found { slot: SlotId(number), entry: record.decode(key)? }))
+        Ok(Some(Found {
+            slot: SlotId(number),
+            entry: record.decode(key)?,
+        }))
     }
 
     #[inline]
@@ -146,8 +159,11 @@ impl IndexReader {
         fingerprint: u64,
         mut probe: impl FnMut(u32) -> Probe<T>,
     ) -> Option<T> {
-        let table = Table { geometry: &self.geometry, words: memory };
-        for attempt in 0..ATTEMPTS {
+        let table = Table {
+            geometry: &self.geometry,
+            words: memory,
+        };
+        for attempt in 0..self.attempts {
             match table.search(fingerprint, &mut probe) {
                 Probe::Found(found) => return Some(found),
                 Probe::Differs => return None,
@@ -161,5 +177,8 @@ impl IndexReader {
 
 #[cold]
 fn no_pins(pins: usize) -> StoreError {
-    StoreError::busy("get", format!("all {pins} pins of this client are in use: drop objects"))
+    StoreError::busy(
+        "get",
+        format!("all {pins} pins of this client are in use: drop objects"),
+    )
 }

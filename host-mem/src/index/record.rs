@@ -2,14 +2,14 @@
 //! that come out of `Record::decode` satisfy what `ObjectMeta::check` and `publish` ask of them.
 
 use hetmem_core::{
-    Checksum, DIMS_MAX, DType, Epoch, Extent, Generation, Key, NodeId, ObjectId, ObjectMeta, SegmentId, Shape,
-    StoreError, Tier,
+    Checksum, DIMS_MAX, DType, Epoch, Extent, Generation, Key, NodeId, ObjectId, ObjectMeta, SegmentId,
+    Shape, StoreError, Tier,
 };
 
 use crate::index::IndexEntry;
 use crate::index::layout::{
-    CHECKSUM, EPOCH, FINGERPRINT, GENERATION, Geometry, HEAD, LEN_BYTES, NUMBER, OFFSET, ORIGIN, PLACE, SLOT_WORDS,
-    TAIL, TAIL_WORDS,
+    CHECKSUM, EPOCH, FINGERPRINT, GENERATION, Geometry, HEAD, LEN_BYTES, NUMBER, OFFSET, ORIGIN, PLACE,
+    SLOT_WORDS, TAIL, TAIL_WORDS,
 };
 use crate::sync::{AtomicU64, Ordering};
 
@@ -40,7 +40,10 @@ fn key_words(key: &[u8]) -> impl Iterator<Item = u64> {
 
 impl Record {
     /// Nothing read yet.
-    pub(crate) const EMPTY: Self = Self { words: [0; TAIL], dims: [0; DIMS_MAX] };
+    pub(crate) const EMPTY: Self = Self {
+        words: [0; TAIL],
+        dims: [0; DIMS_MAX],
+    };
 
     /// Reads the slot if it shows `key`, and returns the generation, not 0. What was read may be torn: the caller
     /// looks at the sequence again. It stays where it is read to, since moving it costs as much as reading it.
@@ -67,7 +70,10 @@ impl Record {
         } else {
             memory.get(geometry.long_key_at(slot)..)?
         };
-        if !key_words(key).zip(stored).all(|(word, stored)| word == stored.load(Ordering::Relaxed)) {
+        if !key_words(key)
+            .zip(stored)
+            .all(|(word, stored)| word == stored.load(Ordering::Relaxed))
+        {
             return None;
         }
         for (position, word) in self.words.iter_mut().enumerate() {
@@ -85,7 +91,10 @@ impl Record {
     #[inline]
     pub(crate) fn decode(&self, key: &Key) -> Result<IndexEntry, StoreError> {
         self.sensible().ok_or_else(|| {
-            StoreError::corrupt(key, format!("its entry in the shared index makes no sense: {:x?}", self.words))
+            StoreError::corrupt(
+                key,
+                format!("its entry in the shared index makes no sense: {:x?}", self.words),
+            )
         })
     }
 
@@ -138,7 +147,10 @@ pub(crate) fn write(
     store(FINGERPRINT, key.fingerprint());
     store(OFFSET, entry.extent.offset);
     store(LEN_BYTES, meta.len_bytes);
-    store(PLACE, u64::from(entry.extent.segment.0) | u64::from(entry.tier.code()) << 32);
+    store(
+        PLACE,
+        u64::from(entry.extent.segment.0) | u64::from(entry.tier.code()) << 32,
+    );
     store(HEAD, head);
     store(CHECKSUM, meta.checksum.value());
     store(ORIGIN, entry.object.origin.0);

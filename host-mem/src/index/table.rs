@@ -103,7 +103,10 @@ impl Chains {
     pub(crate) fn insert(&mut self, table: Table<'_>, fingerprint: u64, slot: u32) -> bool {
         let mut line = table.head(fingerprint);
         loop {
-            if let Some(cell) = line[..CELLS].iter().find(|cell| cell.load(Ordering::Relaxed) == 0) {
+            if let Some(cell) = line[..CELLS]
+                .iter()
+                .find(|cell| cell.load(Ordering::Relaxed) == 0)
+            {
                 cell.store(entry(fingerprint, slot), Ordering::Release);
                 return true;
             }
@@ -136,7 +139,9 @@ impl Chains {
         let (mut line, mut before, mut hole) = (head, None, None);
         loop {
             if hole.is_none() {
-                hole = line[..CELLS].iter().find(|cell| cell.load(Ordering::Relaxed) == wanted);
+                hole = line[..CELLS]
+                    .iter()
+                    .find(|cell| cell.load(Ordering::Relaxed) == wanted);
             }
             match table.next(line[LINK].load(Ordering::Relaxed)) {
                 Some(next) => (line, before) = (next, Some(line)),
@@ -154,17 +159,13 @@ impl Chains {
 
     /// Moves the last entry of a chain into `hole`, and frees the last bucket if that leaves it empty. A reader that
     /// passed the hole before and the last bucket afterwards sees another version and looks again.
-    fn fill_hole(
-        &mut self,
-        head: &[AtomicU64],
-        before: &[AtomicU64],
-        last: &[AtomicU64],
-        hole: &AtomicU64,
-    ) {
+    fn fill_hole(&mut self, head: &[AtomicU64], before: &[AtomicU64], last: &[AtomicU64], hole: &AtomicU64) {
         let odd = head[LINK].load(Ordering::Relaxed) + VERSION_ONE;
         head[LINK].store(odd, Ordering::Relaxed);
         fence(Ordering::Release);
-        let used = last[..CELLS].iter().rposition(|cell| cell.load(Ordering::Relaxed) != 0);
+        let used = last[..CELLS]
+            .iter()
+            .rposition(|cell| cell.load(Ordering::Relaxed) != 0);
         if let Some(used) = used {
             let moved = last[used].load(Ordering::Relaxed);
             // The same cell if the hole is the last entry: the second store wins.

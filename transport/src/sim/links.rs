@@ -23,6 +23,8 @@ pub(super) struct End {
     address: String,
     inbound: bool,
     up: bool,
+    /// Whether it has ever been up.
+    connected: bool,
     pub(super) delay_ns: u64,
     /// Frames on their way to this end.
     coming: VecDeque<Message>,
@@ -117,8 +119,7 @@ impl Net {
             },
         );
         let timeout = self.faults.connect_timeout_ns;
-        let why = StoreError::timed_out("connect", address, timeout / 1_000_000);
-        self.after(timeout, Event::Down { end: link, why });
+        self.after(timeout, Event::GiveUp { end: link });
         Ok(link)
     }
 
@@ -137,6 +138,7 @@ impl Net {
         accepted.peer = Some(from);
         accepted.peer_node = Some(node);
         accepted.up = true;
+        accepted.connected = true;
         let address = accepted.address.clone();
         self.ends.insert(peer, accepted);
         if let Some(end) = self.ends.get_mut(&from) {
@@ -160,6 +162,7 @@ impl Net {
             return;
         };
         end.up = true;
+        end.connected = true;
         let event = FabricEvent::LinkUp {
             link: id,
             address: end.address.clone(),
@@ -173,19 +176,19 @@ impl Net {
     pub(super) fn disconnect(&mut self, node: usize, link: LinkId) {
         if self.ends.get(&link).is_some_and(|end| end.node == node) {
             let why = self.lost("disconnect", link, "this node disconnected");
-            self.break_link(link, why);
+            self.break_link(link, why, 0);
         }
     }
 
-    /// An end goes down soon, and the other some time later.
-    fn break_link(&mut self, link: LinkId, why: StoreError) {
+    /// An end goes down after a time, and the other when it notices.
+    fn break_link(&mut self, link: LinkId, why: StoreError, after_ns: u64) {
         let Some(end) = self.ends.get_mut(&link) else {
             return;
         };
         end.up = false;
         end.peer_node = None;
         let peer = end.peer.take();
-        self.after(0, Event::Down { end: link, why });
+        self.after(after_ns, Event::Down { end: link, why });
         self.drop_peer(peer, "the peer disconnected");
     }
 
@@ -202,7 +205,8 @@ impl Net {
             .collect();
         for link in links {
             let why = self.lost("receive", link, "the connection was reset");
-            self.break_link(link, why);
+            let detection = self.detection();
+            self.break_link(link, why, detection);
         }
     }
 
@@ -223,17 +227,19 @@ impl Net {
         }
     }
 
+    pub(super) fn give_up(&mut self, id: LinkId) {
+        let Some(end) = self.ends.get(&id) else {
+            return;
+        };
+        if !end.connected {
+            let timeout_ms = self.faults.connect_timeout_ns / 1_000_000;
+            let why = StoreError::timed_out("connect", &end.address, timeout_ms);
+            self.down(id, &why);
+        }
+    }
+
     /// An end notices that its link is gone, and so does everything on it.
     pub(super) fn down(&mut self, id: LinkId, why: &StoreError) {
-        let connecting = self
-            .ends
-            .get(&id)
-            .is_some_and(|end| !end.inbound && !end.up && end.peer.is_some());
-        let timed_out = why.kind() == hetmem_core::ErrorKind::TimedOut;
-        // The time-out of a connection that has come up in the meantime.
-        if timed_out && self.ends.get(&id).is_none_or(|end| end.up || end.peer.is_some()) && !connecting {
-            return;
-        }
         let Some(end) = self.ends.remove(&id) else {
             return;
         };
@@ -368,7 +374,7 @@ impl Net {
         if failed {
             // As over a socket: the payload was announced and cannot follow, so the link cannot go on.
             let why = self.lost("send", id, "a payload's segment was deregistered under it");
-            self.break_link(id, why);
+            self.break_link(id, why, 0);
         } else if let Some(peer) = peer {
             self.pump(peer);
         }
@@ -541,6 +547,7 @@ impl End {
             address,
             inbound,
             up: false,
+            connected: false,
             delay_ns,
             coming: VecDeque::new(),
             busy: false,

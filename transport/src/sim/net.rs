@@ -29,7 +29,7 @@ pub(super) struct Net {
     queue: BTreeMap<(u64, u64), Event>,
     /// What partitions hold back, in the order in which it would have happened.
     held: Vec<Event>,
-    partitions: BTreeSet<(usize, usize)>,
+    partitions: BTreeSet<(String, String)>,
     pub(super) nodes: Vec<Node>,
     pub(super) ends: BTreeMap<LinkId, End>,
     pub(super) reads: BTreeMap<u64, Read>,
@@ -51,6 +51,8 @@ pub(super) enum Event {
     Arrive { from: LinkId, target: String },
     /// The connecting end hears that it is connected.
     Up { end: LinkId },
+    /// An end has waited long enough to be connected.
+    GiveUp { end: LinkId },
     /// An end notices that its link is gone.
     Down { end: LinkId, why: StoreError },
     /// A part of a payload is taken out of the sender's extent.
@@ -78,6 +80,10 @@ pub(super) enum Event {
 
 pub(super) fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn pair(one: &str, other: &str) -> (String, String) {
+    (one.min(other).to_owned(), one.max(other).to_owned())
 }
 
 impl Shared {
@@ -247,56 +253,45 @@ impl Net {
 
     // Partitions.
 
-    fn pair(&self, one: &str, other: &str) -> Option<(usize, usize)> {
-        let (one, other) = (self.live_node(one)?, self.live_node(other)?);
-        Some((one.min(other), one.max(other)))
-    }
-
     pub(super) fn partition(&mut self, one: &str, other: &str) {
-        if let Some(pair) = self.pair(one, other) {
-            self.partitions.insert(pair);
-        }
+        self.partitions.insert(pair(one, other));
     }
 
     pub(super) fn heal(&mut self, one: &str, other: &str) {
-        let Some(pair) = self.pair(one, other) else {
-            return;
-        };
-        self.partitions.remove(&pair);
+        self.partitions.remove(&pair(one, other));
         for event in std::mem::take(&mut self.held) {
             // Those that another partition still holds back are held again when their time comes.
             self.after(0, event);
         }
     }
 
-    /// The two nodes between which an event travels, if it does.
-    fn travels(&self, event: &Event) -> Option<(usize, usize)> {
-        let (one, other) = match event {
-            Event::Arrive { from, target } => (self.ends.get(from)?.node, self.live_node(target)?),
-            Event::Up { end } | Event::Deliver { end } => {
-                let end = self.ends.get(end)?;
-                (end.node, end.peer_node?)
-            }
-            Event::Serve { read } | Event::Put { read, .. } => {
-                let end = self.ends.get(&self.reads.get(read)?.end)?;
-                (end.node, end.peer_node?)
-            }
-            _ => return None,
+    /// Whether a partition lies between the two nodes between which an event travels, if it does.
+    fn is_held_back(&self, event: &Event) -> bool {
+        let name = |node: usize| self.nodes[node].name.as_str();
+        let between = |link: &LinkId| {
+            let end = self.ends.get(link)?;
+            Some(pair(name(end.node), name(end.peer_node?)))
         };
-        Some((one.min(other), one.max(other)))
+        let pair = match event {
+            Event::Arrive { from, target } => self.ends.get(from).map(|end| pair(name(end.node), target)),
+            Event::Up { end } | Event::Deliver { end } => between(end),
+            Event::Serve { read } | Event::Put { read, .. } => {
+                self.reads.get(read).and_then(|read| between(&read.end))
+            }
+            _ => None,
+        };
+        pair.is_some_and(|pair| self.partitions.contains(&pair))
     }
 
     fn happen(&mut self, event: Event) -> Option<Delivery> {
-        if self
-            .travels(&event)
-            .is_some_and(|pair| self.partitions.contains(&pair))
-        {
+        if self.is_held_back(&event) {
             self.held.push(event);
             return None;
         }
         match event {
             Event::Arrive { from, target } => self.arrive(from, &target),
             Event::Up { end } => self.up(end),
+            Event::GiveUp { end } => self.give_up(end),
             Event::Down { end, why } => self.down(end, &why),
             Event::Capture { end, number, upto } => self.capture(end, number, upto),
             Event::Free { end, number } => self.free(end, number),

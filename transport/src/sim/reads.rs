@@ -92,12 +92,9 @@ impl Net {
             .collect();
         for number in numbers {
             let why = format!("local segment {segment} was deregistered");
+            let subject = format!("transfer {}", self.reads[&number].transfer);
             let after = self.jitter();
-            self.end_read(
-                number,
-                after,
-                Err(StoreError::stale("read", format!("read {number}"), why)),
-            );
+            self.end_read(number, after, Err(StoreError::stale("read", subject, why)));
         }
     }
 

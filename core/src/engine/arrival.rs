@@ -1,0 +1,378 @@
+//! The bytes of gets from other nodes: where they land, and when they may be believed. Not whom to ask (`fetch`).
+//! Invariant: a fetch succeeds only if its lease, counted from before the question and less a fifth for clocks that
+//! run at different rates, had not run out when the last byte was there, and its object was not deleted meanwhile.
+
+use super::Engine;
+use super::action::Action;
+use super::fetch::{Bytes, Fetch, FetchId, Source, Stage, Want};
+use super::lifecycle::State;
+use super::objects::Object;
+use super::room::Purpose;
+use super::space::Owner;
+use super::timer::Time;
+use crate::error::StoreError;
+use crate::meta::ObjectMeta;
+use crate::receipt::Path;
+use crate::tier::{Extent, Generation, LinkId, ObjectId, TransferId};
+use crate::wire::{ClientReply, Granted, IfExists, PeerMessage, PutHints};
+
+impl Engine {
+    /// How many bytes a fetch is for, once the object's length is known.
+    fn wanted_len(fetch: &Fetch, meta: &ObjectMeta) -> Result<u64, StoreError> {
+        match fetch.range {
+            None => Ok(meta.len_bytes),
+            Some(range) => range.check(&fetch.key, meta.len_bytes).map(|()| range.len_bytes),
+        }
+    }
+
+    /// DATA: the object is the payload of this very message.
+    pub(super) fn fetch_data(
+        &mut self,
+        link: LinkId,
+        request: u64,
+        id: FetchId,
+        object: ObjectId,
+        meta: ObjectMeta,
+        payload_len: u64,
+    ) {
+        if self.fetch_asked_at(id, request).is_none() {
+            return;
+        }
+        if self.deleted.contains(object) {
+            return self.fetch_deleted(id);
+        }
+        let Some(fetch) = self.fetches.get(&id) else {
+            return;
+        };
+        if !matches!(fetch.want, Want::Object { .. }) {
+            return self.fetch_described(id, link, object, meta);
+        }
+        let wanted = Self::wanted_len(fetch, &meta);
+        if wanted != Ok(payload_len) {
+            let why = StoreError::protocol(format!(
+                "get {:?}: the answer has {payload_len} bytes of payload, {wanted:?} were asked",
+                fetch.key
+            ));
+            return self.fetch_failed(id, &why);
+        }
+        self.payload_at_hand = Some(request);
+        let source = Source {
+            object,
+            meta,
+            bytes: Bytes::InAnswer { request },
+        };
+        self.fetch_needs_room(id, link, source, payload_len);
+    }
+
+    /// Answers those who only asked what it is.
+    fn fetch_described(&mut self, id: FetchId, link: LinkId, object: ObjectId, meta: ObjectMeta) {
+        let Some(fetch) = self.take_fetch(id) else {
+            return;
+        };
+        if let Some(node) = self.links.get(&link).and_then(|link| link.node) {
+            self.hints.remember(&fetch.key, node);
+        }
+        let holders = self.holder_names_from(link);
+        for waiter in fetch.waiters {
+            let reply = match fetch.want {
+                Want::Existence => ClientReply::Exists,
+                _ => ClientReply::Stat {
+                    object,
+                    meta,
+                    tier: None,
+                    pinned: false,
+                    holders: holders.clone(),
+                },
+            };
+            self.reply(waiter.client, waiter.request, Ok(reply));
+        }
+    }
+
+    /// GRANT: the object may be read until the lease runs out.
+    pub(super) fn fetch_grant(
+        &mut self,
+        link: LinkId,
+        request: u64,
+        id: FetchId,
+        object: ObjectId,
+        meta: ObjectMeta,
+        granted: Granted,
+    ) {
+        let refused = match (self.fetch_asked_at(id, request), self.fetches.get(&id)) {
+            (Some(at), Some(fetch)) if matches!(fetch.want, Want::Object { .. }) => {
+                match Self::wanted_len(fetch, &meta) {
+                    _ if self.deleted.contains(object) => None,
+                    Ok(len_bytes) if len_bytes == granted.extent.len_bytes => {
+                        let valid_until = at.after_ms(u64::from(granted.lease_ms) * 4 / 5);
+                        let bytes = Bytes::Granted { granted, valid_until };
+                        let source = Source { object, meta, bytes };
+                        return self.fetch_needs_room(id, link, source, len_bytes);
+                    }
+                    Ok(len_bytes) => Some(StoreError::protocol(format!(
+                        "get {:?}: {} bytes were granted, {len_bytes} were asked",
+                        fetch.key, granted.extent.len_bytes
+                    ))),
+                    Err(why) => Some(why),
+                }
+            }
+            (Some(_), Some(_)) => {
+                self.tell_peer(link, PeerMessage::Release { lease: granted.lease });
+                return self.fetch_described(id, link, object, meta);
+            }
+            _ => return self.tell_peer(link, PeerMessage::Release { lease: granted.lease }),
+        };
+        self.tell_peer(link, PeerMessage::Release { lease: granted.lease });
+        match refused {
+            Some(why) => self.fetch_failed(id, &why),
+            None => self.fetch_deleted(id),
+        }
+    }
+
+    fn fetch_needs_room(&mut self, id: FetchId, link: LinkId, source: Source, len_bytes: u64) {
+        if let Some(fetch) = self.fetches.get_mut(&id) {
+            fetch.stage = Stage::NeedsRoom { link, source };
+        }
+        self.want_space(Purpose::Fetch { fetch: id }, Owner::Node, len_bytes);
+    }
+
+    /// There is room for what a peer holds.
+    pub(super) fn fetch_into(&mut self, id: FetchId, extent: Extent) {
+        let Some((link, source)) = self.fetches.get(&id).and_then(|fetch| match fetch.stage {
+            Stage::NeedsRoom { link, source } => Some((link, source)),
+            _ => None,
+        }) else {
+            let _ = self.space.free(extent);
+            return;
+        };
+        match source.bytes {
+            Bytes::InAnswer { request } if self.payload_at_hand == Some(request) => {
+                self.payload_at_hand = None;
+                self.fetch_lands(id, link, request, source, extent);
+            }
+            Bytes::Granted { granted, valid_until }
+                if self.now < valid_until && self.links.contains_key(&link) =>
+            {
+                self.fetch_reads(id, link, (granted, valid_until), source, extent);
+            }
+            bytes => {
+                // The payload was let go, or the lease ran out, or the link broke, while there was no room.
+                let _ = self.space.free(extent);
+                if let Bytes::Granted { granted, .. } = bytes {
+                    self.tell_peer(link, PeerMessage::Release { lease: granted.lease });
+                }
+                self.fetch_restart(id);
+            }
+        }
+    }
+
+    fn fetch_lands(&mut self, id: FetchId, link: LinkId, request: u64, source: Source, extent: Extent) {
+        let Some(generation) = self.insert_fetched(id, source, extent) else {
+            return;
+        };
+        if let Some(fetch) = self.fetches.get_mut(&id) {
+            fetch.stage = Stage::Landing { link };
+        }
+        self.landing.insert(request, (generation, id));
+        if extent.len_bytes == 0 {
+            return self.landed(request, Ok(()));
+        }
+        self.out.push(Action::Land { request, extent });
+    }
+
+    fn fetch_reads(
+        &mut self,
+        id: FetchId,
+        link: LinkId,
+        (granted, valid_until): (Granted, Time),
+        source: Source,
+        extent: Extent,
+    ) {
+        let Some(generation) = self.insert_fetched(id, source, extent) else {
+            return;
+        };
+        let transfer = TransferId(self.next_transfer);
+        self.next_transfer += 1;
+        self.transfers.insert(transfer, (generation, id));
+        if let Some(fetch) = self.fetches.get_mut(&id) {
+            fetch.stage = Stage::Reading {
+                link,
+                transfer,
+                granted,
+                valid_until,
+            };
+        }
+        if extent.len_bytes == 0 {
+            return self.read_done(transfer, Ok(()));
+        }
+        self.out.push(Action::Read {
+            link,
+            transfer,
+            remote: granted.extent,
+            local: extent,
+        });
+    }
+
+    fn insert_fetched(&mut self, id: FetchId, source: Source, extent: Extent) -> Option<Generation> {
+        let fetch = self.fetches.get(&id)?;
+        let transient = fetch.want != Want::Object { keep: true };
+        Some(self.objects.insert(Object {
+            key: fetch.key.clone(),
+            id: source.object,
+            meta: source.meta,
+            extent,
+            state: State::Filling,
+            slot: None,
+            hints: PutHints::default(),
+            if_exists: IfExists::Keep,
+            writer: None,
+            in_place: false,
+            copied_here: true,
+            leases: 0,
+            sends: 0,
+            filling: true,
+            transient,
+        }))
+    }
+
+    /// Nothing lands in the object any more. False if nobody waits for it, and then it is gone.
+    fn filled(&mut self, generation: Generation, id: FetchId) -> bool {
+        if let Some(object) = self.objects.get_mut(generation) {
+            object.filling = false;
+        }
+        let waited_for = self.fetches.contains_key(&id);
+        if !waited_for {
+            self.free_object(generation);
+            self.retry_space();
+        }
+        waited_for
+    }
+
+    /// The payload of a DATA is in its place, or never will be.
+    pub(super) fn landed(&mut self, request: u64, result: Result<(), StoreError>) {
+        let Some((generation, id)) = self.landing.remove(&request) else {
+            return;
+        };
+        let link = match self.fetches.get(&id).map(|fetch| &fetch.stage) {
+            Some(&Stage::Landing { link }) => Some(link),
+            _ => None,
+        };
+        if !self.filled(generation, id) {
+            return;
+        }
+        match result {
+            Ok(()) => self.fetch_complete(id, link, generation, Path::Eager),
+            Err(why) => {
+                self.free_object(generation);
+                if let Some(link) = link {
+                    self.fetch_tried(id, link);
+                }
+                self.fetch_unfilled(id, why);
+            }
+        }
+    }
+
+    /// A read has ended.
+    pub(super) fn read_done(&mut self, transfer: TransferId, result: Result<(), StoreError>) {
+        let Some((generation, id)) = self.transfers.remove(&transfer) else {
+            return;
+        };
+        let stage = self.fetches.get(&id).map(|fetch| &fetch.stage);
+        let Some(&Stage::Reading {
+            link,
+            granted,
+            valid_until,
+            ..
+        }) = stage
+        else {
+            // Its fetch was given up; this was what the extent waited for.
+            self.filled(generation, id);
+            return;
+        };
+        self.filled(generation, id);
+        self.tell_peer(link, PeerMessage::Release { lease: granted.lease });
+        match result {
+            Ok(()) if self.now <= valid_until => {
+                self.fetch_complete(id, Some(link), generation, Path::Read);
+            }
+            Ok(()) => {
+                // Late: the owner may have reused the extent. Time never turns a late read into a success.
+                self.free_object(generation);
+                let why = format!("the lease of {} ms ran out while it was read", granted.lease_ms);
+                self.fetch_unfilled(id, self.fetch_stale(id, why));
+            }
+            Err(why) => {
+                self.free_object(generation);
+                self.fetch_tried(id, link);
+                self.fetch_unfilled(id, why);
+            }
+        }
+    }
+
+    fn fetch_stale(&self, id: FetchId, why: impl Into<std::borrow::Cow<'static, str>>) -> StoreError {
+        let key = self.fetches.get(&id).map(|fetch| fetch.key.to_string());
+        StoreError::stale("get", key.unwrap_or_default(), why)
+    }
+
+    /// The bytes did not come, or not in time.
+    fn fetch_unfilled(&mut self, id: FetchId, why: StoreError) {
+        if let Some(fetch) = self.fetches.get_mut(&id) {
+            fetch.stage = Stage::Waiting;
+        }
+        self.fetch_obstacle(id, why);
+    }
+
+    /// What a peer gave was deleted while it was under way; there may be another object of the key by now.
+    fn fetch_deleted(&mut self, id: FetchId) {
+        self.fetch_unfilled(
+            id,
+            self.fetch_stale(id, "the object was deleted while it was fetched"),
+        );
+    }
+
+    fn fetch_complete(&mut self, id: FetchId, link: Option<LinkId>, generation: Generation, path: Path) {
+        let Some(object) = self.objects.get(generation) else {
+            return;
+        };
+        let (extent, checksum) = (object.extent, object.meta.checksum);
+        if self.deleted.contains(object.id) {
+            self.free_object(generation);
+            return self.fetch_deleted(id);
+        }
+        let Some(fetch) = self.take_fetch(id) else {
+            return;
+        };
+        match path {
+            Path::Eager => self.counters.eager += 1,
+            _ => self.counters.read += 1,
+        }
+        if let Some(node) = link
+            .and_then(|link| self.links.get(&link))
+            .and_then(|link| link.node)
+        {
+            self.hints.remember(&fetch.key, node);
+        }
+        let mut target = (generation, extent);
+        let mut kept = false;
+        if fetch.want == (Want::Object { keep: true }) {
+            self.make_slot();
+            kept = !self.objects.is_full();
+        }
+        if kept {
+            // Someone may have put the same key meanwhile; then that object is the answer.
+            let published = self.publish(generation, checksum);
+            match (self.objects.sealed(&fetch.key), published) {
+                (Some((sealed, object)), _) => target = (sealed, object.extent),
+                (None, Err(why)) => return self.answer_all(fetch.waiters, &why),
+                // The directory did not let it stay; who asked before may still read it.
+                (None, Ok(_)) => {}
+            }
+        }
+        for waiter in fetch.waiters {
+            self.locate(waiter.client, waiter.request, target.0, target.1, path);
+        }
+        if !kept {
+            // From here on only the pins that were just made hold it.
+            self.withdraw(generation);
+        }
+    }
+}

@@ -1,0 +1,339 @@
+//! Links and peers: who is there, and through which connection. Not what is said over them (`cluster`). Invariant: a
+//! peer's messages are believed only on links that its latest incarnation has opened.
+
+use super::Engine;
+use super::action::{Action, Event};
+use super::input::FabricId;
+use super::timer::{Time, Timer};
+use crate::error::StoreError;
+use crate::tier::{Epoch, LinkId, NodeId};
+use crate::wire::{KEYS_PER_MESSAGE_MAX, Member, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage, negotiate};
+
+/// Heartbeats that may be missed before a peer is held to be dead.
+const MISSED_MAX: u64 = 5;
+/// The longest pause between two attempts to reach the directory, in milliseconds.
+const RECONNECT_MS_MAX: u64 = 2_000;
+
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) fabric: FabricId,
+    pub(super) address: String,
+    pub(super) inbound: bool,
+    /// Who is at the other end, once it has said so.
+    pub(super) node: Option<NodeId>,
+    /// Whether the peer announces to this node's directory through it.
+    join: bool,
+    heard: Time,
+}
+
+#[derive(Debug)]
+pub(super) struct Peer {
+    pub(super) member: Member,
+    pub(super) link: Option<LinkId>,
+}
+
+impl Engine {
+    pub(super) fn link_to(&self, node: NodeId) -> Option<LinkId> {
+        self.peers.get(&node)?.link
+    }
+
+    /// Whether a node, in this incarnation, is known to live. Without the directory, only of linked ones.
+    pub(super) fn is_alive(&self, node: NodeId, epoch: Epoch) -> bool {
+        let told = self.directory.is_some() || self.directory_link.is_some();
+        self.peers
+            .get(&node)
+            .is_some_and(|peer| peer.member.epoch == epoch && (told || peer.link.is_some()))
+    }
+
+    /// The node that keeps the directory, if that is another one and there is a link to it.
+    pub(super) fn directory_node(&self) -> Option<NodeId> {
+        self.links.get(&self.directory_link?)?.node
+    }
+
+    pub(super) fn dial(&mut self, address: &str) {
+        let dialled = self
+            .links
+            .values()
+            .any(|link| !link.inbound && link.address == address);
+        if !dialled && self.dialling.insert(address.to_owned()) {
+            self.out.push(Action::Connect {
+                address: address.to_owned(),
+            });
+        }
+    }
+
+    pub(super) fn link_up(&mut self, link: LinkId, fabric: FabricId, address: String, inbound: bool) {
+        if !inbound {
+            self.dialling.remove(&address);
+        }
+        let join = !inbound && self.config.join.as_deref() == Some(address.as_str());
+        self.links.insert(
+            link,
+            Link {
+                fabric,
+                address,
+                inbound,
+                node: None,
+                join: false,
+                heard: self.now,
+            },
+        );
+        let hello = PeerMessage::Hello {
+            member: self.config.member.clone(),
+            version_min: PROTOCOL_MIN,
+            version_max: PROTOCOL_MAX,
+            join,
+        };
+        self.tell_peer(link, hello);
+    }
+
+    pub(super) fn connect_failed(&mut self, address: &str, why: &StoreError) {
+        self.dialling.remove(address);
+        if self.config.join.as_deref() == Some(address) {
+            self.directory_lost(why);
+            return;
+        }
+        let unreached = self
+            .peers
+            .values()
+            .find(|peer| peer.link.is_none() && peer.member.address == address)
+            .map(|peer| peer.member.node);
+        if let Some(node) = unreached {
+            self.peers.remove(&node);
+            self.fetches_undialled(node, why);
+        }
+    }
+
+    fn directory_lost(&mut self, why: &StoreError) {
+        if self.reconnect_attempts == 0 {
+            self.out
+                .push(Action::Note(Event::DirectoryLost { why: why.to_string() }));
+        }
+        let pause = (50 << self.reconnect_attempts.min(6)).min(RECONNECT_MS_MAX);
+        self.reconnect_attempts = self.reconnect_attempts.saturating_add(1);
+        // A share of the pause that differs from node to node keeps a cluster from dialling in step.
+        let spread = self.config.member.node.0 % (pause / 2).max(1);
+        self.timers
+            .set(self.now.after_ms(pause + spread), Timer::Reconnect);
+    }
+
+    pub(super) fn reconnect(&mut self) {
+        if self.directory_link.is_none()
+            && let Some(address) = self.config.join.clone()
+        {
+            self.dial(&address);
+        }
+    }
+
+    pub(super) fn link_down(&mut self, link: LinkId, why: &StoreError) {
+        let Some(state) = self.links.remove(&link) else {
+            return;
+        };
+        // From here on nothing new is asked over it, so what was asked is answered below, once.
+        let was_directory = self.directory_link == Some(link);
+        if was_directory {
+            self.directory_link = None;
+        }
+        self.leases_lost(link);
+        if let Some(node) = state.node {
+            self.peer_unlinked(node, link, why);
+        }
+        self.fetches_lost(link, state.node, &state.address, why);
+        let lost: Vec<u64> = self
+            .pending
+            .iter()
+            .filter(|(_, (of, _))| *of == link)
+            .map(|(&request, _)| request)
+            .collect();
+        for request in lost {
+            if let Some((_, pending)) = self.pending.remove(&request) {
+                self.question_lost(pending, &state.address, why);
+            }
+        }
+        let was_to_be = !state.inbound && self.config.join.as_deref() == Some(state.address.as_str());
+        if was_directory || (was_to_be && self.directory_link.is_none()) {
+            self.directory_lost(why);
+        }
+    }
+
+    /// One of a peer's links has gone; if it was the last, so has the peer.
+    fn peer_unlinked(&mut self, node: NodeId, link: LinkId, why: &StoreError) {
+        let other = self
+            .links
+            .iter()
+            .find(|(_, other)| other.node == Some(node))
+            .map(|(&id, _)| id);
+        let Some(peer) = self.peers.get_mut(&node) else {
+            return;
+        };
+        if peer.link != Some(link) {
+            return;
+        }
+        peer.link = other;
+        if other.is_none() {
+            self.peer_lost(node, why);
+        }
+    }
+
+    fn peer_lost(&mut self, node: NodeId, why: &StoreError) {
+        let Some(peer) = self.peers.remove(&node) else {
+            return;
+        };
+        self.hints.forget_node(node);
+        let (name, why) = (peer.member.name, why.to_string());
+        self.out.push(Action::Note(Event::PeerDown { node, name, why }));
+        if let Some(directory) = &mut self.directory {
+            directory.node_lost(node);
+            self.tell_members();
+        }
+    }
+
+    pub(super) fn peer_refused(&mut self, link: LinkId, why: &StoreError) {
+        self.counters.refused += 1;
+        self.out.push(Action::Note(Event::PeerRefused {
+            link,
+            why: why.to_string(),
+        }));
+        self.out.push(Action::Disconnect { link });
+    }
+
+    pub(super) fn heartbeat(&mut self) {
+        let (now, silence_ms) = (self.now, self.config.heartbeat_ms * MISSED_MAX);
+        let links: Vec<(LinkId, bool)> = self
+            .links
+            .iter()
+            .map(|(&id, link)| (id, now.ms_since(link.heard) > silence_ms))
+            .collect();
+        for (link, silent) in links {
+            if silent {
+                self.out.push(Action::Disconnect { link });
+            } else {
+                self.tell_peer(link, PeerMessage::Heartbeat { answer: false });
+            }
+        }
+        self.timers
+            .set(now.after_ms(self.config.heartbeat_ms), Timer::Heartbeat);
+    }
+
+    fn hello(&mut self, link: LinkId, member: Member, version_min: u16, version_max: u16, join: bool) {
+        let refusal = if let Err(error) = negotiate(version_min, version_max) {
+            Some(error)
+        } else if member.node == self.config.member.node {
+            let why = format!(
+                "a node named {:?} is already in this cluster: give each its own name",
+                member.name
+            );
+            Some(StoreError::denied("join", why))
+        } else if join && self.directory.is_none() {
+            let why = "this node does not keep the directory: join the node that does".to_owned();
+            Some(StoreError::denied("join", why))
+        } else {
+            match self.peers.get(&member.node) {
+                Some(peer) if peer.member.epoch > member.epoch => {
+                    let why = format!("a later incarnation of {:?} is known", member.name);
+                    Some(StoreError::stale("join", member.node, why))
+                }
+                _ => None,
+            }
+        };
+        if let Some(error) = refusal {
+            self.tell_peer(link, PeerMessage::Failed { error: error.clone() });
+            return self.peer_refused(link, &error);
+        }
+        self.welcome(link, member, join);
+    }
+
+    fn welcome(&mut self, link: LinkId, member: Member, join: bool) {
+        let node = member.node;
+        if self
+            .peers
+            .get(&node)
+            .is_some_and(|peer| peer.member.epoch < member.epoch)
+        {
+            let why = StoreError::stale("link", &member.name, "the node has started again");
+            self.disown_links(node, |_| true);
+            self.peer_lost(node, &why);
+        }
+        if join {
+            // It announces everything again. What came through an older link must not be mixed with that.
+            self.disown_links(node, |link| link.join);
+            if let Some(directory) = &mut self.directory {
+                directory.node_lost(node);
+            }
+        }
+        let Some(state) = self.links.get_mut(&link) else {
+            return;
+        };
+        state.node = Some(node);
+        state.join = join;
+        let is_directory = !state.inbound && self.config.join.as_deref() == Some(state.address.as_str());
+        let (name, address) = (member.name.clone(), member.address.clone());
+        let links = &self.links;
+        let peer = self.peers.entry(node).or_insert_with(|| Peer {
+            member: member.clone(),
+            link: None,
+        });
+        let linked = |link: LinkId| links.get(&link).is_some_and(|link| link.node == Some(node));
+        let fresh = !peer.link.is_some_and(linked);
+        peer.member = member;
+        if fresh {
+            peer.link = Some(link);
+            self.out.push(Action::Note(Event::PeerUp { node, name, address }));
+        }
+        if is_directory {
+            self.directory_link = Some(link);
+            self.reconnect_attempts = 0;
+            self.out.push(Action::Note(Event::DirectoryFound));
+            self.announce_all(link);
+            self.watch_all(link);
+        }
+        if join {
+            self.tell_members();
+        }
+        self.fetches_waiting_start();
+    }
+
+    /// Closes other links of a node, and believes nothing that still comes through them.
+    fn disown_links(&mut self, node: NodeId, which: impl Fn(&Link) -> bool) {
+        for (&id, link) in &mut self.links {
+            if link.node == Some(node) && which(link) {
+                link.node = None;
+                self.out.push(Action::Disconnect { link: id });
+            }
+        }
+    }
+
+    /// Tells every peer who is there.
+    fn tell_members(&mut self) {
+        let mut members: Vec<Member> = self.peers.values().map(|peer| peer.member.clone()).collect();
+        members.push(self.config.member.clone());
+        members.truncate(KEYS_PER_MESSAGE_MAX);
+        let links: Vec<LinkId> = self.peers.values().filter_map(|peer| peer.link).collect();
+        for link in links {
+            self.tell_peer(
+                link,
+                PeerMessage::Members {
+                    members: members.clone(),
+                },
+            );
+        }
+    }
+
+    pub(super) fn members(&mut self, from: NodeId, members: &[Member]) {
+        if self.directory_node() != Some(from) {
+            return;
+        }
+        let own = self.config.member.node;
+        self.peers
+            .retain(|node, peer| peer.link.is_some() || members.iter().any(|m| m.node == *node));
+        for member in members.iter().filter(|member| member.node != own) {
+            let peer = self.peers.entry(member.node).or_insert_with(|| Peer {
+                member: member.clone(),
+                link: None,
+            });
+            if peer.link.is_none() && peer.member.epoch < member.epoch {
+                peer.member = member.clone();
+            }
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! The steps of `cargo xtask test`, in their order. Not how programs are run (`process`) or counted (`tally`).
+//! Invariant: a step that cannot run here says why and what would let it; no step needs another to have run.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::process::{run, run_tests, succeeds};
+use crate::python;
+use crate::tally::Report;
+use crate::workspace::Workspace;
+
+/// Seeds of the simulation in one test run.
+const SIMULATION_SEEDS: u64 = 2000;
+/// The state dict that the end-to-end step moves.
+const DEMO_SIZE: &str = "64MiB";
+
+/// One step.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Step {
+    pub(crate) name: &'static str,
+    pub(crate) what: &'static str,
+    pub(crate) run: fn(&Workspace) -> Report,
+}
+
+/// Cheap ones first; what is built by one is used by the next.
+pub(crate) const STEPS: &[Step] = &[
+    Step {
+        name: "fmt",
+        what: "every file is formatted",
+        run: fmt,
+    },
+    Step {
+        name: "deny",
+        what: "bans and licences of all dependencies (cargo-deny)",
+        run: deny,
+    },
+    Step {
+        name: "clippy",
+        what: "no warning in any target",
+        run: clippy,
+    },
+    Step {
+        name: "docs",
+        what: "no warning in the documentation",
+        run: docs,
+    },
+    Step {
+        name: "test",
+        what: "unit, property, conformance and process tests, documentation examples",
+        run: test,
+    },
+    Step {
+        name: "loom",
+        what: "index and pins under every interleaving",
+        run: loom,
+    },
+    Step {
+        name: "simulation",
+        what: "many nodes in one thread, 2000 seeds",
+        run: simulation,
+    },
+    Step {
+        name: "demo",
+        what: "two real nodes, a state dict of 64 MiB from one to the other",
+        run: demo,
+    },
+    Step {
+        name: "safetensors",
+        what: "round trips against the official Python package",
+        run: safetensors,
+    },
+];
+
+/// Runs the simulation. Returns whether every seed passed; `Err` if there is nothing to run.
+pub(crate) fn simulate(workspace: &Workspace, count: u64, from: u64) -> Result<bool, String> {
+    if !workspace.has_program("hetmem-tests", "simulate") {
+        return Err("hetmem-tests has no program `simulate`".to_owned());
+    }
+    let (count, from) = (count.to_string(), from.to_string());
+    let mut command = workspace.cargo([
+        "run",
+        "--release",
+        "--package",
+        "hetmem-tests",
+        "--bin",
+        "simulate",
+    ]);
+    command.args(["--", "--seeds", &count, "--from", &from]);
+    Ok(run(&mut command).inspect_err(|why| eprintln!("{why}")).is_ok())
+}
+
+fn fmt(workspace: &Workspace) -> Report {
+    with_component(workspace, "fmt", "rustfmt", || {
+        report(run(&mut workspace.cargo(["fmt", "--all", "--check"])))
+    })
+}
+
+fn deny(workspace: &Workspace) -> Report {
+    if !succeeds(&mut workspace.cargo(["deny", "--version"])) {
+        return Report::skipped("cargo-deny is not installed (`cargo install --locked cargo-deny@0.20`)");
+    }
+    report(run(&mut workspace.cargo(["deny", "check", "bans", "licenses"])))
+}
+
+fn clippy(workspace: &Workspace) -> Report {
+    with_component(workspace, "clippy", "clippy", || {
+        report(run(&mut workspace.cargo([
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ])))
+    })
+}
+
+fn docs(workspace: &Workspace) -> Report {
+    let mut command = workspace.cargo(["doc", "--workspace", "--no-deps"]);
+    report(run(command.env("RUSTDOCFLAGS", "-D warnings")))
+}
+
+fn test(workspace: &Workspace) -> Report {
+    run_tests(&mut workspace.cargo(["test", "--workspace", "--no-fail-fast", "--", "--show-output"]))
+}
+
+/// In a target folder of its own, because the flag reaches every dependency.
+fn loom(workspace: &Workspace) -> Report {
+    let mut command = workspace.cargo(["test", "--release", "--package", "hetmem-host-mem", "--lib"]);
+    command.args(["loom", "--", "--show-output"]);
+    command
+        .env("RUSTFLAGS", "--cfg loom")
+        .env("CARGO_TARGET_DIR", workspace.target.join("loom"));
+    run_tests(&mut command)
+}
+
+fn simulation(workspace: &Workspace) -> Report {
+    match simulate(workspace, SIMULATION_SEEDS, 0) {
+        Ok(true) => Report::passed(),
+        Ok(false) => Report::failed("a seed failed; it is printed above with the command that replays it"),
+        Err(why) => Report::skipped(why),
+    }
+}
+
+fn demo(workspace: &Workspace) -> Report {
+    let demo = |binary| run(Command::new(binary).args(["demo", "--size", DEMO_SIZE]));
+    report(release_binary(workspace).and_then(demo))
+}
+
+fn safetensors(workspace: &Workspace) -> Report {
+    let script = workspace.root.join("tests/safetensors_interop.py");
+    if !script.exists() {
+        return Report::skipped("tests/safetensors_interop.py is not there");
+    }
+    let interpreter = match python::with_packages(&workspace.target, &["safetensors", "numpy"]) {
+        Ok(interpreter) => interpreter,
+        Err(why) => return Report::skipped(why),
+    };
+    let interop = |binary| run(Command::new(interpreter).arg(script).arg(binary));
+    report(release_binary(workspace).and_then(interop))
+}
+
+/// Builds the command-line tool as users run it. Returns its path.
+fn release_binary(workspace: &Workspace) -> Result<PathBuf, String> {
+    run(&mut workspace.cargo(["build", "--release", "--package", "hetmem-cli"]))?;
+    Ok(workspace.target.join("release/hetmem"))
+}
+
+/// Runs `step` if cargo has this subcommand, after trying to add the toolchain's component for it.
+fn with_component(
+    workspace: &Workspace,
+    subcommand: &str,
+    component: &str,
+    step: impl FnOnce() -> Report,
+) -> Report {
+    let mut present = succeeds(&mut workspace.cargo([subcommand, "--version"]));
+    if !present {
+        println!("the toolchain has no {component}: adding it with rustup");
+        let mut rustup = Command::new("rustup");
+        rustup
+            .args(["component", "add", component])
+            .current_dir(&workspace.root);
+        present = run(&mut rustup).inspect_err(|why| println!("{why}")).is_ok();
+    }
+    if present {
+        step()
+    } else {
+        Report::skipped(format!(
+            "no `cargo {subcommand}`, and rustup could not add {component}"
+        ))
+    }
+}
+
+fn report(result: Result<(), String>) -> Report {
+    match result {
+        Ok(()) => Report::passed(),
+        Err(why) => Report::failed(why),
+    }
+}

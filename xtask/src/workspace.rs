@@ -1,0 +1,66 @@
+//! Where the workspace is and what it has, from `cargo metadata`. Not a copy of its manifests.
+//! Invariant: all paths are absolute, and cargo runs in the root.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+/// The workspace that this program belongs to.
+#[derive(Debug)]
+pub(crate) struct Workspace {
+    pub(crate) root: PathBuf,
+    /// Where cargo puts what it builds.
+    pub(crate) target: PathBuf,
+    metadata: Value,
+}
+
+impl Workspace {
+    /// Asks cargo.
+    pub(crate) fn find() -> Result<Self, String> {
+        let mut command = Command::new(cargo_program());
+        command.args(["metadata", "--format-version", "1", "--no-deps"]);
+        command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")));
+        let output = command
+            .output()
+            .map_err(|error| format!("cargo metadata: {error}"))?;
+        if !output.status.success() {
+            return Err(format!(
+                "cargo metadata: {}",
+                String::from_utf8_lossy(&output.stderr)
+            ));
+        }
+        let metadata: Value =
+            serde_json::from_slice(&output.stdout).map_err(|error| format!("cargo metadata: {error}"))?;
+        let path = |field: &str| metadata[field].as_str().map(PathBuf::from);
+        match (path("workspace_root"), path("target_directory")) {
+            (Some(root), Some(target)) => Ok(Self {
+                root,
+                target,
+                metadata,
+            }),
+            _ => Err("cargo metadata: no workspace_root or target_directory in its answer".to_owned()),
+        }
+    }
+
+    /// Whether a package has a program of this name.
+    pub(crate) fn has_program(&self, package: &str, name: &str) -> bool {
+        let items = |value: &'_ Value, field: &str| value[field].as_array().cloned().unwrap_or_default();
+        items(&self.metadata, "packages")
+            .iter()
+            .filter(|found| found["name"] == package)
+            .flat_map(|found| items(found, "targets"))
+            .any(|target| target["name"] == name && items(&target, "kind").contains(&Value::from("bin")))
+    }
+
+    /// The same cargo that runs this program, in the root.
+    pub(crate) fn cargo<const N: usize>(&self, arguments: [&str; N]) -> Command {
+        let mut command = Command::new(cargo_program());
+        command.args(arguments).current_dir(&self.root);
+        command
+    }
+}
+
+fn cargo_program() -> std::ffi::OsString {
+    std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
+}
