@@ -36,7 +36,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run a node until SIGTERM or SIGINT
-    Serve(serve::Args),
+    Serve(Box<serve::Args>),
     /// Put a file: a .safetensors file as one object per tensor, a .npy file as a tensor, any other as bytes
     Put(put::Args),
     /// Get an object, or all objects under a prefix, into a file

@@ -24,7 +24,7 @@ fn key(name: &str) -> Key {
 }
 
 fn pattern(len: usize) -> Vec<u8> {
-    (0..len).map(|at| (at % 251) as u8).collect()
+    (0..=250).cycle().take(len).collect()
 }
 
 fn open(reserved: Reserved) -> Reservation {

@@ -3,7 +3,8 @@
 
 use std::fmt;
 
-use serde::{Deserialize, Serialize};
+use serde::de::{Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::checksum::Checksum;
 use crate::error::StoreError;
@@ -143,8 +144,7 @@ impl fmt::Display for DType {
 }
 
 /// Up to [`DIMS_MAX`] dimensions; none is a scalar.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(try_from = "Vec<u64>", into = "Vec<u64>")]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Shape {
     dims: [u64; DIMS_MAX],
     count: u8,
@@ -183,17 +183,38 @@ impl Shape {
     }
 }
 
-impl TryFrom<Vec<u64>> for Shape {
-    type Error = StoreError;
-
-    fn try_from(dims: Vec<u64>) -> Result<Self, StoreError> {
-        Self::new(&dims)
+/// A list of dimensions, written without one on the heap: metadata is in every message about an object.
+impl Serialize for Shape {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.dims())
     }
 }
 
-impl From<Shape> for Vec<u64> {
-    fn from(shape: Shape) -> Self {
-        shape.dims().to_vec()
+impl<'de> Deserialize<'de> for Shape {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Dims;
+
+        impl<'de> Visitor<'de> for Dims {
+            type Value = Shape;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "at most {DIMS_MAX} dimensions")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Shape, A::Error> {
+                let mut shape = Shape::default();
+                while let Some(dim) = seq.next_element()? {
+                    let Some(place) = shape.dims.get_mut(usize::from(shape.count)) else {
+                        return Err(A::Error::invalid_length(DIMS_MAX + 1, &self));
+                    };
+                    *place = dim;
+                    shape.count += 1;
+                }
+                Ok(shape)
+            }
+        }
+
+        deserializer.deserialize_seq(Dims)
     }
 }
 

@@ -155,8 +155,8 @@ fn gets() -> Result<(), StoreError> {
             (0..1000).for_each(|_| {
                 hot.iter().for_each(|key| {
                     black_box(black_box(key).fingerprint());
-                })
-            })
+                });
+            });
         });
         println!(
             "get + unpin of {objects:>7} objects: one key {one:5.1} ns, 64 keys {few:5.1} ns, all at random {all:5.1} ns \

@@ -148,7 +148,10 @@ fn make_way(path: &Path, address: &SocketAddrUnix) -> Result<(), StoreError> {
             format!("{} exists and is no socket (use another path)", path.display()),
         ));
     }
-    match rustix::net::connect(socket("listen")?, address) {
+    let probe = socket("listen")?;
+    // A node that is too busy to accept is alive.
+    set_nonblocking(&probe, true).map_err(failed)?;
+    match rustix::net::connect(&probe, address) {
         // Another kind of socket answers with PROTOTYPE.
         Ok(()) | Err(Errno::PROTOTYPE | Errno::AGAIN) => Err(answered(path)),
         Err(Errno::CONNREFUSED | Errno::NOENT) => fs::remove_file(path).or_else(|error| {

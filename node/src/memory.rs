@@ -21,16 +21,19 @@ unsafe impl RegionMemory for SegmentRegion {
     }
 }
 
-pub(crate) struct IndexRegion(pub(crate) Arc<IndexMemory>);
+/// The generation words of the index: all of it that peers may read.
+pub(crate) struct GenerationsRegion(pub(crate) Arc<IndexMemory>);
 
-// SAFETY: as above, for the index; it is only accessed through atomics, and it is registered for remote reads alone,
-// so no fabric writes to it.
-unsafe impl RegionMemory for IndexRegion {
+// SAFETY: `generations` lies inside the index, which is mapped readable and writable at one address and length until
+// the `IndexMemory` is dropped, which the `Arc` delays until this region is dropped; it is only accessed through
+// atomics, and it is registered for remote reads alone, so no fabric writes to it.
+unsafe impl RegionMemory for GenerationsRegion {
     fn base(&self) -> *mut u8 {
-        self.0.base()
+        let (offset, _) = self.0.generations();
+        self.0.base().wrapping_add(usize::try_from(offset).unwrap_or_default())
     }
 
     fn len_bytes(&self) -> u64 {
-        self.0.len_bytes()
+        self.0.generations().1
     }
 }

@@ -20,7 +20,7 @@ use crate::clients::Reactor;
 use crate::config::{Config, FabricChoice};
 use crate::driver::Driver;
 use crate::inprocess::InProcess;
-use crate::memory::IndexRegion;
+use crate::memory::GenerationsRegion;
 use crate::peers::{Sink, TCP};
 use crate::segments::{Job, Maker};
 
@@ -106,9 +106,11 @@ impl Node {
         name: &str,
     ) -> Result<(Arc<Driver>, OwnedFd, Sender<Job>, Vec<JoinHandle<()>>), StoreError> {
         let index = IndexWriter::create(config.max_objects)?;
-        let key = fabric.register(INDEX_SEGMENT, Arc::new(IndexRegion(index.memory())), Access::RemoteRead)?;
-        let base = index.generation_offset(hetmem_core::SlotId(0));
-        let stride = index.generation_offset(hetmem_core::SlotId(1)) - base;
+        let words = Arc::new(GenerationsRegion(index.memory()));
+        let key = fabric.register(INDEX_SEGMENT, words, Access::RemoteRead)?;
+        let (region, _) = index.memory().generations();
+        let first = index.generation_offset(hetmem_core::SlotId(0));
+        let stride = index.generation_offset(hetmem_core::SlotId(1)) - first;
         let member = Member {
             node: NodeId(fingerprint(name.as_bytes())),
             epoch: epoch(),
@@ -122,7 +124,7 @@ impl Node {
             client_quota_bytes: config.client_quota_bytes,
             objects_max: config.max_objects,
             index_keys: vec![(TCP, key)],
-            generation_base: base,
+            generation_base: first - region,
             generation_stride: stride,
             threshold_bytes: config.threshold_bytes,
             lease_ms: config.lease_ms,

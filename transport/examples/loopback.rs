@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 use hetmem_core::wire::{Frame, FrameHeader, FrameKind, encode};
 use hetmem_core::{Extent, LinkId, RemoteExtent, RemoteKey, SegmentId, TransferId};
 use hetmem_transport::{
-    Access, Fabric, FabricEvent, FabricSink, HeapRegion, Landing, LandingToken, SendToken, TcpConfig, TcpFabric,
+    Access, Fabric, FabricEvent, FabricSink, HeapRegion, Landing, LandingToken, SendToken, TcpConfig,
+    TcpFabric,
 };
 
 const SEGMENT: SegmentId = SegmentId(1);
@@ -94,11 +95,22 @@ struct Sink {
 impl FabricSink for Sink {
     fn message(&self, link: LinkId, header: FrameHeader, _body: &[u8]) -> Landing {
         if header.payload_len > 0 {
-            let extent = Extent { segment: SEGMENT, offset: 0, len_bytes: header.payload_len };
-            return Landing::Into { extent, token: LandingToken(header.request) };
+            let extent = Extent {
+                segment: SEGMENT,
+                offset: 0,
+                len_bytes: header.payload_len,
+            };
+            return Landing::Into {
+                extent,
+                token: LandingToken(header.request),
+            };
         }
         if let Some(fabric) = self.answers_through.get() {
-            let payload = Extent { segment: SEGMENT, offset: 0, len_bytes: PONG_LEN as u64 };
+            let payload = Extent {
+                segment: SEGMENT,
+                offset: 0,
+                len_bytes: PONG_LEN as u64,
+            };
             if let Ok(frame) = ping(header.request, PONG_LEN as u64) {
                 let _ = fabric.send(link, frame, Some(payload), SendToken(0));
             }
@@ -137,7 +149,10 @@ fn main() -> Outcome<()> {
     }
 }
 
-#[allow(clippy::print_stdout, reason = "how the other process learns where to connect")]
+#[allow(
+    clippy::print_stdout,
+    reason = "how the other process learns where to connect"
+)]
 fn owner(options: Options) -> Outcome<()> {
     let len = options.len_mib << 20;
     let sink = Arc::<Sink>::default();
@@ -152,7 +167,11 @@ fn owner(options: Options) -> Outcome<()> {
     let pong = vec![0; ping(0, 0)?.as_bytes().len() + PONG_LEN];
     let mut request = vec![0; ping(0, 0)?.as_bytes().len()];
     while stream.read_exact(&mut request).is_ok() {
-        if request[0] == 0 { stream.write_all(&pong)? } else { stream.write_all(&bytes)? }
+        if request[0] == 0 {
+            stream.write_all(&pong)?
+        } else {
+            stream.write_all(&bytes)?
+        }
     }
     Ok(())
 }
@@ -169,10 +188,15 @@ struct Reader {
 
 impl Reader {
     fn fabric_read(&self, number: u64) -> Outcome<Duration> {
-        let local = Extent { segment: SEGMENT, offset: 0, len_bytes: self.remote.len_bytes };
+        let local = Extent {
+            segment: SEGMENT,
+            offset: 0,
+            len_bytes: self.remote.len_bytes,
+        };
         let before = self.sink.reads.load(Ordering::Acquire);
         let start = Instant::now();
-        self.fabric.read(self.link, TransferId(number), self.remote, local)?;
+        self.fabric
+            .read(self.link, TransferId(number), self.remote, local)?;
         let done = || self.sink.reads.load(Ordering::Acquire) > before;
         if !self.fabric.progress(WAIT, &done) {
             return Err("a read did not end".into());
@@ -191,7 +215,9 @@ impl Reader {
     fn fabric_ping(&self, number: u64) -> Outcome<Duration> {
         let before = self.sink.landed.load(Ordering::Acquire);
         let start = Instant::now();
-        let _ = self.fabric.send(self.link, ping(number, 0)?, None, SendToken(0))?;
+        let _ = self
+            .fabric
+            .send(self.link, ping(number, 0)?, None, SendToken(0))?;
         let done = || self.sink.landed.load(Ordering::Acquire) > before;
         if !self.fabric.progress(WAIT, &done) {
             return Err("an answer did not come".into());
@@ -229,9 +255,21 @@ fn measure(options: Options, arguments: &[String]) -> Outcome<()> {
     fabric.progress(WAIT, &|| sink.ups.load(Ordering::Acquire) > 0);
     let bare = TcpStream::connect(bare)?;
     bare.set_nodelay(true)?;
-    let remote = RemoteExtent { key: RemoteKey(key.parse()?), offset: 0, len_bytes: len as u64 };
+    let remote = RemoteExtent {
+        key: RemoteKey(key.parse()?),
+        offset: 0,
+        len_bytes: len as u64,
+    };
     let request = vec![0; ping(0, 0)?.as_bytes().len()];
-    let mut reader = Reader { fabric, sink, link, remote, bare, bare_target: vec![1; len], request };
+    let mut reader = Reader {
+        fabric,
+        sink,
+        link,
+        remote,
+        bare,
+        bare_target: vec![1; len],
+        request,
+    };
 
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for number in 0..=options.rounds as u64 {

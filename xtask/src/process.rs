@@ -1,6 +1,7 @@
 //! Programs that the steps run. Not a shell. Invariant: what is run is printed before it runs.
 
 use std::io::{BufRead as _, BufReader};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::tally::{Report, TestOutput};
@@ -71,7 +72,10 @@ fn words(command: &Command) -> String {
         let value = value.unwrap_or_default().to_string_lossy();
         text.push_str(&format!("{}={value:?} ", name.to_string_lossy()));
     }
-    text.push_str(&command.get_program().to_string_lossy());
+    let program = Path::new(command.get_program());
+    // Cargo hands down its own full path; a reader wants a line that can be typed.
+    let name = program.file_name().filter(|name| *name == "cargo");
+    text.push_str(&name.unwrap_or(program.as_os_str()).to_string_lossy());
     for argument in command.get_args() {
         text.push(' ');
         text.push_str(&argument.to_string_lossy());

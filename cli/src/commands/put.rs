@@ -1,6 +1,7 @@
 //! `hetmem put`: a file into the store. Not the formats. Invariant: a .safetensors file is checked as a whole
 //! before its first tensor is put.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -44,6 +45,9 @@ pub(crate) struct Args {
     #[arg(long)]
     seal_copy: bool,
 }
+
+/// An object of the file: its bytes are the file's own, or made of them.
+type NewObject<'a> = (Key, ObjectMeta, Cow<'a, [u8]>);
 
 /// What has been put.
 #[derive(Debug, Default)]
@@ -90,11 +94,7 @@ impl Args {
 }
 
 /// The objects that a file becomes, in the order in which they are put.
-fn objects_of<'a>(
-    args: &Args,
-    subject: &str,
-    file: &'a [u8],
-) -> Result<Vec<(Key, ObjectMeta, std::borrow::Cow<'a, [u8]>)>, Failure> {
+fn objects_of<'a>(args: &Args, subject: &str, file: &'a [u8]) -> Result<Vec<NewObject<'a>>, Failure> {
     match Format::of(&args.file) {
         Format::Safetensors => {
             if args.key.is_some() {

@@ -84,30 +84,32 @@ impl Tensor<'_> {
     }
 
     /// What is wrong with an object that should be this tensor.
-    fn fault(&self, object: &Object) -> Option<String> {
-        if object.len() as u64 != self.meta.len_bytes {
+    fn fault(&self, meta: &ObjectMeta, bytes: &[u8]) -> Option<String> {
+        if bytes.len() as u64 != self.meta.len_bytes {
             return Some(format!(
                 "{} bytes where {} belong",
-                object.len(),
+                bytes.len(),
                 self.meta.len_bytes
             ));
         }
-        if (object.meta().dtype, object.meta().shape) != (self.meta.dtype, self.meta.shape) {
-            return Some(format!("{} {:?}", object.meta().dtype, object.meta().shape));
+        if (meta.dtype, meta.shape) != (self.meta.dtype, self.meta.shape) {
+            return Some(format!(
+                "{} {:?} where {} {:?} belong",
+                meta.dtype, meta.shape, self.meta.dtype, self.meta.shape
+            ));
         }
         let difference = match self.content {
-            Content::Made(values) => values.first_difference(0, object),
-            Content::File(bytes) if bytes == &**object => None,
-            Content::File(bytes) => bytes
-                .iter()
-                .zip(&**object)
-                .position(|(left, right)| left != right)
-                .map(|at| at as u64),
+            Content::Made(values) => values.first_difference(0, bytes),
+            Content::File(source) if source == bytes => None,
+            Content::File(source) => {
+                let at = source.iter().zip(bytes).position(|(left, right)| left != right);
+                at.map(|at| at as u64)
+            }
         };
         if let Some(at) = difference {
             return Some(format!("byte {at} differs from the source"));
         }
-        match object.verify() {
+        match meta.checksum.verify(self.key.as_str(), bytes) {
             Ok(true) => None,
             Ok(false) => Some("it has no checksum".to_owned()),
             Err(error) => Some(error.to_string()),
@@ -270,7 +272,7 @@ fn get_in_place(
 impl Findings {
     fn compare(&mut self, tensor: &Tensor<'_>, object: &Object, step: &str) {
         self.compared += object.len() as u64;
-        if let Some(fault) = tensor.fault(object) {
+        if let Some(fault) = tensor.fault(object.meta(), object) {
             self.fault(&tensor.key, step, &fault);
         }
     }
@@ -329,4 +331,43 @@ fn conclude(tensors: &[Tensor<'_>], total: u64, findings: Findings, out: Output)
         faults.len(),
         faults[0]
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use hetmem_client::{Checksum, DType};
+
+    use super::*;
+
+    #[test]
+    fn every_fault_is_found() {
+        let meta = ObjectMeta::tensor(DType::F32, &[4]).expect("a tensor");
+        let made = Values::of("t");
+        let mut bytes = vec![0; 16];
+        made.fill(0, &mut bytes);
+        let good = meta.with_checksum(Checksum::Xxh3Blocks(hetmem_core::checksum::of(&bytes)));
+        let source = bytes.clone();
+        for content in [Content::Made(made), Content::File(&source)] {
+            let key = Key::new("demo/t").expect("a key");
+            let tensor = Tensor { key, meta, content };
+            assert_eq!(tensor.fault(&good, &bytes), None);
+            let mut changed = bytes.clone();
+            changed[9] ^= 1;
+            let other_shape = ObjectMeta::tensor(DType::F32, &[2, 2]).expect("a tensor");
+            for (meta, bytes, word) in [
+                (&good, &changed[..], "byte 9"),
+                (&good, &bytes[..15], "15 bytes"),
+                (&other_shape, &bytes[..], "[2, 2]"),
+                (&meta, &bytes[..], "no checksum"),
+                (
+                    &meta.with_checksum(Checksum::Xxh3Blocks(1)),
+                    &bytes[..],
+                    "checksum",
+                ),
+            ] {
+                let fault = tensor.fault(meta, bytes).expect(word);
+                assert!(fault.contains(word), "{fault} should say {word}");
+            }
+        }
+    }
 }

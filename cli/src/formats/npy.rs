@@ -318,6 +318,7 @@ pub(crate) fn write_header(out: &mut impl Write, meta: &ObjectMeta) -> Result<()
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "the tests' numbers are small")]
 mod tests {
     use hetmem_core::ErrorKind;
     use proptest::prelude::*;

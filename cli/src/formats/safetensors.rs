@@ -312,6 +312,7 @@ fn file_dtype(name: &str, meta: &ObjectMeta) -> Result<&'static str, StoreError>
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "the tests' numbers are small")]
 mod tests {
     use hetmem_core::ErrorKind;
     use proptest::prelude::*;

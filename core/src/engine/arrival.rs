@@ -214,7 +214,6 @@ impl Engine {
 
     fn insert_fetched(&mut self, id: FetchId, source: Source, extent: Extent) -> Option<Generation> {
         let fetch = self.fetches.get(&id)?;
-        let transient = fetch.want != Want::Object { keep: true };
         Some(self.objects.insert(Object {
             key: fetch.key.clone(),
             id: source.object,
@@ -230,7 +229,6 @@ impl Engine {
             leases: 0,
             sends: 0,
             filling: true,
-            transient,
         }))
     }
 

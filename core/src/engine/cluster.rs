@@ -11,7 +11,7 @@ use super::timer::Time;
 use crate::checksum::Checksum;
 use crate::error::StoreError;
 use crate::key::Key;
-use crate::tier::{ClientId, Generation, LinkId, NodeId, ObjectId};
+use crate::tier::{ClientId, Generation, LinkId, NodeId};
 use crate::wire::{Announced, ClientReply, Listed, PeerMessage};
 
 /// A question to a peer.

@@ -458,7 +458,13 @@ impl Engine {
     }
 
     /// The link over which a fetch was under way has gone.
-    pub(super) fn fetches_lost(&mut self, link: LinkId, peer: &str, why: &StoreError) {
+    pub(super) fn fetches_lost(
+        &mut self,
+        link: LinkId,
+        node: Option<NodeId>,
+        address: &str,
+        why: &StoreError,
+    ) {
         let of_link = |stage: &Stage| match stage {
             Stage::Asked { link: of, .. } => *of == link,
             // A read or a landing ends by its own completion, which says when no more bytes land.
@@ -471,15 +477,15 @@ impl Engine {
             .map(|(&id, _)| id)
             .collect();
         for id in lost {
-            self.fetch_tried(id, link);
             let Some(fetch) = self.fetches.get_mut(&id) else {
                 continue;
             };
+            fetch.tried.extend(node);
             fetch.stage = Stage::Waiting;
             let why = StoreError::PeerLost {
                 operation: "get".into(),
                 subject: fetch.key.to_string(),
-                peer: peer.to_owned(),
+                peer: address.to_owned(),
                 why: why.to_string().into(),
             };
             self.fetch_obstacle(id, why);

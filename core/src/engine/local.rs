@@ -354,7 +354,6 @@ impl Engine {
             leases: 0,
             sends: 0,
             filling: false,
-            transient: false,
         })
     }
 

@@ -34,8 +34,6 @@ pub(super) struct Object {
     pub(super) sends: u32,
     /// A read, landing or copy into the extent is under way.
     pub(super) filling: bool,
-    /// Not to be shown to anyone but those who asked: a range, or a copy that nobody wants kept.
-    pub(super) transient: bool,
 }
 
 impl Object {

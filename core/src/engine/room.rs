@@ -102,11 +102,6 @@ impl Engine {
         self.try_space(request);
     }
 
-    /// An extent in the node's own memory, if there is one without waiting.
-    pub(super) fn space_now(&mut self, len_bytes: u64) -> Option<Extent> {
-        self.space.allocate(Owner::Node, len_bytes)
-    }
-
     fn try_space(&mut self, mut request: SpaceRequest) {
         loop {
             match self.look_for_space(&mut request) {

@@ -1,1 +1,9 @@
-//! Tests.
+//! The engine, driven by hand: one to three of them, wired to each other, with plain vectors for memory. Not the
+//! simulation (`tests/`), which looks for what nobody thought of. Invariant: time moves only when a test moves it.
+
+mod deletes;
+mod local;
+mod remote;
+mod room;
+mod topology;
+mod world;

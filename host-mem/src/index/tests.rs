@@ -11,7 +11,7 @@ use hetmem_core::{
 };
 use proptest::prelude::*;
 
-use super::layout::{CELLS, HEAD, SEQ, SLOT_WORDS};
+use super::layout::{CELLS, Geometry, HEAD, SEQ, SLOT_WORDS};
 use super::{IndexEntry, IndexReader, IndexWriter};
 use crate::mapping::{Access, Mapping};
 use crate::memfd;
@@ -264,7 +264,34 @@ fn an_index_of_four_million_takes_memory_only_as_used() {
     assert!(writer.len_bytes() > 1 << 30);
     let (start, len) = writer.memory().generations();
     assert_eq!(writer.generation_offset(last), start + len - 8);
-    assert!(writer.generation_offset(last) % 8 == 0);
+    assert!(writer.generation_offset(last).is_multiple_of(8));
+}
+
+/// docs/shared-memory.md shows the offsets of an index of the default size.
+#[test]
+fn the_documented_layout_is_the_layout() {
+    let text = include_str!("../../../docs/shared-memory.md");
+    let geometry = Geometry::new(4 << 20).expect("a size");
+    let shown = |number: u64| {
+        let digits = number.to_string();
+        let groups = digits
+            .as_bytes()
+            .rchunks(3)
+            .rev()
+            .map(|group| std::str::from_utf8(group).expect("digits"));
+        groups.collect::<Vec<_>>().join(",")
+    };
+    for number in geometry.header()[2..]
+        .iter()
+        .copied()
+        .chain([geometry.end as u64 * 8])
+    {
+        assert!(
+            text.contains(&format!("| {} |", shown(number))),
+            "{} is missing",
+            shown(number)
+        );
+    }
 }
 
 #[test]

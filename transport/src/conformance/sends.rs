@@ -42,7 +42,7 @@ pub fn frames_arrive_whole_and_in_order(bench: &dyn Bench) {
         let (token, sent) = a.send(link_a, &frame(number, 0), None);
         assert_eq!(sent, Sent::Done, "a frame without payload needs no event");
         assert!(!a.sink.log.lock().sends.contains_key(&token));
-        b.send(link_b, &frame(number, 0), None);
+        b.post(link_b, &frame(number, 0), None);
     }
     for (side, link) in [(&a, link_a), (&b, link_b)] {
         side.wait("all frames", |log| log.messages.len() as u64 == COUNT);
@@ -109,8 +109,8 @@ pub fn a_payload_that_nobody_wants_is_dropped(bench: &dyn Bench) {
             offset: 0,
             len_bytes,
         };
-        a.send(link_a, &frame(1, len_bytes), Some(payload));
-        a.send(link_a, &frame(2, 0), None);
+        a.post(link_a, &frame(1, len_bytes), Some(payload));
+        a.post(link_a, &frame(2, 0), None);
     }
     b.wait("all frames", |log| log.messages.len() == 6);
     let numbers: Vec<u64> = b
@@ -157,7 +157,7 @@ pub fn a_full_queue_is_busy_and_loses_nothing(bench: &dyn Bench) {
     a.wait("all extents to be free", |log| {
         pending.iter().all(|token| log.sends.contains_key(token))
     });
-    a.send(link_a, &frame(taken, 0), None);
+    a.post(link_a, &frame(taken, 0), None);
     b.wait("all frames", |log| log.messages.len() as u64 == taken + 1);
     let log = b.sink.log.lock();
     assert!(
@@ -267,7 +267,7 @@ pub fn landings_that_cannot_be_fail_alone(bench: &dyn Bench) {
             offset: 0,
             len_bytes: 70_000,
         };
-        a.send(link_a, &frame(number, 70_000), Some(payload));
+        a.post(link_a, &frame(number, 70_000), Some(payload));
     }
     b.wait("all landings", |log| log.landings.len() == 3);
     let log = b.sink.log.lock();
@@ -306,7 +306,7 @@ pub fn a_sink_may_call_back(bench: &dyn Bench) {
         Landing::Discard
     });
     for number in 0..COUNT {
-        a.send(link_a, &frame(number, 0), None);
+        a.post(link_a, &frame(number, 0), None);
         a.wait("the answer", |log| log.messages.len() as u64 == number + 1);
     }
     assert_eq!(answered.load(Ordering::SeqCst), COUNT);

@@ -21,7 +21,6 @@ pub(super) struct End {
     pub(super) peer_node: Option<usize>,
     /// What its owner calls the other side.
     address: String,
-    inbound: bool,
     up: bool,
     /// Whether it has ever been up.
     connected: bool,
@@ -108,7 +107,7 @@ impl Net {
         let link = LinkId(self.number());
         let (low, high) = self.faults.delay_ns;
         let delay_ns = self.rng.between(low, high);
-        let end = End::new(node, address.to_owned(), false, delay_ns);
+        let end = End::new(node, address.to_owned(), delay_ns);
         self.ends.insert(link, end);
         let delay = delay_ns + self.jitter();
         self.after(
@@ -134,7 +133,7 @@ impl Net {
             return;
         };
         let peer = LinkId(self.number());
-        let mut accepted = End::new(peer_node, self.nodes[node].name.clone(), true, delay_ns);
+        let mut accepted = End::new(peer_node, self.nodes[node].name.clone(), delay_ns);
         accepted.peer = Some(from);
         accepted.peer_node = Some(node);
         accepted.up = true;
@@ -539,13 +538,12 @@ impl Net {
 }
 
 impl End {
-    fn new(node: usize, address: String, inbound: bool, delay_ns: u64) -> Self {
+    fn new(node: usize, address: String, delay_ns: u64) -> Self {
         Self {
             node,
             peer: None,
             peer_node: None,
             address,
-            inbound,
             up: false,
             connected: false,
             delay_ns,

@@ -1,0 +1,564 @@
+//! One to three engines and everything that their actions touch. Not a transport: messages arrive in the order in
+//! which they were sent, at once. Invariant: a payload that no `Land` claims is dropped.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+
+use bytes::Bytes;
+
+use crate::engine::{
+    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, PublishedObject, Time,
+};
+use crate::error::{ErrorKind, StoreError};
+use crate::key::Key;
+use crate::meta::ObjectMeta;
+use crate::tier::{
+    ClientId, Epoch, Extent, Generation, LinkId, NodeId, RemoteExtent, RemoteKey, SegmentId, SlotId,
+    TransferId,
+};
+use crate::wire::{
+    ClientMessage, ClientReply, IfExists, Located, Member, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage,
+    PutHints, Status,
+};
+use crate::{Checksum, ObjectId};
+
+pub(super) const FABRIC: FabricId = FabricId(0);
+pub(super) const LEASE_MS: u32 = 1_000;
+pub(super) const HEARTBEAT_MS: u64 = 100;
+
+pub(super) fn key(name: &str) -> Key {
+    Key::new(name).expect("a key")
+}
+
+/// Bytes that differ from object to object and from place to place.
+pub(super) fn pattern(seed: u8, len_bytes: usize) -> Vec<u8> {
+    let mut value = u32::from(seed) + 1;
+    let next = |_| {
+        value = value.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        value.to_be_bytes()[0]
+    };
+    (0..len_bytes).map(next).collect()
+}
+
+pub(super) type Answer = Result<ClientReply, StoreError>;
+
+/// A read that a test holds back.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Held {
+    pub(super) node: usize,
+    pub(super) link: LinkId,
+    pub(super) transfer: TransferId,
+    remote: RemoteExtent,
+    local: Extent,
+}
+
+pub(super) struct Node {
+    pub(super) engine: Engine,
+    pub(super) address: String,
+    pub(super) segments: BTreeMap<SegmentId, Vec<u8>>,
+    pub(super) index: BTreeMap<SlotId, PublishedObject>,
+    pub(super) pins: BTreeMap<ClientId, Vec<Generation>>,
+    pub(super) closed: BTreeSet<SegmentId>,
+    pub(super) owners: BTreeMap<SegmentId, Option<ClientId>>,
+    pub(super) attachments: Vec<Attachment>,
+    pub(super) events: Vec<Event>,
+    pub(super) closed_clients: Vec<ClientId>,
+    pub(super) sent: Vec<PeerMessage>,
+    answers: BTreeMap<(ClientId, u64), Answer>,
+    links: BTreeMap<LinkId, (usize, LinkId)>,
+    next_link: u64,
+    next_request: u64,
+}
+
+#[derive(Default)]
+pub(super) struct World {
+    pub(super) now: Time,
+    pub(super) nodes: Vec<Node>,
+    queue: VecDeque<(usize, Input, Option<Vec<u8>>)>,
+    pub(super) hold_reads: bool,
+    pub(super) held: Vec<Held>,
+    pub(super) hold_sends: bool,
+    pub(super) sends: Vec<(usize, u64)>,
+    pub(super) hold_copies: bool,
+    pub(super) copies: Vec<(usize, Generation)>,
+    pub(super) fail_segments: usize,
+    /// Addresses that cannot be dialled.
+    pub(super) unreachable: BTreeSet<String>,
+}
+
+/// What a node of a test differs in.
+#[derive(Clone)]
+pub(super) struct Shape {
+    pub(super) capacity_bytes: u64,
+    pub(super) quota_bytes: u64,
+    pub(super) objects_max: u32,
+    pub(super) threshold_bytes: Option<u64>,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self {
+            capacity_bytes: 8 << 20,
+            quota_bytes: 4 << 20,
+            objects_max: 1_000,
+            threshold_bytes: None,
+        }
+    }
+}
+
+pub(super) fn config(name: usize, epoch: u64, join: Option<String>, shape: &Shape) -> EngineConfig {
+    EngineConfig {
+        member: Member {
+            node: NodeId(name as u64 + 1),
+            epoch: Epoch(epoch),
+            name: format!("n{name}"),
+            address: format!("a{name}"),
+        },
+        join,
+        capacity_bytes: shape.capacity_bytes,
+        client_quota_bytes: shape.quota_bytes,
+        objects_max: shape.objects_max,
+        index_keys: vec![(FABRIC, RemoteKey(1))],
+        generation_base: 0,
+        generation_stride: 64,
+        threshold_bytes: shape.threshold_bytes,
+        lease_ms: LEASE_MS,
+        heartbeat_ms: HEARTBEAT_MS,
+    }
+}
+
+impl Node {
+    fn new(config: EngineConfig) -> Self {
+        Self {
+            address: config.member.address.clone(),
+            engine: Engine::new(config),
+            segments: BTreeMap::new(),
+            index: BTreeMap::new(),
+            pins: BTreeMap::new(),
+            closed: BTreeSet::new(),
+            owners: BTreeMap::new(),
+            attachments: Vec::new(),
+            events: Vec::new(),
+            closed_clients: Vec::new(),
+            sent: Vec::new(),
+            answers: BTreeMap::new(),
+            links: BTreeMap::new(),
+            next_link: 1,
+            next_request: 1,
+        }
+    }
+
+    pub(super) fn bytes(&self, extent: Extent) -> &[u8] {
+        let range = span(extent.offset, extent.len_bytes);
+        &self.segments[&extent.segment][range]
+    }
+}
+
+fn span(offset: u64, len_bytes: u64) -> std::ops::Range<usize> {
+    let start = usize::try_from(offset).expect("an offset");
+    start..start + usize::try_from(len_bytes).expect("a length")
+}
+
+impl World {
+    /// `count` nodes that have joined the first.
+    pub(super) fn new(count: usize) -> Self {
+        Self::shaped(count, &Shape::default())
+    }
+
+    pub(super) fn shaped(count: usize, shape: &Shape) -> Self {
+        let mut world = Self::default();
+        for node in 0..count {
+            let join = (node > 0).then(|| "a0".to_owned());
+            world.add(config(node, 1, join, shape));
+        }
+        world.settle();
+        world
+    }
+
+    pub(super) fn add(&mut self, config: EngineConfig) -> usize {
+        self.nodes.push(Node::new(config));
+        let node = self.nodes.len() - 1;
+        self.feed(node, Input::Start);
+        self.settle();
+        node
+    }
+
+    /// Replaces a node by its next incarnation, after its links went down.
+    pub(super) fn restart(&mut self, node: usize, config: EngineConfig) {
+        let links: Vec<LinkId> = self.nodes[node].links.keys().copied().collect();
+        for link in links {
+            self.cut(node, link);
+        }
+        self.queue.retain(|(to, ..)| *to != node);
+        self.nodes[node] = Node::new(config);
+        self.feed(node, Input::Start);
+        self.settle();
+    }
+
+    /// Both ends of a link learn that it is down.
+    pub(super) fn cut(&mut self, node: usize, link: LinkId) {
+        let Some((peer, theirs)) = self.nodes[node].links.remove(&link) else {
+            return;
+        };
+        self.nodes[peer].links.remove(&theirs);
+        for read in std::mem::take(&mut self.held) {
+            let ends = (read.node, read.link);
+            if ends == (node, link) || ends == (peer, theirs) {
+                let why = StoreError::unavailable("the link", "it was cut");
+                self.push(read.node, Input::ReadDone { transfer: read.transfer, result: Err(why) });
+            } else {
+                self.held.push(read);
+            }
+        }
+        for (at, link) in [(node, link), (peer, theirs)] {
+            let why = StoreError::unavailable("the link", "it was cut");
+            self.push(at, Input::LinkDown { link, why });
+        }
+    }
+
+    pub(super) fn link_between(&self, node: usize, peer: usize) -> Option<LinkId> {
+        let to_peer = |(_, end): &(&LinkId, &(usize, LinkId))| end.0 == peer;
+        self.nodes[node].links.iter().find(to_peer).map(|(&link, _)| link)
+    }
+
+    fn push(&mut self, node: usize, input: Input) {
+        self.queue.push_back((node, input, None));
+    }
+
+    /// Hands an input in and carries out what follows from it.
+    pub(super) fn feed(&mut self, node: usize, input: Input) {
+        self.feed_with(node, input, None);
+    }
+
+    fn feed_with(&mut self, node: usize, input: Input, mut payload: Option<Vec<u8>>) {
+        let mut inputs = VecDeque::from([input]);
+        while let Some(input) = inputs.pop_front() {
+            for action in self.nodes[node].engine.handle(self.now, input) {
+                if let Action::Land { request, extent } = action {
+                    let bytes = payload.take().expect("a payload to land, once");
+                    self.write(node, extent, &bytes);
+                    self.push(node, Input::Landed { request, result: Ok(()) });
+                } else if let Some(next) = self.act(node, action) {
+                    inputs.push_front(next);
+                }
+            }
+        }
+    }
+
+    fn act(&mut self, node: usize, action: Action) -> Option<Input> {
+        let at = &mut self.nodes[node];
+        match action {
+            Action::Reply { client, request, reply, attachment } => {
+                at.attachments.extend(attachment);
+                self.answered(node, client, request, reply);
+            }
+            Action::PinAndReply { client, request, mut located } => {
+                let pins = at.pins.entry(client).or_default();
+                located.pin = u32::try_from(pins.len()).expect("few pins");
+                pins.push(located.generation);
+                self.answered(node, client, request, Ok(ClientReply::Located(located)));
+            }
+            Action::CloseClient { client, .. } => at.closed_clients.push(client),
+            Action::Fill { extent, bytes } => self.write(node, extent, &bytes),
+            Action::Copy { generation, from, to } => {
+                let bytes = at.bytes(from).to_vec();
+                self.write(node, to, &bytes);
+                if self.hold_copies {
+                    self.copies.push((node, generation));
+                } else {
+                    self.push(node, Input::CopyDone { generation, result: Ok(()) });
+                }
+            }
+            Action::Publish { slot, object } => assert!(at.index.insert(slot, object).is_none()),
+            Action::Withdraw { slot } => assert!(at.index.remove(&slot).is_some()),
+            Action::ScanPins => {
+                let pinned: HashSet<Generation> = at.pins.values().flatten().copied().collect();
+                return Some(Input::PinScan { pinned, touched: Vec::new() });
+            }
+            Action::CreateSegment { segment, len_bytes, owner } => {
+                if self.fail_segments > 0 {
+                    self.fail_segments -= 1;
+                    let why = StoreError::os("memfd_create", "no descriptor is left");
+                    self.push(node, Input::SegmentFailed { segment, why });
+                    return None;
+                }
+                at.segments.insert(segment, vec![0; span(0, len_bytes).end]);
+                at.owners.insert(segment, owner);
+                let keys = vec![(FABRIC, RemoteKey(u64::from(segment.0) + 100))];
+                self.push(node, Input::SegmentReady { segment, keys });
+            }
+            Action::CloseToWriters { segment } => {
+                at.closed.insert(segment);
+            }
+            Action::RetireSegment { segment, len_bytes } => {
+                let memory = at.segments.remove(&segment).expect("a segment");
+                assert_eq!(memory.len() as u64, len_bytes);
+            }
+            Action::Note(event) => at.events.push(event),
+            other => self.on_fabric(node, other),
+        }
+        None
+    }
+
+    fn on_fabric(&mut self, node: usize, action: Action) {
+        match action {
+            Action::Connect { address } => self.connect(node, address),
+            Action::Disconnect { link } => self.cut(node, link),
+            Action::Send { link, request, message, payload } => {
+                let at = &mut self.nodes[node];
+                at.sent.push(message.clone());
+                let bytes = payload.map(|(extent, _)| at.bytes(extent).to_vec());
+                let end = at.links.get(&link).copied();
+                if let Some((_, send)) = payload {
+                    if self.hold_sends {
+                        self.sends.push((node, send));
+                    } else {
+                        self.push(node, Input::SendDone { send });
+                    }
+                }
+                let Some((peer, link)) = end else { return };
+                let payload_len = bytes.as_ref().map_or(0, |bytes| bytes.len() as u64);
+                let input = Input::PeerMessage { link, request, message, payload_len };
+                self.queue.push_back((peer, input, bytes));
+            }
+            Action::Read { link, transfer, remote, local } => {
+                let read = Held { node, link, transfer, remote, local };
+                if self.hold_reads {
+                    self.held.push(read);
+                } else {
+                    self.finish_read(read);
+                }
+            }
+            Action::CancelRead { transfer } => {
+                let at = self.held.iter().position(|read| (read.node, read.transfer) == (node, transfer));
+                if let Some(at) = at {
+                    self.held.remove(at);
+                    let result = Err(StoreError::unavailable("the read", "it was given up"));
+                    self.push(node, Input::ReadDone { transfer, result });
+                }
+            }
+            other => panic!("{other:?} is not for the fabric"),
+        }
+    }
+
+    fn connect(&mut self, node: usize, address: String) {
+        let peer = self.nodes.iter().position(|peer| peer.address == address);
+        let Some(peer) = peer.filter(|_| !self.unreachable.contains(&address)) else {
+            let why = StoreError::unavailable(address.clone(), "nobody listens");
+            return self.push(node, Input::ConnectFailed { address, why });
+        };
+        let (ours, theirs) = (self.new_link(node), self.new_link(peer));
+        self.nodes[node].links.insert(ours, (peer, theirs));
+        self.nodes[peer].links.insert(theirs, (node, ours));
+        let from = self.nodes[node].address.clone();
+        for (at, link, address, inbound) in [(node, ours, address, false), (peer, theirs, from, true)] {
+            self.push(at, Input::LinkUp { link, fabric: FABRIC, address, inbound });
+        }
+    }
+
+    fn new_link(&mut self, node: usize) -> LinkId {
+        let at = &mut self.nodes[node];
+        at.next_link += 1;
+        LinkId(at.next_link - 1)
+    }
+
+    /// Lets a read that was held back copy what is there now.
+    pub(super) fn finish_read(&mut self, read: Held) {
+        let (peer, _) = self.nodes[read.node].links[&read.link];
+        let segment = SegmentId(u32::try_from(read.remote.key.0 - 100).expect("a key"));
+        let remote = Extent { segment, offset: read.remote.offset, len_bytes: read.remote.len_bytes };
+        let bytes = self.nodes[peer].bytes(remote).to_vec();
+        self.write(read.node, read.local, &bytes);
+        self.push(read.node, Input::ReadDone { transfer: read.transfer, result: Ok(()) });
+    }
+
+    pub(super) fn write(&mut self, node: usize, extent: Extent, bytes: &[u8]) {
+        assert_eq!(bytes.len() as u64, extent.len_bytes);
+        let range = span(extent.offset, extent.len_bytes);
+        let memory = self.nodes[node].segments.get_mut(&extent.segment).expect("a segment");
+        memory[range].copy_from_slice(bytes);
+    }
+
+    fn answered(&mut self, node: usize, client: ClientId, request: u64, answer: Answer) {
+        let before = self.nodes[node].answers.insert((client, request), answer);
+        assert!(before.is_none(), "request {request} was answered twice");
+    }
+
+    /// Delivers everything that is under way.
+    pub(super) fn settle(&mut self) {
+        let mut steps = 0;
+        while let Some((node, input, payload)) = self.queue.pop_front() {
+            steps += 1;
+            assert!(steps < 100_000, "the cluster does not come to rest: {input:?}");
+            self.feed_with(node, input, payload);
+        }
+    }
+
+    /// Moves time on, one due timer after another.
+    pub(super) fn advance(&mut self, ms: u64) {
+        let end = self.now.after_ms(ms);
+        self.settle();
+        loop {
+            let timers = self.nodes.iter().filter_map(|node| node.engine.next_timer());
+            let Some(next) = timers.min().filter(|next| *next <= end) else { break };
+            self.now = self.now.max(next);
+            for node in 0..self.nodes.len() {
+                self.feed(node, Input::Tick);
+            }
+            self.settle();
+        }
+        self.now = end;
+    }
+
+    pub(super) fn client(&mut self, node: usize, number: u32) -> ClientId {
+        let client = ClientId(number);
+        self.feed(node, Input::ClientJoined { client, trusted: false });
+        let hello = ClientMessage::Hello { version_min: PROTOCOL_MIN, version_max: PROTOCOL_MAX };
+        let answer = self.call(node, client, hello);
+        assert!(matches!(answer, Ok(ClientReply::Welcome { .. })), "{answer:?}");
+        client
+    }
+
+    pub(super) fn ask_with(
+        &mut self,
+        node: usize,
+        client: ClientId,
+        message: ClientMessage,
+        payload: &[u8],
+    ) -> u64 {
+        let request = self.nodes[node].next_request;
+        self.nodes[node].next_request += 1;
+        let payload = Bytes::copy_from_slice(payload);
+        self.feed(node, Input::ClientRequest { client, request, message, payload });
+        request
+    }
+
+    pub(super) fn ask(&mut self, node: usize, client: ClientId, message: ClientMessage) -> u64 {
+        self.ask_with(node, client, message, &[])
+    }
+
+    pub(super) fn answer(&mut self, node: usize, client: ClientId, request: u64) -> Option<Answer> {
+        self.nodes[node].answers.remove(&(client, request))
+    }
+
+    pub(super) fn call(&mut self, node: usize, client: ClientId, message: ClientMessage) -> Answer {
+        let request = self.ask(node, client, message);
+        self.settle();
+        self.answer(node, client, request).expect("an answer")
+    }
+
+    pub(super) fn put(&mut self, node: usize, client: ClientId, name: &str, bytes: &[u8]) -> ObjectId {
+        let answer = self.try_put(node, client, name, bytes, PutHints::default(), IfExists::Keep);
+        match answer {
+            Ok(ClientReply::Sealed { object, .. }) => object,
+            other => panic!("put {name}: {other:?}"),
+        }
+    }
+
+    pub(super) fn try_put(
+        &mut self,
+        node: usize,
+        client: ClientId,
+        name: &str,
+        bytes: &[u8],
+        hints: PutHints,
+        if_exists: IfExists,
+    ) -> Answer {
+        let meta = ObjectMeta::bytes(bytes.len() as u64).expect("a length");
+        let message = ClientMessage::Put { key: key(name), meta, hints, if_exists };
+        let request = self.ask_with(node, client, message, bytes);
+        self.settle();
+        self.answer(node, client, request).expect("an answer")
+    }
+
+    pub(super) fn reserve(&mut self, node: usize, client: ClientId, name: &str, len_bytes: u64) -> Answer {
+        self.reserve_with(node, client, name, len_bytes, PutHints::default())
+    }
+
+    pub(super) fn reserve_with(
+        &mut self,
+        node: usize,
+        client: ClientId,
+        name: &str,
+        len_bytes: u64,
+        hints: PutHints,
+    ) -> Answer {
+        let meta = ObjectMeta::bytes(len_bytes).expect("a length");
+        let message = ClientMessage::Reserve { key: key(name), meta, hints, if_exists: IfExists::Keep };
+        self.call(node, client, message)
+    }
+
+    pub(super) fn seal(&mut self, node: usize, client: ClientId, reservation: Generation) -> Answer {
+        let message = ClientMessage::Seal { reservation, checksum: Checksum::None };
+        self.call(node, client, message)
+    }
+
+    pub(super) fn ask_get(&mut self, node: usize, client: ClientId, name: &str, keep: bool) -> u64 {
+        let message = ClientMessage::Get { key: key(name), range: None, timeout_ms: 3_000, keep };
+        self.ask(node, client, message)
+    }
+
+    pub(super) fn get(&mut self, node: usize, client: ClientId, name: &str) -> Result<Located, StoreError> {
+        let request = self.ask_get(node, client, name, true);
+        self.settle();
+        let answer = self.answer(node, client, request).expect("an answer");
+        answer.map(|reply| match reply {
+            ClientReply::Located(located) => located,
+            other => panic!("get {name}: {other:?}"),
+        })
+    }
+
+    /// Gets, compares and unpins; says how the bytes came.
+    pub(super) fn fetch(
+        &mut self,
+        node: usize,
+        client: ClientId,
+        name: &str,
+        expected: &[u8],
+    ) -> crate::receipt::Path {
+        let located = self.get(node, client, name).expect("the object");
+        assert_eq!(self.nodes[node].bytes(located.extent), expected, "the bytes of {name}");
+        self.unpin(node, client, located.generation);
+        located.path
+    }
+
+    pub(super) fn unpin(&mut self, node: usize, client: ClientId, generation: Generation) {
+        let pins = self.nodes[node].pins.get_mut(&client).expect("pins");
+        let at = pins.iter().position(|pinned| *pinned == generation).expect("a pin");
+        pins.swap_remove(at);
+    }
+
+    pub(super) fn leave(&mut self, node: usize, client: ClientId) {
+        self.nodes[node].pins.remove(&client);
+        self.feed(node, Input::ClientLeft { client });
+        self.settle();
+    }
+
+    pub(super) fn status(&self, node: usize) -> Status {
+        self.nodes[node].engine.status()
+    }
+
+    pub(super) fn used(&self, node: usize) -> u64 {
+        self.status(node).tiers[0].used_bytes
+    }
+
+    /// Nothing is held by anyone.
+    pub(super) fn assert_drained(&mut self) {
+        self.advance(200);
+        for node in 0..self.nodes.len() {
+            let status = self.status(node);
+            assert_eq!(
+                (status.draining, status.reservations, status.leases),
+                (0, 0, 0),
+                "node {node}: draining, reservations, leases"
+            );
+            let objects = self.nodes[node].index.values();
+            let sealed: u64 = objects.map(|o| o.extent.len_bytes.max(1).div_ceil(64) * 64).sum();
+            assert_eq!(sealed, self.used(node), "node {node}: bytes in use are those of sealed objects");
+        }
+    }
+
+    pub(super) fn assert_kind<T: std::fmt::Debug>(answer: Result<T, StoreError>, kind: ErrorKind) {
+        let error = answer.expect_err("an error");
+        assert_eq!(error.kind(), kind, "{error}");
+    }
+}
