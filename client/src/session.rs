@@ -2,8 +2,9 @@
 //! replies. Invariant: a question has at most one answer; an answer that nobody waits for any more goes to the
 //! `late` hook; once the node is lost every waiting and every later caller learns it.
 //!
-//! A caller alone makes exactly one send and one receive. The receive side is a value (`Reader`): taking it from
-//! the desk is what makes a caller the leader, and it goes back when the leader has its own answer.
+//! A caller alone sends once, looks for its answer for a moment (`SPIN`), and receives once. The receive side is a
+//! value (`Reader`): taking it from the desk is what makes a caller the leader, and it goes back when the leader has
+//! its own answer.
 
 use std::borrow::Cow;
 use std::collections::HashMap;

@@ -147,7 +147,9 @@ mod tests {
 
     #[test]
     fn every_byte_and_the_length_count() {
-        let bytes: Vec<u8> = (0..3 * BLOCK_LEN + 17).map(|at| (at % 251).try_into().unwrap_or_default()).collect();
+        let bytes: Vec<u8> = (0..3 * BLOCK_LEN + 17)
+            .map(|at| (at % 251).try_into().unwrap_or_default())
+            .collect();
         let whole = of(&bytes);
         for at in [0, BLOCK_LEN - 1, BLOCK_LEN, 2 * BLOCK_LEN + 5, bytes.len() - 1] {
             let mut changed = bytes.clone();

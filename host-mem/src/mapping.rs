@@ -200,6 +200,21 @@ impl Mapping {
         let _ = unsafe { madvise(self.base().cast(), self.len, Advice::LinuxHugepage) };
     }
 
+    /// Puts untouched anonymous memory, readable as zeros, in the file's place.
+    pub(crate) fn replace_by_zeros(&self) -> Result<(), StoreError> {
+        // SAFETY: these addresses belong to `self` until `drop`, and stay mapped and readable. That their bytes
+        // change is what every mapping in this crate allows at any time.
+        let replaced = unsafe {
+            rustix::mm::mmap_anonymous(
+                self.base().cast(),
+                self.len,
+                ProtFlags::READ,
+                MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED,
+            )
+        };
+        replaced.map(|_| ()).map_err(|errno| os::error("release a retired segment", errno))
+    }
+
     /// Maps pages that exist already into this process, so that the first access does not fault. Best effort.
     pub(crate) fn prefault(&self, access: Access) {
         let advice = match access {

@@ -333,3 +333,14 @@ fn files_are_mapped_and_what_is_no_file_is_refused() {
         );
     }
 }
+
+#[test]
+fn a_released_view_lets_go_of_the_memory_and_reads_zeros() {
+    let segment = segment(SegmentOwner::Node);
+    segment.write(0, &[7; 64]).expect("inside");
+    let view = ReadMapping::map(again(&segment), LEN).expect("mapped");
+    assert_eq!(view.bytes(0, 64), Some(&[7; 64][..]));
+    view.release().expect("released");
+    assert_eq!(view.bytes(0, 64), Some(&[0; 64][..]));
+    assert_eq!(segment.read(0, 64).expect("inside"), [7; 64], "the node's memory is as it was");
+}

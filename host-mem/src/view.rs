@@ -51,6 +51,15 @@ impl ReadMapping {
         // SAFETY: inside the mapping, which lives as long as `self`; unchanging as the documentation says.
         Some(unsafe { std::slice::from_raw_parts(start, len) })
     }
+
+    /// Lets go of the memory of a segment that its node has retired, so that the node's own release frees it. The
+    /// addresses stay this mapping's and read as zeros from now on: nothing in the segment can be pinned any more.
+    ///
+    /// # Errors
+    /// [`hetmem_core::ErrorKind::Os`] if the system refuses; the memory is then held until this is dropped.
+    pub fn release(&self) -> Result<(), StoreError> {
+        self.mapping.replace_by_zeros()
+    }
 }
 
 /// A client's writable view of a segment that was granted to it.

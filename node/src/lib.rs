@@ -12,6 +12,7 @@ mod memory;
 mod node;
 mod outbox;
 mod peers;
+mod reactor;
 mod segments;
 
 pub use config::{Config, FabricChoice, KEYS};

@@ -16,12 +16,12 @@ use hetmem_host_mem::{IndexWriter, Reserve, Session, socket};
 use hetmem_transport::{Access, Fabric, FabricSink, TcpConfig, TcpFabric};
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::clients::Reactor;
 use crate::config::{Config, FabricChoice};
 use crate::driver::Driver;
 use crate::inprocess::InProcess;
 use crate::memory::GenerationsRegion;
 use crate::peers::{Sink, TCP};
+use crate::reactor::Reactor;
 use crate::segments::{Job, Maker};
 
 /// The number under which the index is registered with fabrics; segments of objects count from 1.

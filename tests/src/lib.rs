@@ -1,1 +1,5 @@
-//! Placeholder.
+//! What several test programs share: nodes as processes (`daemon`) and objects whose bytes tell who they are
+//! (`content`). Not tests. Invariant: nothing in here asserts how fast anything is.
+
+pub mod content;
+pub mod daemon;

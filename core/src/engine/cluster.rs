@@ -149,7 +149,10 @@ impl Engine {
         }
         match (known, message) {
             (Some(node), PeerMessage::Hello { member, .. }) if member.node != node => {
-                let why = format!("a second HELLO says {:?}, the first one named another node", member.name);
+                let why = format!(
+                    "a second HELLO says {:?}, the first one named another node",
+                    member.name
+                );
                 self.peer_refused(link, &StoreError::protocol(why));
             }
             (

@@ -233,8 +233,7 @@ impl Engine {
             // `welcome` goes on when the link is up.
             fetch.stage = Stage::Dialling { node: holder.node };
             self.hints.remember(&fetch.key, holder.node);
-            self.timers
-                .set(self.now.after_ms(DIAL_MS), Timer::Retry(id));
+            self.timers.set(self.now.after_ms(DIAL_MS), Timer::Retry(id));
             return self.dial(&holder.address);
         }
         fetch.tried.clear();

@@ -113,14 +113,7 @@ impl Engine {
         }
         let holders = self.live_holders(&key, asker);
         if holders.is_empty() {
-            return self.ask_everyone(
-                key,
-                AskFor::Get {
-                    link,
-                    request,
-                    asker,
-                },
-            );
+            return self.ask_everyone(key, AskFor::Get { link, request, asker });
         }
         self.answer_peer(link, request, PeerMessage::Located { holders });
     }
@@ -133,7 +126,11 @@ impl Engine {
         let holders = directory.holders(key).filter(|(node, _)| *node != except);
         let holder = |(node, _)| {
             let own = &self.config.member;
-            let member = if node == own.node { own } else { &self.peers.get(&node)?.member };
+            let member = if node == own.node {
+                own
+            } else {
+                &self.peers.get(&node)?.member
+            };
             Some(Holder {
                 node,
                 address: member.address.clone(),

@@ -215,7 +215,14 @@ impl Engine {
             .set(now.after_ms(self.config.heartbeat_ms), Timer::Heartbeat);
     }
 
-    pub(super) fn hello(&mut self, link: LinkId, member: Member, version_min: u16, version_max: u16, join: bool) {
+    pub(super) fn hello(
+        &mut self,
+        link: LinkId,
+        member: Member,
+        version_min: u16,
+        version_max: u16,
+        join: bool,
+    ) {
         let refusal = if let Err(error) = negotiate(version_min, version_max) {
             Some(error)
         } else if member.node == self.config.member.node {

@@ -573,7 +573,13 @@ impl Engine {
         if let Some(directory) = &mut self.directory {
             let verdict = directory.announce(self.config.member.node, &announced, true);
             let refused = (verdict == Verdict::Refused).then_some(announced.key);
-            return self.exclusive_answer(client, request, generation, checksum, refused.into_iter().collect());
+            return self.exclusive_answer(
+                client,
+                request,
+                generation,
+                checksum,
+                refused.into_iter().collect(),
+            );
         }
         let Some(link) = self.directory_link else {
             let why = format!(
@@ -581,7 +587,11 @@ impl Engine {
                 announced.key
             );
             self.free_object(generation);
-            return self.reply(client, request, Err(StoreError::unavailable("the directory", why)));
+            return self.reply(
+                client,
+                request,
+                Err(StoreError::unavailable("the directory", why)),
+            );
         };
         let pending = Pending::Exclusive {
             client,

@@ -182,7 +182,10 @@ impl Engine {
     }
 
     fn end_lease(&mut self, lease: LeaseId) {
-        let Some(Lease { generation, until, .. }) = self.leases.remove(&lease) else {
+        let Some(Lease {
+            generation, until, ..
+        }) = self.leases.remove(&lease)
+        else {
             return;
         };
         self.timers.unset(until, Timer::Lease(lease));

@@ -130,7 +130,11 @@ impl Engine {
         if let Some(extent) = self.space.allocate(owner, len_bytes) {
             return Outcome::Found(extent);
         }
-        let growth = if request.may_grow { self.space.grow(owner, len_bytes) } else { Growth::None };
+        let growth = if request.may_grow {
+            self.space.grow(owner, len_bytes)
+        } else {
+            Growth::None
+        };
         match growth {
             Growth::Create {
                 retire,
@@ -192,7 +196,9 @@ impl Engine {
             return false;
         }
         self.evict_where(len_bytes, |object, space| {
-            space.owner(object.extent.segment).is_some_and(|of| of == owner || of == Owner::Node)
+            space
+                .owner(object.extent.segment)
+                .is_some_and(|of| of == owner || of == Owner::Node)
         })
     }
 
@@ -403,11 +409,7 @@ impl Engine {
             .objects
             .draining()
             .filter(|generation| !pinned.contains(generation))
-            .filter(|generation| {
-                self.objects
-                    .get(*generation)
-                    .is_some_and(Object::only_pins_hold)
-            })
+            .filter(|generation| self.objects.get(*generation).is_some_and(Object::only_pins_hold))
             .collect();
         for generation in &free {
             self.free_object(*generation);

@@ -185,17 +185,7 @@ impl Shared {
             match seat {
                 Seat::Leader => {
                     let wait = |news: bool| self.epoll.wait(Some(if news { Duration::ZERO } else { left }));
-                    let spin: u64 = std::env::var("SPIN").map_or(0, |v| v.parse().unwrap_or(0));
-                    let start = Instant::now();
-                    let mut event = None;
-                    while start.elapsed() < Duration::from_micros(spin) {
-                        event = self.epoll.wait(Some(Duration::ZERO));
-                        if event.is_some() { break; }
-                        std::hint::spin_loop();
-                    }
-                    if event.is_none() {
-                    event = self.seats.lead(seen, wait);
-                    }
+                    let event = self.seats.lead(seen, wait);
                     self.seats.leave(&seat, false);
                     if let Some((id, flags)) = event {
                         self.handle(id, flags);

@@ -16,8 +16,8 @@ use crate::tier::{
     TransferId,
 };
 use crate::wire::{
-    ClientMessage, ClientReply, IfExists, Located, Member, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage,
-    PutHints, Status,
+    ClientMessage, ClientReply, IfExists, Located, Member, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage, PutHints,
+    Status,
 };
 use crate::{Checksum, ObjectId};
 
@@ -153,6 +153,15 @@ impl Node {
     }
 }
 
+fn lost() -> StoreError {
+    StoreError::PeerLost {
+        operation: "read".into(),
+        subject: "a link".to_owned(),
+        peer: "a node".to_owned(),
+        why: "it was cut".into(),
+    }
+}
+
 fn span(offset: u64, len_bytes: u64) -> std::ops::Range<usize> {
     let start = usize::try_from(offset).expect("an offset");
     start..start + usize::try_from(len_bytes).expect("a length")
@@ -203,14 +212,20 @@ impl World {
         for read in std::mem::take(&mut self.held) {
             let ends = (read.node, read.link);
             if ends == (node, link) || ends == (peer, theirs) {
-                let why = StoreError::unavailable("the link", "it was cut");
-                self.push(read.node, Input::ReadDone { transfer: read.transfer, result: Err(why) });
+                let why = lost();
+                self.push(
+                    read.node,
+                    Input::ReadDone {
+                        transfer: read.transfer,
+                        result: Err(why),
+                    },
+                );
             } else {
                 self.held.push(read);
             }
         }
         for (at, link) in [(node, link), (peer, theirs)] {
-            let why = StoreError::unavailable("the link", "it was cut");
+            let why = lost();
             self.push(at, Input::LinkDown { link, why });
         }
     }
@@ -236,7 +251,13 @@ impl World {
                 if let Action::Land { request, extent } = action {
                     let bytes = payload.take().expect("a payload to land, once");
                     self.write(node, extent, &bytes);
-                    self.push(node, Input::Landed { request, result: Ok(()) });
+                    self.push(
+                        node,
+                        Input::Landed {
+                            request,
+                            result: Ok(()),
+                        },
+                    );
                 } else if let Some(next) = self.act(node, action) {
                     inputs.push_front(next);
                 }
@@ -247,11 +268,20 @@ impl World {
     fn act(&mut self, node: usize, action: Action) -> Option<Input> {
         let at = &mut self.nodes[node];
         match action {
-            Action::Reply { client, request, reply, attachment } => {
+            Action::Reply {
+                client,
+                request,
+                reply,
+                attachment,
+            } => {
                 at.attachments.extend(attachment);
                 self.answered(node, client, request, reply);
             }
-            Action::PinAndReply { client, request, mut located } => {
+            Action::PinAndReply {
+                client,
+                request,
+                mut located,
+            } => {
                 let pins = at.pins.entry(client).or_default();
                 located.pin = u32::try_from(pins.len()).expect("few pins");
                 pins.push(located.generation);
@@ -265,16 +295,29 @@ impl World {
                 if self.hold_copies {
                     self.copies.push((node, generation));
                 } else {
-                    self.push(node, Input::CopyDone { generation, result: Ok(()) });
+                    self.push(
+                        node,
+                        Input::CopyDone {
+                            generation,
+                            result: Ok(()),
+                        },
+                    );
                 }
             }
             Action::Publish { slot, object } => assert!(at.index.insert(slot, object).is_none()),
             Action::Withdraw { slot } => assert!(at.index.remove(&slot).is_some()),
             Action::ScanPins => {
                 let pinned: HashSet<Generation> = at.pins.values().flatten().copied().collect();
-                return Some(Input::PinScan { pinned, touched: Vec::new() });
+                return Some(Input::PinScan {
+                    pinned,
+                    touched: Vec::new(),
+                });
             }
-            Action::CreateSegment { segment, len_bytes, owner } => {
+            Action::CreateSegment {
+                segment,
+                len_bytes,
+                owner,
+            } => {
                 if self.fail_segments > 0 {
                     self.fail_segments -= 1;
                     let why = StoreError::os("memfd_create", "no descriptor is left");
@@ -303,7 +346,12 @@ impl World {
         match action {
             Action::Connect { address } => self.connect(node, address),
             Action::Disconnect { link } => self.cut(node, link),
-            Action::Send { link, request, message, payload } => {
+            Action::Send {
+                link,
+                request,
+                message,
+                payload,
+            } => {
                 let at = &mut self.nodes[node];
                 at.sent.push(message.clone());
                 let bytes = payload.map(|(extent, _)| at.bytes(extent).to_vec());
@@ -317,11 +365,27 @@ impl World {
                 }
                 let Some((peer, link)) = end else { return };
                 let payload_len = bytes.as_ref().map_or(0, |bytes| bytes.len() as u64);
-                let input = Input::PeerMessage { link, request, message, payload_len };
+                let input = Input::PeerMessage {
+                    link,
+                    request,
+                    message,
+                    payload_len,
+                };
                 self.queue.push_back((peer, input, bytes));
             }
-            Action::Read { link, transfer, remote, local } => {
-                let read = Held { node, link, transfer, remote, local };
+            Action::Read {
+                link,
+                transfer,
+                remote,
+                local,
+            } => {
+                let read = Held {
+                    node,
+                    link,
+                    transfer,
+                    remote,
+                    local,
+                };
                 if self.hold_reads {
                     self.held.push(read);
                 } else {
@@ -329,7 +393,10 @@ impl World {
                 }
             }
             Action::CancelRead { transfer } => {
-                let at = self.held.iter().position(|read| (read.node, read.transfer) == (node, transfer));
+                let at = self
+                    .held
+                    .iter()
+                    .position(|read| (read.node, read.transfer) == (node, transfer));
                 if let Some(at) = at {
                     self.held.remove(at);
                     let result = Err(StoreError::unavailable("the read", "it was given up"));
@@ -351,7 +418,15 @@ impl World {
         self.nodes[peer].links.insert(theirs, (node, ours));
         let from = self.nodes[node].address.clone();
         for (at, link, address, inbound) in [(node, ours, address, false), (peer, theirs, from, true)] {
-            self.push(at, Input::LinkUp { link, fabric: FABRIC, address, inbound });
+            self.push(
+                at,
+                Input::LinkUp {
+                    link,
+                    fabric: FABRIC,
+                    address,
+                    inbound,
+                },
+            );
         }
     }
 
@@ -365,16 +440,29 @@ impl World {
     pub(super) fn finish_read(&mut self, read: Held) {
         let (peer, _) = self.nodes[read.node].links[&read.link];
         let segment = SegmentId(u32::try_from(read.remote.key.0 - 100).expect("a key"));
-        let remote = Extent { segment, offset: read.remote.offset, len_bytes: read.remote.len_bytes };
+        let remote = Extent {
+            segment,
+            offset: read.remote.offset,
+            len_bytes: read.remote.len_bytes,
+        };
         let bytes = self.nodes[peer].bytes(remote).to_vec();
         self.write(read.node, read.local, &bytes);
-        self.push(read.node, Input::ReadDone { transfer: read.transfer, result: Ok(()) });
+        self.push(
+            read.node,
+            Input::ReadDone {
+                transfer: read.transfer,
+                result: Ok(()),
+            },
+        );
     }
 
     pub(super) fn write(&mut self, node: usize, extent: Extent, bytes: &[u8]) {
         assert_eq!(bytes.len() as u64, extent.len_bytes);
         let range = span(extent.offset, extent.len_bytes);
-        let memory = self.nodes[node].segments.get_mut(&extent.segment).expect("a segment");
+        let memory = self.nodes[node]
+            .segments
+            .get_mut(&extent.segment)
+            .expect("a segment");
         memory[range].copy_from_slice(bytes);
     }
 
@@ -399,7 +487,9 @@ impl World {
         self.settle();
         loop {
             let timers = self.nodes.iter().filter_map(|node| node.engine.next_timer());
-            let Some(next) = timers.min().filter(|next| *next <= end) else { break };
+            let Some(next) = timers.min().filter(|next| *next <= end) else {
+                break;
+            };
             self.now = self.now.max(next);
             for node in 0..self.nodes.len() {
                 self.feed(node, Input::Tick);
@@ -411,8 +501,17 @@ impl World {
 
     pub(super) fn client(&mut self, node: usize, number: u32) -> ClientId {
         let client = ClientId(number);
-        self.feed(node, Input::ClientJoined { client, trusted: false });
-        let hello = ClientMessage::Hello { version_min: PROTOCOL_MIN, version_max: PROTOCOL_MAX };
+        self.feed(
+            node,
+            Input::ClientJoined {
+                client,
+                trusted: false,
+            },
+        );
+        let hello = ClientMessage::Hello {
+            version_min: PROTOCOL_MIN,
+            version_max: PROTOCOL_MAX,
+        };
         let answer = self.call(node, client, hello);
         assert!(matches!(answer, Ok(ClientReply::Welcome { .. })), "{answer:?}");
         client
@@ -428,7 +527,15 @@ impl World {
         let request = self.nodes[node].next_request;
         self.nodes[node].next_request += 1;
         let payload = Bytes::copy_from_slice(payload);
-        self.feed(node, Input::ClientRequest { client, request, message, payload });
+        self.feed(
+            node,
+            Input::ClientRequest {
+                client,
+                request,
+                message,
+                payload,
+            },
+        );
         request
     }
 
@@ -464,7 +571,12 @@ impl World {
         if_exists: IfExists,
     ) -> Answer {
         let meta = ObjectMeta::bytes(bytes.len() as u64).expect("a length");
-        let message = ClientMessage::Put { key: key(name), meta, hints, if_exists };
+        let message = ClientMessage::Put {
+            key: key(name),
+            meta,
+            hints,
+            if_exists,
+        };
         let request = self.ask_with(node, client, message, bytes);
         self.settle();
         self.answer(node, client, request).expect("an answer")
@@ -483,17 +595,30 @@ impl World {
         hints: PutHints,
     ) -> Answer {
         let meta = ObjectMeta::bytes(len_bytes).expect("a length");
-        let message = ClientMessage::Reserve { key: key(name), meta, hints, if_exists: IfExists::Keep };
+        let message = ClientMessage::Reserve {
+            key: key(name),
+            meta,
+            hints,
+            if_exists: IfExists::Keep,
+        };
         self.call(node, client, message)
     }
 
     pub(super) fn seal(&mut self, node: usize, client: ClientId, reservation: Generation) -> Answer {
-        let message = ClientMessage::Seal { reservation, checksum: Checksum::None };
+        let message = ClientMessage::Seal {
+            reservation,
+            checksum: Checksum::None,
+        };
         self.call(node, client, message)
     }
 
     pub(super) fn ask_get(&mut self, node: usize, client: ClientId, name: &str, keep: bool) -> u64 {
-        let message = ClientMessage::Get { key: key(name), range: None, timeout_ms: 3_000, keep };
+        let message = ClientMessage::Get {
+            key: key(name),
+            range: None,
+            timeout_ms: 3_000,
+            keep,
+        };
         self.ask(node, client, message)
     }
 
@@ -516,14 +641,21 @@ impl World {
         expected: &[u8],
     ) -> crate::receipt::Path {
         let located = self.get(node, client, name).expect("the object");
-        assert_eq!(self.nodes[node].bytes(located.extent), expected, "the bytes of {name}");
+        assert_eq!(
+            self.nodes[node].bytes(located.extent),
+            expected,
+            "the bytes of {name}"
+        );
         self.unpin(node, client, located.generation);
         located.path
     }
 
     pub(super) fn unpin(&mut self, node: usize, client: ClientId, generation: Generation) {
         let pins = self.nodes[node].pins.get_mut(&client).expect("pins");
-        let at = pins.iter().position(|pinned| *pinned == generation).expect("a pin");
+        let at = pins
+            .iter()
+            .position(|pinned| *pinned == generation)
+            .expect("a pin");
         pins.swap_remove(at);
     }
 
@@ -553,7 +685,11 @@ impl World {
             );
             let objects = self.nodes[node].index.values();
             let sealed: u64 = objects.map(|o| o.extent.len_bytes.max(1).div_ceil(64) * 64).sum();
-            assert_eq!(sealed, self.used(node), "node {node}: bytes in use are those of sealed objects");
+            assert_eq!(
+                sealed,
+                self.used(node),
+                "node {node}: bytes in use are those of sealed objects"
+            );
         }
     }
 
