@@ -7,7 +7,7 @@ use hetmem_core::wire::{ClientMessage, ClientReply};
 use hetmem_host_mem::Answer;
 
 use crate::session::LateHook;
-use crate::store::Shared;
+use crate::shared::Shared;
 
 /// The hook for a store's session. Weak: the session is part of the store.
 pub(crate) fn hook(shared: Weak<Shared>) -> LateHook {

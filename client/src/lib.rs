@@ -24,6 +24,7 @@ mod options;
 mod reservation;
 mod segments;
 mod session;
+mod shared;
 mod store;
 
 pub use hetmem_core::receipt::Path;

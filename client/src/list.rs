@@ -6,7 +6,7 @@ use std::sync::Arc;
 use hetmem_core::wire::Listed;
 use hetmem_core::{Key, StoreError};
 
-use crate::store::Shared;
+use crate::shared::Shared;
 
 /// Objects whose keys start with a prefix, in order of keys. Ends after the first error.
 #[derive(Debug)]

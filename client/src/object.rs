@@ -6,48 +6,67 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use hetmem_core::receipt::Path;
-use hetmem_core::wire::Range;
-use hetmem_core::{Extent, Generation, Key, ObjectId, ObjectMeta, StoreError};
+use hetmem_core::wire::{Located, Range};
+use hetmem_core::{Extent, Generation, Key, ObjectId, ObjectMeta, StoreError, Tier};
+use hetmem_host_mem::{IndexEntry, Pinned};
 
-use crate::store::Shared;
+use crate::shared::Shared;
 
 /// The bytes of an object, or of a part of it, where they are. Dropping it lets go of them: one store to memory.
 #[must_use = "an object holds its memory until it is dropped"]
 pub struct Object {
     shared: Arc<Shared>,
     key: Key,
-    located: Located,
-}
-
-/// Where a pinned object is.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Located {
-    pub(crate) object: ObjectId,
-    /// Of the whole object.
-    pub(crate) meta: ObjectMeta,
-    /// The bytes wanted.
-    pub(crate) extent: Extent,
-    pub(crate) generation: Generation,
-    pub(crate) pin: u32,
-    pub(crate) path: Path,
+    /// What the index says, but that the extent may be a part of the object's.
+    entry: IndexEntry,
+    pin: u32,
+    path: Path,
 }
 
 impl Object {
-    /// Takes over a pin; from here on dropping the object gives it back. The caller makes sure that the segment is
-    /// mapped before the object is handed out.
-    pub(crate) fn new(shared: Arc<Shared>, key: Key, located: Located) -> Self {
-        Self { shared, key, located }
+    /// Takes over a pin of the index; from here on dropping the object gives it back. The segment must be mapped
+    /// before the object is handed out.
+    #[inline]
+    pub(crate) fn local(shared: &Arc<Shared>, key: &Key, pinned: &Pinned) -> Self {
+        Self {
+            shared: Arc::clone(shared),
+            key: key.clone(),
+            entry: pinned.entry,
+            pin: pinned.pin,
+            path: Path::Local,
+        }
+    }
+
+    /// The same with a pin that the node has made.
+    pub(crate) fn located(shared: &Arc<Shared>, key: &Key, located: &Located) -> Self {
+        Self {
+            shared: Arc::clone(shared),
+            key: key.clone(),
+            entry: IndexEntry {
+                object: located.object,
+                meta: located.meta,
+                generation: located.generation,
+                extent: located.extent,
+                tier: located.tier,
+            },
+            pin: located.pin,
+            path: located.path,
+        }
     }
 
     pub(crate) fn extent(&self) -> &Extent {
-        &self.located.extent
+        &self.entry.extent
+    }
+
+    pub(crate) fn tier(&self) -> Tier {
+        self.entry.tier
     }
 
     /// Keeps only a part of the bytes.
     pub(crate) fn narrow(&mut self, range: Option<Range>) -> Result<(), StoreError> {
         if let Some(range) = range {
-            range.check(&self.key, self.located.meta.len_bytes)?;
-            self.located.extent = self.located.extent.slice(range.start, range.len_bytes)?;
+            range.check(&self.key, self.entry.meta.len_bytes)?;
+            self.entry.extent = self.entry.extent.slice(range.start, range.len_bytes)?;
         }
         Ok(())
     }
@@ -61,31 +80,31 @@ impl Object {
     /// What the bytes of the whole object mean.
     #[must_use]
     pub fn meta(&self) -> &ObjectMeta {
-        &self.located.meta
+        &self.entry.meta
     }
 
     /// Which object of the key it is.
     #[must_use]
     pub fn id(&self) -> ObjectId {
-        self.located.object
+        self.entry.object
     }
 
     /// The number of this use of its memory.
     #[must_use]
     pub fn generation(&self) -> Generation {
-        self.located.generation
+        self.entry.generation
     }
 
     /// How the bytes came here for this get.
     #[must_use]
     pub fn path(&self) -> Path {
-        self.located.path
+        self.path
     }
 
     /// Whether these are all bytes of the object.
     #[must_use]
     pub fn is_whole(&self) -> bool {
-        self.located.extent.len_bytes == self.located.meta.len_bytes
+        self.entry.extent.len_bytes == self.entry.meta.len_bytes
     }
 
     /// Compares the bytes with the checksum that their producer stored. `Ok(false)` where there is nothing to
@@ -97,7 +116,7 @@ impl Object {
         if !self.is_whole() {
             return Ok(false);
         }
-        self.located.meta.checksum.verify(self.key.as_str(), self)
+        self.entry.meta.checksum.verify(self.key.as_str(), self)
     }
 }
 
@@ -105,10 +124,7 @@ impl Deref for Object {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        self.shared
-            .segments
-            .bytes(&self.located.extent)
-            .unwrap_or_default()
+        self.shared.segments.bytes(&self.entry.extent).unwrap_or_default()
     }
 }
 
@@ -120,7 +136,7 @@ impl AsRef<[u8]> for Object {
 
 impl Drop for Object {
     fn drop(&mut self) {
-        self.shared.page.unpin(self.located.pin);
+        self.shared.page.unpin(self.pin);
     }
 }
 
@@ -128,7 +144,8 @@ impl fmt::Debug for Object {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Object")
             .field("key", &self.key)
-            .field("located", &self.located)
+            .field("entry", &self.entry)
+            .field("path", &self.path)
             .finish_non_exhaustive()
     }
 }

@@ -8,7 +8,7 @@ use hetmem_core::{Checksum, Generation, Key, ObjectMeta, StoreError, checksum};
 use hetmem_host_mem::{ExtentMut, socket};
 
 use crate::options::{PutOptions, PutOutcome};
-use crate::store::{Shared, unexpected};
+use crate::shared::{Shared, unexpected};
 
 /// What a request for memory has led to.
 #[derive(Debug)]

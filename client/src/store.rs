@@ -4,22 +4,22 @@
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use hetmem_core::receipt::Path as BytesPath;
 use hetmem_core::wire::{
     self, ClientMessage, ClientReply, IfExists, Listed, PROTOCOL_MAX, PROTOCOL_MIN, Range, Status,
 };
-use hetmem_core::{Checksum, ErrorKind, Extent, Key, ObjectMeta, SegmentId, StoreError, Tier, checksum};
-use hetmem_host_mem::{Answer, ClientPage, IndexReader, Pinned, Session};
+use hetmem_core::{Checksum, ErrorKind, Extent, Key, ObjectMeta, StoreError, checksum};
+use hetmem_host_mem::{Answer, ClientPage, IndexReader, Session};
 
 use crate::late;
 use crate::list::Listing;
-use crate::object::{Located, Object};
+use crate::object::Object;
 use crate::options::{ConnectOptions, GetOptions, PutOptions, PutOutcome, Stat};
 use crate::reservation::{Place, Reservation, Reserved, check_len};
 use crate::segments::{Grants, ReadMappings};
 use crate::session::{Ticket, UnixSession};
+use crate::shared::{Link, Shared, unexpected};
 
 /// What a question may take beyond the time that the node itself gives it: the node answers that its own deadline
 /// has passed, and says why.
@@ -37,36 +37,10 @@ pub struct Store {
     shared: Arc<Shared>,
 }
 
-/// What all clones of a store share.
-pub(crate) struct Shared {
-    pub(crate) page: ClientPage,
-    pub(crate) segments: ReadMappings,
-    pub(crate) grants: Grants,
-    index: IndexReader,
-    session: Link,
-    inline_put_max: u64,
-    timeout: Duration,
-    node: String,
-}
-
-/// How questions reach the node. A Unix session can have many out at once for one thread.
-enum Link {
-    Unix(Arc<UnixSession>),
-    Other(Arc<dyn Session>),
-}
-
 impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Store")
             .field("node", &self.shared.node)
-            .finish_non_exhaustive()
-    }
-}
-
-impl fmt::Debug for Shared {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Shared")
-            .field("node", &self.node)
             .finish_non_exhaustive()
     }
 }
@@ -157,8 +131,8 @@ impl Store {
     /// than it has pins, [`ErrorKind::PeerLost`].
     #[inline]
     pub fn get(&self, key: &Key) -> Result<Object, StoreError> {
-        match self.local(key)? {
-            Some(object) => Ok(object),
+        match self.local(key) {
+            Some(found) => found,
             None => self.get_with(key, &GetOptions::default()),
         }
     }
@@ -506,17 +480,26 @@ impl Store {
         }
     }
 
-    /// The whole object, if it is on this node. Allocates nothing and takes no lock once its segment is mapped.
+    /// The whole object, if it is on this node. Allocates nothing and takes no lock once its segment is mapped; what
+    /// it costs beyond the index is to copy what the index says once.
     #[inline]
-    fn local(&self, key: &Key) -> Result<Option<Object>, StoreError> {
+    fn local(&self, key: &Key) -> Option<Result<Object, StoreError>> {
         let shared = &self.shared;
-        let Some(pinned) = shared.index.get(key, key.fingerprint(), &shared.page)? else {
-            return Ok(None);
-        };
-        let object = Object::new(Arc::clone(shared), key.clone(), located_here(&pinned));
-        // The object owns the pin from here on, so an error gives it back.
-        shared.map(object.extent(), pinned.entry.tier)?;
-        Ok(Some(object))
+        match shared.index.get(key, key.fingerprint(), &shared.page) {
+            Ok(Some(pinned)) if shared.is_mapped(&pinned.entry.extent, pinned.entry.tier) => {
+                Some(Ok(Object::local(shared, key, &pinned)))
+            }
+            Ok(Some(pinned)) => Some(self.map(Object::local(shared, key, &pinned))),
+            Ok(None) => None,
+            Err(error) => Some(Err(error)),
+        }
+    }
+
+    /// Maps an object's segment. The object owns its pin, so an error gives it back.
+    #[cold]
+    fn map(&self, object: Object) -> Result<Object, StoreError> {
+        self.shared.map(object.extent(), object.tier())?;
+        Ok(object)
     }
 
     /// The part that the options ask for, if the object is on this node.
@@ -525,7 +508,7 @@ impl Store {
             object.narrow(options.range)?;
             verified(object, options)
         };
-        self.local(key).transpose().map(|found| found.and_then(part))
+        self.local(key).map(|found| found.and_then(part))
     }
 
     /// The object that the node has located and pinned.
@@ -540,151 +523,17 @@ impl Store {
             ClientReply::Located(located) => located,
             reply => return Err(unexpected(message, &reply)),
         };
-        let tier = located.tier;
-        let located = Located {
-            object: located.object,
-            meta: located.meta,
-            extent: located.extent,
-            generation: located.generation,
-            pin: located.pin,
-            path: located.path,
-        };
-        let object = Object::new(Arc::clone(&self.shared), key.clone(), located);
+        let object = Object::located(&self.shared, key, &located);
         let wanted = options
             .range
             .map_or(located.meta.len_bytes, |range| range.len_bytes);
         if located.extent.len_bytes != wanted {
             return Err(wrong_length(key, &located.extent, wanted));
         }
-        self.shared.map(object.extent(), tier)?;
-        verified(object, options)
-    }
-}
-
-impl Shared {
-    pub(crate) fn call(
-        &self,
-        message: &ClientMessage,
-        payload: &[u8],
-        timeout: Duration,
-    ) -> Result<Answer, StoreError> {
-        self.session.as_session().call(message, payload, timeout)
-    }
-
-    /// Says something whose answer is of no interest.
-    pub(crate) fn tell(&self, message: &ClientMessage) {
-        match &self.session {
-            Link::Unix(session) => session.tell(message),
-            Link::Other(session) => {
-                let _ = session.call(message, &[], self.timeout);
-            }
+        if self.shared.is_mapped(object.extent(), object.tier()) {
+            return verified(object, options);
         }
-    }
-
-    fn ask_done(&self, message: &ClientMessage) -> Result<(), StoreError> {
-        match self.call(message, &[], self.timeout)?.reply {
-            ClientReply::Done => Ok(()),
-            reply => Err(unexpected(message, &reply)),
-        }
-    }
-
-    pub(crate) fn list_page(
-        &self,
-        prefix: &str,
-        after: Option<Key>,
-        limit: u32,
-    ) -> Result<(Vec<Listed>, bool), StoreError> {
-        let message = ClientMessage::List {
-            prefix: prefix.to_owned(),
-            after,
-            limit,
-        };
-        match self.call(&message, &[], self.timeout)?.reply {
-            ClientReply::Listed { objects, more } => Ok((objects, more)),
-            reply => Err(unexpected(&message, &reply)),
-        }
-    }
-
-    /// Makes sure that an extent can be read in place.
-    #[inline]
-    fn map(&self, extent: &Extent, tier: Tier) -> Result<(), StoreError> {
-        if tier == Tier::Host && self.segments.bytes(extent).is_some() {
-            return Ok(());
-        }
-        self.map_segment(extent, tier)
-    }
-
-    #[cold]
-    fn map_segment(&self, extent: &Extent, tier: Tier) -> Result<(), StoreError> {
-        if tier != Tier::Host {
-            return Err(StoreError::unavailable(
-                format!("an object in tier {tier}"),
-                "this client maps host memory only",
-            ));
-        }
-        if extent.len_bytes == 0 {
-            return Ok(());
-        }
-        if self.segments.get(extent.segment).is_none() {
-            self.fetch_segment(extent.segment)?;
-        }
-        match self.segments.bytes(extent) {
-            Some(_) => Ok(()),
-            None => Err(StoreError::protocol(format!(
-                "{} bytes at {} are not inside segment {}",
-                extent.len_bytes, extent.offset, extent.segment
-            ))),
-        }
-    }
-
-    fn fetch_segment(&self, segment: SegmentId) -> Result<(), StoreError> {
-        let message = ClientMessage::Segment { segment };
-        let answer = self.call(&message, &[], self.timeout)?;
-        let ClientReply::Segment { len_bytes, .. } = answer.reply else {
-            return Err(unexpected(&message, &answer.reply));
-        };
-        let Some(fd) = answer.descriptors.into_iter().next() else {
-            return Err(StoreError::protocol(format!(
-                "segment {segment} came without a descriptor (is the limit of open files reached?)"
-            )));
-        };
-        self.segments.add(segment, fd, len_bytes)
-    }
-
-    /// The memory of a reservation in a granted segment. The node learns that the segment is mapped before
-    /// anything in it can be sealed.
-    fn granted(&self, extent: &Extent, timeout: Duration) -> Result<Place, StoreError> {
-        let granted = self.grants.get(extent.segment, Instant::now() + timeout)?;
-        if granted.tell {
-            let segment = extent.segment;
-            self.ask_done(&ClientMessage::Mapped { segment })?;
-            self.grants.told(segment);
-        }
-        granted
-            .mapping
-            .extent_mut(extent.offset, extent.len_bytes)
-            .map(Place::Mapped)
-    }
-}
-
-impl Link {
-    fn as_session(&self) -> &dyn Session {
-        match self {
-            Self::Unix(session) => &**session,
-            Self::Other(session) => &**session,
-        }
-    }
-}
-
-fn located_here(pinned: &Pinned) -> Located {
-    let entry = &pinned.entry;
-    Located {
-        object: entry.object,
-        meta: entry.meta,
-        extent: entry.extent,
-        generation: entry.generation,
-        pin: pinned.pin,
-        path: BytesPath::Local,
+        verified(self.map(object)?, options)
     }
 }
 
@@ -713,22 +562,4 @@ fn wrong_length(key: &Key, extent: &Extent, wanted: u64) -> StoreError {
         "the node answered {} bytes for {key:?} where {wanted} belong",
         extent.len_bytes
     ))
-}
-
-/// The node answered something that does not belong to this question.
-pub(crate) fn unexpected(message: &ClientMessage, reply: &ClientReply) -> StoreError {
-    let reply = match reply {
-        ClientReply::Welcome { .. } => "Welcome",
-        ClientReply::Reserved { .. } => "Reserved",
-        ClientReply::Sealed { .. } => "Sealed",
-        ClientReply::Done => "Done",
-        ClientReply::Located(_) => "Located",
-        ClientReply::Segment { .. } => "Segment",
-        ClientReply::Exists => "Exists",
-        ClientReply::Stat { .. } => "Stat",
-        ClientReply::Listed { .. } => "Listed",
-        ClientReply::Deleted { .. } => "Deleted",
-        ClientReply::Status(_) => "Status",
-    };
-    StoreError::protocol(format!("the node answered {} with {reply}", message.name()))
 }

@@ -230,10 +230,15 @@ impl ClientPage {
     }
 
     /// Counts a hit and notes the slot. [`crate::IndexReader::get`] does it.
+    ///
+    /// Threads that share a lane may lose each other's counts: a locked addition would cost a tenth of a get, and
+    /// both numbers only guide.
     #[inline]
     pub fn touch(&self, slot: SlotId) {
         let lane = place().lane;
-        let hits = counter(&self.mapping, lane).fetch_add(1, Ordering::Relaxed);
+        let counter = counter(&self.mapping, lane);
+        let hits = counter.load(Ordering::Relaxed);
+        counter.store(hits.wrapping_add(1), Ordering::Relaxed);
         #[expect(clippy::cast_possible_truncation, reason = "only the low bits count")]
         let position = hits as usize % RING_LEN;
         ring(&self.mapping, lane)[position].store(u64::from(slot.0) + 1, Ordering::Relaxed);

@@ -168,9 +168,9 @@ fn owner(options: Options) -> Outcome<()> {
     let mut request = vec![0; ping(0, 0)?.as_bytes().len()];
     while stream.read_exact(&mut request).is_ok() {
         if request[0] == 0 {
-            stream.write_all(&pong)?
+            stream.write_all(&pong)?;
         } else {
-            stream.write_all(&bytes)?
+            stream.write_all(&bytes)?;
         }
     }
     Ok(())

@@ -79,7 +79,7 @@ impl HeapRegion {
         unsafe {
             bytes
                 .as_ptr()
-                .copy_to_nonoverlapping(self.base.as_ptr().add(offset), bytes.len())
+                .copy_to_nonoverlapping(self.base.as_ptr().add(offset), bytes.len());
         };
     }
 
@@ -100,7 +100,7 @@ impl HeapRegion {
             self.base
                 .as_ptr()
                 .add(offset)
-                .copy_to_nonoverlapping(bytes.as_mut_ptr(), len_bytes)
+                .copy_to_nonoverlapping(bytes.as_mut_ptr(), len_bytes);
         };
         bytes
     }

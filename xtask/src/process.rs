@@ -1,10 +1,10 @@
 //! Programs that the steps run. Not a shell. Invariant: what is run is printed before it runs.
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{self, BufRead as _, BufReader};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 
-use crate::tally::{Report, TestOutput};
+use crate::tally::{Report, Tally, TestOutput};
 
 /// Runs a program to its end with its output on this terminal. `Err` says why it did not succeed.
 pub(crate) fn run(command: &mut Command) -> Result<(), String> {
@@ -12,11 +12,7 @@ pub(crate) fn run(command: &mut Command) -> Result<(), String> {
     let status = command
         .status()
         .map_err(|error| format!("{}: {error}", words(command)))?;
-    if status.success() {
-        Ok(())
-    } else {
-        Err(format!("`{}` ended with {status}", words(command)))
-    }
+    ended(command, status)
 }
 
 /// Whether a program can be started and succeeds, without a word on the terminal.
@@ -31,39 +27,63 @@ pub(crate) fn succeeds(command: &mut Command) -> bool {
 
 /// Runs `cargo test ... -- --show-output` and counts its tests. At least one must have run.
 pub(crate) fn run_tests(command: &mut Command) -> Report {
-    println!("$ {}", words(command));
-    let mut child = match command.stdout(Stdio::piped()).spawn() {
-        Ok(child) => child,
-        Err(error) => return Report::failed(format!("{}: {error}", words(command))),
-    };
     let mut output = TestOutput::default();
-    let lines = child.stdout.take().map(BufReader::new);
-    for line in lines
-        .into_iter()
-        .flat_map(|lines| lines.split(b'\n'))
-        .map_while(Result::ok)
-    {
-        let line = String::from_utf8_lossy(&line);
-        if output.line(&line) {
+    let succeeded = for_each_line(command, |line| {
+        if output.line(line) {
             println!("{line}");
         }
-    }
-    let succeeded = child.wait().is_ok_and(|status| status.success());
+    });
+    counted(output.tally(), succeeded)
+}
+
+/// Runs a program whose last line is its own count, which is taken over instead of printed.
+pub(crate) fn run_counting(command: &mut Command) -> Report {
+    let mut tally = Tally::default();
+    let succeeded = for_each_line(command, |line| match Tally::parse(line) {
+        Some(count) => tally += count,
+        None => println!("{line}"),
+    });
+    counted(tally, succeeded)
+}
+
+/// A report of tests; something is wrong too if a program failed without a failed test, or if there were no tests.
+fn counted(tally: Tally, succeeded: Result<(), String>) -> Report {
     let mut report = Report {
-        tally: output.tally(),
-        note: output.tally().to_string(),
+        tally,
+        note: tally.to_string(),
     };
-    let ran = report.tally.passed + report.tally.failed + report.tally.skipped;
-    if !succeeded && report.tally.failed == 0 {
-        report.tally.failed = 1;
-        report
-            .note
-            .push_str("; a test program did not build or did not end well");
-    } else if ran == 0 {
-        report.tally.failed = 1;
-        report.note.push_str("; no test was found");
+    match succeeded {
+        Err(why) if tally.failed == 0 => {
+            report.tally.failed = 1;
+            report.note = format!("{why}; of the tests that ran, {tally}");
+        }
+        Ok(()) if tally == Tally::default() => return Report::failed("no test was found"),
+        _ => {}
     }
     report
+}
+
+/// Runs a program to its end and takes its standard output line by line. `Err` says why it did not succeed.
+fn for_each_line(command: &mut Command, mut take: impl FnMut(&str)) -> Result<(), String> {
+    println!("$ {}", words(command));
+    command.stdout(Stdio::piped());
+    let spawned = command.spawn();
+    let failed = |error: io::Error| format!("`{}`: {error}", words(command));
+    let mut child = spawned.map_err(failed)?;
+    let lines = child.stdout.take().map(BufReader::new);
+    // Programs may write bytes that are not UTF-8; a line of them is still a line.
+    for line in lines.into_iter().flat_map(|lines| lines.split(b'\n')) {
+        take(&String::from_utf8_lossy(&line.map_err(failed)?));
+    }
+    ended(command, child.wait().map_err(failed)?)
+}
+
+fn ended(command: &Command, status: ExitStatus) -> Result<(), String> {
+    if status.success() {
+        Ok(())
+    } else {
+        Err(format!("`{}` ended with {status}", words(command)))
+    }
 }
 
 fn words(command: &Command) -> String {

@@ -1,18 +1,19 @@
 //! The steps of `cargo xtask test`, in their order. Not how programs are run (`process`) or counted (`tally`).
 //! Invariant: a step that cannot run here says why and what would let it; no step needs another to have run.
 
+use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::Command;
 
-use crate::process::{run, run_tests, succeeds};
+use crate::process::{run, run_counting, run_tests, succeeds};
 use crate::python;
 use crate::tally::Report;
 use crate::workspace::Workspace;
 
 /// Seeds of the simulation in one test run.
 const SIMULATION_SEEDS: u64 = 2000;
-/// The state dict that the end-to-end step moves.
-const DEMO_SIZE: &str = "64MiB";
+/// The state dict that the end-to-end step moves, in bytes: 64 MiB.
+const DEMO_SIZE: &str = "67108864";
 
 /// One step.
 #[derive(Clone, Copy, Debug)]
@@ -91,7 +92,12 @@ pub(crate) fn simulate(workspace: &Workspace, count: u64, from: u64) -> Result<b
 
 fn fmt(workspace: &Workspace) -> Report {
     with_component(workspace, "fmt", "rustfmt", || {
-        report(run(&mut workspace.cargo(["fmt", "--all", "--check"])))
+        let mut command = workspace.cargo(["fmt", "--all", "--check"]);
+        if !std::io::stdout().is_terminal() {
+            // rustfmt colours its differences even into a file.
+            command.args(["--", "--color", "never"]);
+        }
+        report(run(&mut command))
     })
 }
 
@@ -152,12 +158,14 @@ fn safetensors(workspace: &Workspace) -> Report {
     if !script.exists() {
         return Report::skipped("tests/safetensors_interop.py is not there");
     }
-    let interpreter = match python::with_packages(&workspace.target, &["safetensors", "numpy"]) {
+    let interpreter = match python::with_packages(&workspace.target, &["safetensors", "numpy", "ml_dtypes"]) {
         Ok(interpreter) => interpreter,
         Err(why) => return Report::skipped(why),
     };
-    let interop = |binary| run(Command::new(interpreter).arg(script).arg(binary));
-    report(release_binary(workspace).and_then(interop))
+    match release_binary(workspace) {
+        Ok(binary) => run_counting(Command::new(interpreter).arg(script).arg(binary)),
+        Err(why) => Report::failed(why),
+    }
 }
 
 /// Builds the command-line tool as users run it. Returns its path.

@@ -12,6 +12,20 @@ pub(crate) struct Tally {
     pub(crate) skipped: usize,
 }
 
+impl Tally {
+    /// Reads `N passed, N failed` with or without `, N skipped`, alone on its line.
+    pub(crate) fn parse(line: &str) -> Option<Self> {
+        let mut tally = Self::default();
+        let mut parts = line.trim().split(", ");
+        tally.passed = parts.next()?.strip_suffix(" passed")?.parse().ok()?;
+        tally.failed = parts.next()?.strip_suffix(" failed")?.parse().ok()?;
+        if let Some(skipped) = parts.next() {
+            tally.skipped = skipped.strip_suffix(" skipped")?.parse().ok()?;
+        }
+        parts.next().is_none().then_some(tally)
+    }
+}
+
 impl AddAssign for Tally {
     fn add_assign(&mut self, other: Self) {
         self.passed += other.passed;
@@ -185,6 +199,23 @@ test result: of another kind
         }
         assert_eq!(output.tally(), tally(12, 1, 4));
         assert_eq!(output.tally().to_string(), "12 passed, 1 failed, 4 skipped");
+    }
+
+    #[test]
+    fn a_count_is_read_back() {
+        for count in [tally(0, 0, 0), tally(12, 3, 4)] {
+            assert_eq!(Tally::parse(&count.to_string()), Some(count));
+        }
+        assert_eq!(Tally::parse("2 passed, 1 failed"), Some(tally(2, 1, 0)));
+        for other in [
+            "",
+            "2 passed",
+            "x passed, 1 failed",
+            "1 passed, 1 failed, 1 skipped, 1 lost",
+            "loom: 1 passed, 0 failed",
+        ] {
+            assert_eq!(Tally::parse(other), None, "{other:?}");
+        }
     }
 
     #[test]

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use hetmem_core::StoreError;
-use hetmem_core::wire::{HEADER_LEN, PROTOCOL_MAX, PROTOCOL_MIN, negotiate};
+use hetmem_core::wire::{HEADER_LEN, negotiate};
 use parking_lot::Mutex;
 use rustix::event::epoll::EventFlags;
 
-use super::link::Link;
+use super::link::{Link, Opening};
 use super::serve::ServeStream;
 use super::shared::{Conn, Shared};
 use super::sys::{Got, Socket};
@@ -112,7 +112,7 @@ impl Inbound {
             }
             if let Some((message, len)) = FabricMessage::parse(bytes)? {
                 let rest = bytes.split_off(len);
-                *state = State::Became(self.become_what(shared, message, rest)?);
+                *state = State::Became(self.become_what(shared, &message, &rest)?);
                 return Ok(());
             }
         }
@@ -121,18 +121,24 @@ impl Inbound {
     fn become_what(
         &self,
         shared: &Arc<Shared>,
-        message: FabricMessage,
-        rest: Vec<u8>,
+        message: &FabricMessage,
+        rest: &[u8],
     ) -> Result<Conn, StoreError> {
-        let conn = match message {
+        let conn = match *message {
             FabricMessage::Open {
                 version_min,
                 version_max,
                 listen_port,
                 token,
             } => {
-                let opened = Self::check_versions(version_min, version_max)
-                    .and_then(|()| Link::accepted(shared, &self.socket, listen_port, token, rest));
+                let opened = negotiate(version_min, version_max).and_then(|version| {
+                    let opened = Opening {
+                        version,
+                        listen_port,
+                        token,
+                    };
+                    Link::accepted(shared, &self.socket, opened, rest)
+                });
                 match opened {
                     Ok(link) => Conn::Link(link),
                     Err(error) => {
@@ -141,7 +147,7 @@ impl Inbound {
                     }
                 }
             }
-            FabricMessage::Stream { token } => Conn::Serve(self.stream(shared, token, &rest)?),
+            FabricMessage::Stream { token } => Conn::Serve(self.stream(shared, token, rest)?),
             FabricMessage::Opened { .. } | FabricMessage::Refused { .. } => {
                 return Err(StoreError::protocol("a connection begins with an answer"));
             }
@@ -150,12 +156,6 @@ impl Inbound {
         shared.insert(self.socket.id, conn.clone());
         shared.inbound_is_over();
         Ok(conn)
-    }
-
-    fn check_versions(version_min: u16, version_max: u16) -> Result<(), StoreError> {
-        negotiate(version_min, version_max).map(|version| {
-            debug_assert!((PROTOCOL_MIN..=PROTOCOL_MAX).contains(&version));
-        })
     }
 
     fn stream(

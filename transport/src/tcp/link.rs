@@ -1,5 +1,5 @@
-//! A control stream: connecting, the handshake, frames both ways, and the end of it all. Reads are in `reads`, their
-//! data streams in `stream` and `serve`. Invariant: of one link the sink hears LinkUp first and LinkDown last, both
+//! A control stream: connecting, the handshake, frames both ways, and the end of it all. Its reads are in
+//! `reading`, their data streams in `stream` and `serve`. Invariant: of one link the sink hears LinkUp first and LinkDown last, both
 //! at most once; whatever it was promised (SendDone, Landed, ReadDone) comes before LinkDown.
 
 use std::net::SocketAddr;
@@ -7,16 +7,15 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use hetmem_core::wire::{Frame, FrameHeader, FrameKind, PROTOCOL_MAX, PROTOCOL_MIN, negotiate};
-use hetmem_core::{Extent, LinkId, RemoteExtent, StoreError, TransferId};
+use hetmem_core::{Extent, LinkId, StoreError};
 use parking_lot::Mutex;
 use rustix::event::epoll::EventFlags;
 
 use super::inbox::{Inbox, Item};
 use super::outbox::{self, Failure, Outbox, Outgoing, Settled, Wrote};
-use super::reads::{Finished, Next, Reads};
+use super::reads::Reads;
 use super::serve::ServeStream;
 use super::shared::{Conn, Shared, Task};
-use super::stream::ReadStream;
 use super::sys::{Got, Socket, random};
 use super::turn::Turn;
 use super::wire::{FabricMessage, StreamToken};
@@ -38,6 +37,17 @@ const UP: u8 = 3;
 const DOWN: u8 = 4;
 /// Torn down.
 const GONE: u8 = 5;
+
+/// What a peer that connects says of itself.
+#[derive(Clone, Copy)]
+pub(super) struct Opening {
+    /// Chosen from those that it speaks.
+    pub(super) version: u16,
+    /// Where its own fabric listens, on the address that it connects from.
+    pub(super) listen_port: u16,
+    /// To be shown on data streams opened to it.
+    pub(super) token: StreamToken,
+}
 
 pub(super) struct Link {
     pub(super) id: LinkId,
@@ -88,22 +98,21 @@ impl Link {
     pub(super) fn accepted(
         shared: &Arc<Shared>,
         socket: &Arc<Socket>,
-        listen_port: u16,
-        peer_token: StreamToken,
-        received: Vec<u8>,
+        opening: Opening,
+        received: &[u8],
     ) -> Result<Arc<Self>, StoreError> {
         shared.check_link_room()?;
         let Some(peer) = socket.peer() else {
             return Err(StoreError::protocol("the peer left in its handshake"));
         };
-        let listens = SocketAddr::new(peer.ip(), listen_port);
-        let link = Arc::new(Self::new(shared, listens.to_string(), true, &received)?);
+        let listens = SocketAddr::new(peer.ip(), opening.listen_port);
+        let link = Arc::new(Self::new(shared, listens.to_string(), true, received)?);
         let _ = link.socket.set(Arc::clone(socket));
-        link.reads.lock().peer_is(listens, peer_token);
+        link.reads.lock().peer_is(listens, opening.token);
         shared.links.write().insert(link.id, Arc::clone(&link));
         shared.tokens.lock().insert(link.token, Arc::clone(&link));
         let opened = FabricMessage::Opened {
-            version: PROTOCOL_MAX,
+            version: opening.version,
             token: link.token,
         };
         link.enqueue(opened.frame()?);
@@ -151,6 +160,10 @@ impl Link {
 
     pub(super) fn address(&self) -> &str {
         &self.address
+    }
+
+    pub(super) fn is_up(&self) -> bool {
+        self.state.load(Ordering::Acquire) == UP
     }
 
     pub(super) fn note_end(&self) {
@@ -241,7 +254,7 @@ impl Link {
         shared.later(Task::Work(Conn::Link(Arc::clone(self))));
     }
 
-    fn why(&self) -> StoreError {
+    pub(super) fn why(&self) -> StoreError {
         self.why
             .lock()
             .clone()
@@ -490,62 +503,6 @@ impl Link {
         }
     }
 
-    // Reads.
-
-    /// See `Fabric::read`.
-    pub(super) fn read(
-        self: &Arc<Self>,
-        shared: &Shared,
-        transfer: TransferId,
-        remote: RemoteExtent,
-        local: Piece,
-    ) -> Result<(), StoreError> {
-        if self.state.load(Ordering::Acquire) != UP {
-            return Err(self.lost("read"));
-        }
-        self.reads.lock().begin(transfer, remote, local)?;
-        self.push_reads(shared);
-        Ok(())
-    }
-
-    /// See `Fabric::cancel`.
-    pub(super) fn cancel(self: &Arc<Self>, shared: &Shared, transfer: TransferId, why: &StoreError) {
-        let mut next = Next::default();
-        let streams = self.reads.lock().cancel(transfer, why.clone(), &mut next);
-        for stream in streams {
-            stream.cut(shared, why);
-        }
-        self.go_on(shared, next);
-    }
-
-    /// Opens the data streams that are worth it and asks for as much as they may carry. Calls nobody.
-    pub(super) fn push_reads(self: &Arc<Self>, shared: &Shared) {
-        let (slice_bytes, streams) = (shared.config.slice_bytes, shared.config.streams);
-        let mut next = Next::default();
-        {
-            let mut reads = self.reads.lock();
-            if let Some((address, token)) = reads.peer() {
-                for _ in 0..reads.streams_wanted(slice_bytes, streams) {
-                    match ReadStream::open(shared, self, address, token) {
-                        Ok(stream) => reads.add_stream(stream),
-                        Err(why) => reads.no_stream(&why, &mut next),
-                    }
-                }
-                reads.assign(slice_bytes, &mut next);
-            }
-        }
-        self.go_on(shared, next);
-    }
-
-    fn go_on(self: &Arc<Self>, shared: &Shared, next: Next) {
-        for stream in &next.flush {
-            stream.flush(shared);
-        }
-        for finished in next.finished {
-            shared.later(Task::Finish(Arc::clone(self), finished));
-        }
-    }
-
     // Data streams that the peer reads on.
 
     /// Makes a data stream part of this link.
@@ -612,22 +569,6 @@ impl Link {
             stream.lose(shared, &why);
         }
         self.report_finished(shared, finished);
-    }
-
-    /// Tells the sink about reads that are over, and about the end of the link if it waited for them.
-    pub(super) fn report_finished(self: &Arc<Self>, shared: &Shared, finished: Vec<Finished>) {
-        for finished in finished {
-            shared.transfers.lock().remove(&finished.transfer);
-            let (transfer, result) = (finished.transfer, finished.result);
-            shared.report(FabricEvent::ReadDone { transfer, result });
-            self.reads.lock().reported();
-        }
-        if self.reads.lock().is_last_word() {
-            shared.report(FabricEvent::LinkDown {
-                link: self.id,
-                why: self.why(),
-            });
-        }
     }
 }
 

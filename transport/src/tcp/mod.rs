@@ -10,6 +10,7 @@ mod inbound;
 mod inbox;
 mod link;
 mod outbox;
+mod reading;
 mod reads;
 mod seats;
 mod serve;

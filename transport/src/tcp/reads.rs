@@ -175,9 +175,9 @@ impl Reads {
             tries: 0,
         };
         if small {
-            self.waiting.push_front(slice)
+            self.waiting.push_front(slice);
         } else {
-            self.waiting.push_back(slice)
+            self.waiting.push_back(slice);
         }
         Ok(())
     }

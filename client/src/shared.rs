@@ -1,0 +1,171 @@
+//! What all clones of a store share, and how it asks its node. Not the operations (`store`). Invariant: what the node
+//! answers is checked before it is used.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hetmem_core::wire::{ClientMessage, ClientReply, Listed};
+use hetmem_core::{Extent, Key, SegmentId, StoreError, Tier};
+use hetmem_host_mem::{Answer, ClientPage, IndexReader, Session};
+
+use crate::reservation::Place;
+use crate::segments::{Grants, ReadMappings};
+use crate::session::UnixSession;
+
+/// What all clones of a store share.
+pub(crate) struct Shared {
+    pub(crate) page: ClientPage,
+    pub(crate) segments: ReadMappings,
+    pub(crate) grants: Grants,
+    pub(crate) index: IndexReader,
+    pub(crate) session: Link,
+    pub(crate) inline_put_max: u64,
+    pub(crate) timeout: Duration,
+    pub(crate) node: String,
+}
+
+/// How questions reach the node. A Unix session can have many out at once for one thread.
+pub(crate) enum Link {
+    Unix(Arc<UnixSession>),
+    Other(Arc<dyn Session>),
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared")
+            .field("node", &self.node)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    pub(crate) fn call(
+        &self,
+        message: &ClientMessage,
+        payload: &[u8],
+        timeout: Duration,
+    ) -> Result<Answer, StoreError> {
+        self.session.as_session().call(message, payload, timeout)
+    }
+
+    /// Says something whose answer is of no interest.
+    pub(crate) fn tell(&self, message: &ClientMessage) {
+        match &self.session {
+            Link::Unix(session) => session.tell(message),
+            Link::Other(session) => {
+                let _ = session.call(message, &[], self.timeout);
+            }
+        }
+    }
+
+    pub(crate) fn ask_done(&self, message: &ClientMessage) -> Result<(), StoreError> {
+        match self.call(message, &[], self.timeout)?.reply {
+            ClientReply::Done => Ok(()),
+            reply => Err(unexpected(message, &reply)),
+        }
+    }
+
+    pub(crate) fn list_page(
+        &self,
+        prefix: &str,
+        after: Option<Key>,
+        limit: u32,
+    ) -> Result<(Vec<Listed>, bool), StoreError> {
+        let message = ClientMessage::List {
+            prefix: prefix.to_owned(),
+            after,
+            limit,
+        };
+        match self.call(&message, &[], self.timeout)?.reply {
+            ClientReply::Listed { objects, more } => Ok((objects, more)),
+            reply => Err(unexpected(&message, &reply)),
+        }
+    }
+
+    /// Whether an extent can be read in place already.
+    #[inline]
+    pub(crate) fn is_mapped(&self, extent: &Extent, tier: Tier) -> bool {
+        tier == Tier::Host && self.segments.bytes(extent).is_some()
+    }
+
+    /// Makes sure that an extent can be read in place.
+    #[cold]
+    pub(crate) fn map(&self, extent: &Extent, tier: Tier) -> Result<(), StoreError> {
+        if tier != Tier::Host {
+            return Err(StoreError::unavailable(
+                format!("an object in tier {tier}"),
+                "this client maps host memory only",
+            ));
+        }
+        if extent.len_bytes == 0 {
+            return Ok(());
+        }
+        if self.segments.get(extent.segment).is_none() {
+            self.fetch_segment(extent.segment)?;
+        }
+        match self.segments.bytes(extent) {
+            Some(_) => Ok(()),
+            None => Err(StoreError::protocol(format!(
+                "{} bytes at {} are not inside segment {}",
+                extent.len_bytes, extent.offset, extent.segment
+            ))),
+        }
+    }
+
+    fn fetch_segment(&self, segment: SegmentId) -> Result<(), StoreError> {
+        let message = ClientMessage::Segment { segment };
+        let answer = self.call(&message, &[], self.timeout)?;
+        let ClientReply::Segment { len_bytes, .. } = answer.reply else {
+            return Err(unexpected(&message, &answer.reply));
+        };
+        let Some(fd) = answer.descriptors.into_iter().next() else {
+            return Err(StoreError::protocol(format!(
+                "segment {segment} came without a descriptor (is the limit of open files reached?)"
+            )));
+        };
+        self.segments.add(segment, fd, len_bytes)
+    }
+
+    /// The memory of a reservation in a granted segment. The node learns that the segment is mapped before
+    /// anything in it can be sealed.
+    pub(crate) fn granted(&self, extent: &Extent, timeout: Duration) -> Result<Place, StoreError> {
+        let granted = self.grants.get(extent.segment, Instant::now() + timeout)?;
+        if granted.tell {
+            let segment = extent.segment;
+            self.ask_done(&ClientMessage::Mapped { segment })?;
+            self.grants.told(segment);
+        }
+        granted
+            .mapping
+            .extent_mut(extent.offset, extent.len_bytes)
+            .map(Place::Mapped)
+    }
+}
+
+impl Link {
+    pub(crate) fn as_session(&self) -> &dyn Session {
+        match self {
+            Self::Unix(session) => &**session,
+            Self::Other(session) => &**session,
+        }
+    }
+}
+
+/// The node answered something that does not belong to this question.
+pub(crate) fn unexpected(message: &ClientMessage, reply: &ClientReply) -> StoreError {
+    let reply = match reply {
+        ClientReply::Welcome { .. } => "Welcome",
+        ClientReply::Reserved { .. } => "Reserved",
+        ClientReply::Sealed { .. } => "Sealed",
+        ClientReply::Done => "Done",
+        ClientReply::Located(_) => "Located",
+        ClientReply::Segment { .. } => "Segment",
+        ClientReply::Exists => "Exists",
+        ClientReply::Stat { .. } => "Stat",
+        ClientReply::Listed { .. } => "Listed",
+        ClientReply::Deleted { .. } => "Deleted",
+        ClientReply::Status(_) => "Status",
+    };
+    StoreError::protocol(format!("the node answered {} with {reply}", message.name()))
+}

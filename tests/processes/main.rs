@@ -1,0 +1,14 @@
+//! Real processes: nodes and clients that are killed, stopped and fed with garbage. Not a simulation, and not speed.
+//! Invariant: every test has nodes, folders and ports of its own, so that all of them can run at once.
+
+mod bad_puts;
+mod cli;
+mod cluster;
+mod hostile_peers;
+mod hostile_unix;
+mod kill_clients;
+mod kill_nodes;
+mod leaks;
+mod limits;
+mod readers;
+mod stop;

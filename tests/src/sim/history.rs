@@ -1,0 +1,296 @@
+//! What clients did and saw, and what follows from it: which bytes a get may return, and which keys must be there.
+//! Not the engine's view of anything. Invariant: every rule here holds for any correct store, whatever it does inside.
+
+use super::bytes;
+
+/// How a put ended, as far as its client was told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// It may be visible by now.
+    Open,
+    /// Told that it can be read, at this time.
+    Sealed(u64),
+    /// Told that it failed, or that another object was kept: its bytes must never be seen.
+    Never,
+}
+
+/// One attempt to put an object.
+#[derive(Clone, Debug)]
+pub(super) struct Attempt {
+    pub(super) key: usize,
+    pub(super) tag: u64,
+    pub(super) len: u64,
+    pub(super) node: usize,
+    pub(super) epoch: u64,
+    pub(super) invoked: u64,
+    pub(super) outcome: Outcome,
+    pub(super) exclusive: bool,
+    /// It may go on its own: put as cache, or with a time to live.
+    pub(super) fleeting: bool,
+    /// A get has returned it.
+    seen: bool,
+    /// When its node died.
+    died: bool,
+}
+
+/// One delete of a key.
+#[derive(Clone, Debug)]
+struct Deletion {
+    key: usize,
+    invoked: u64,
+    ended: Option<u64>,
+    /// It was acknowledged, and every node was linked all the while.
+    certain: bool,
+}
+
+/// What a get returned.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Seen<'a> {
+    pub(super) key: usize,
+    /// Where in the object the bytes start.
+    pub(super) start: u64,
+    /// Length of the whole object, as its metadata said.
+    pub(super) len: u64,
+    pub(super) bytes: &'a [u8],
+    /// When the get began.
+    pub(super) began: u64,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct History {
+    pub(super) attempts: Vec<Attempt>,
+    deletions: Vec<Deletion>,
+    /// Forced evictions: key and time.
+    forced: Vec<(usize, u64)>,
+    by_key: Vec<Vec<usize>>,
+}
+
+impl History {
+    pub(super) fn new(keys: usize) -> Self {
+        Self {
+            by_key: vec![Vec::new(); keys],
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn begin_put(&mut self, attempt: Attempt) -> usize {
+        self.by_key[attempt.key].push(self.attempts.len());
+        self.attempts.push(attempt);
+        self.attempts.len() - 1
+    }
+
+    pub(super) fn attempt(
+        key: usize,
+        tag: u64,
+        len: u64,
+        (node, epoch): (usize, u64),
+        invoked: u64,
+    ) -> Attempt {
+        Attempt {
+            key,
+            tag,
+            len,
+            node,
+            epoch,
+            invoked,
+            outcome: Outcome::Open,
+            exclusive: false,
+            fleeting: false,
+            seen: false,
+            died: false,
+        }
+    }
+
+    /// A put has ended.
+    pub(super) fn end_put(&mut self, attempt: usize, outcome: Outcome) -> Result<(), String> {
+        let attempt = &mut self.attempts[attempt];
+        attempt.outcome = outcome;
+        if outcome == Outcome::Never && attempt.seen {
+            return Err(format!(
+                "a put of key {} failed, and its bytes had been read (tag {:x})",
+                attempt.key, attempt.tag
+            ));
+        }
+        Ok(())
+    }
+
+    pub(super) fn begin_delete(&mut self, key: usize, invoked: u64) -> usize {
+        let deletion = Deletion {
+            key,
+            invoked,
+            ended: None,
+            certain: false,
+        };
+        self.deletions.push(deletion);
+        self.deletions.len() - 1
+    }
+
+    /// A delete has ended; `certain` if it was acknowledged and nothing kept the nodes apart meanwhile.
+    pub(super) fn end_delete(&mut self, deletion: usize, ended: u64, certain: bool) {
+        self.deletions[deletion].ended = Some(ended);
+        self.deletions[deletion].certain = certain;
+    }
+
+    pub(super) fn force_evict(&mut self, key: usize, now: u64) {
+        self.forced.push((key, now));
+    }
+
+    pub(super) fn node_died(&mut self, node: usize, epoch: u64) {
+        for attempt in &mut self.attempts {
+            attempt.died |= attempt.node == node && attempt.epoch == epoch;
+        }
+    }
+
+    /// Whether a delete that was acknowledged before `began` had to take this object.
+    fn is_deleted(&self, attempt: &Attempt, began: u64) -> bool {
+        let Outcome::Sealed(sealed) = attempt.outcome else {
+            return false;
+        };
+        self.deletions.iter().any(|deletion| {
+            deletion.key == attempt.key
+                && deletion.certain
+                && sealed <= deletion.invoked
+                && deletion.ended.is_some_and(|ended| ended <= began)
+        })
+    }
+
+    /// Checks what a get returned: whole bytes of one object of the key that may still be read.
+    pub(super) fn saw(&mut self, seen: Seen<'_>) -> Result<(), String> {
+        let mut reason = None;
+        let mut found = None;
+        for &index in &self.by_key[seen.key] {
+            let attempt = &self.attempts[index];
+            if attempt.len != seen.len || !bytes::are_of(attempt.tag, seen.start, seen.bytes) {
+                continue;
+            }
+            if attempt.outcome == Outcome::Never {
+                reason = Some("of a put that failed");
+            } else if self.is_deleted(attempt, seen.began) {
+                reason = Some("of an object whose delete was acknowledged before the get began");
+            } else {
+                found = Some(index);
+                break;
+            }
+        }
+        if let Some(index) = found {
+            // Empty parts fit every object, so they tell nothing about this one.
+            self.attempts[index].seen |= !seen.bytes.is_empty();
+            return Ok(());
+        }
+        let what = reason.map_or_else(|| self.describe(seen), str::to_owned);
+        Err(format!(
+            "a get of key {} ({} bytes from {} of {}, begun at {} ns) returned bytes {what}",
+            seen.key,
+            seen.bytes.len(),
+            seen.start,
+            seen.len,
+            seen.began
+        ))
+    }
+
+    /// Whose bytes these are, for a message.
+    fn describe(&self, seen: Seen<'_>) -> String {
+        let mut runs: Vec<String> = Vec::new();
+        for (number, chunk) in seen.bytes.chunks(8).enumerate() {
+            let start = seen.start + 8 * number as u64;
+            let owner = self
+                .attempts
+                .iter()
+                .find(|attempt| bytes::are_of(attempt.tag, start, chunk));
+            let name = match owner {
+                Some(attempt) => format!("of key {} tag {:x} there", attempt.key, attempt.tag),
+                None if chunk.iter().all(|byte| *byte == 0) => "of zeros".to_owned(),
+                None => "of nobody there".to_owned(),
+            };
+            if runs.last() != Some(&name) {
+                runs.push(name);
+            }
+            if runs.len() > 6 {
+                break;
+            }
+        }
+        format!("that are torn or foreign: {}", runs.join(", then "))
+    }
+
+    /// Checks metadata that a stat returned.
+    pub(super) fn saw_len(&self, key: usize, len: u64) -> Result<(), String> {
+        let known = self.by_key[key].iter().any(|&index| {
+            let attempt = &self.attempts[index];
+            attempt.len == len && attempt.outcome != Outcome::Never
+        });
+        if known {
+            return Ok(());
+        }
+        Err(format!(
+            "a stat of key {key} says {len} bytes; no such object was put"
+        ))
+    }
+
+    /// An object that has to be found by whoever asks from `began` on: sealed before, not fleeting, on a node that
+    /// lived, and never the aim of a delete or forced eviction.
+    pub(super) fn must_exist(&self, key: usize, began: u64) -> Option<&Attempt> {
+        self.by_key[key]
+            .iter()
+            .map(|&index| &self.attempts[index])
+            .find(|attempt| self.is_durable(attempt, began))
+    }
+
+    fn is_durable(&self, attempt: &Attempt, began: u64) -> bool {
+        let sealed = matches!(attempt.outcome, Outcome::Sealed(at) if at <= began);
+        let aimed_at = self.deletions.iter().any(|deletion| {
+            deletion.key == attempt.key && deletion.ended.is_none_or(|ended| ended >= attempt.invoked)
+        });
+        sealed && !attempt.fleeting && !attempt.died && !aimed_at && !self.was_forced(attempt)
+    }
+
+    fn was_forced(&self, attempt: &Attempt) -> bool {
+        self.forced
+            .iter()
+            .any(|(key, at)| *key == attempt.key && *at >= attempt.invoked)
+    }
+
+    /// Whether anything that clients did explains that an object of this key left the node's index.
+    pub(super) fn may_leave(&self, key: usize, node: usize, epoch: u64) -> bool {
+        let here = |attempt: &&Attempt| attempt.node == node && attempt.epoch == epoch;
+        let attempts = self.by_key[key].iter().map(|&index| &self.attempts[index]);
+        attempts.filter(here).all(|attempt| {
+            // An attempt that is told of later may be the one that left.
+            !self.is_durable(attempt, u64::MAX)
+        })
+    }
+
+    /// Of two exclusive puts of one key, with nothing between that takes the first away, only one succeeds.
+    /// `certain_before`: what was announced by then is known to the directory.
+    pub(super) fn exclusive_won(&self, winner: usize, certain_before: u64) -> Result<(), String> {
+        let won = &self.attempts[winner];
+        let others = self.by_key[won.key].iter().filter(|&&index| index != winner);
+        for other in others.map(|&index| &self.attempts[index]) {
+            let known = if other.exclusive || (other.node, other.epoch) == (won.node, won.epoch) {
+                won.invoked
+            } else {
+                certain_before.min(won.invoked)
+            };
+            if self.is_durable(other, known) {
+                return Err(format!(
+                    "put of key {} with if_exists = error succeeded (tag {:x}, begun at {} ns) beside an object sealed before (tag {:x}, {:?})",
+                    won.key, won.tag, won.invoked, other.tag, other.outcome
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Keys that have to be readable everywhere once all is well.
+    pub(super) fn durable_keys(&self, now: u64) -> Vec<usize> {
+        (0..self.by_key.len())
+            .filter(|&key| self.must_exist(key, now).is_some())
+            .collect()
+    }
+
+    /// Whether any object of this key can be there.
+    pub(super) fn may_exist(&self, key: usize) -> bool {
+        self.by_key[key]
+            .iter()
+            .any(|&index| self.attempts[index].outcome != Outcome::Never)
+    }
+}

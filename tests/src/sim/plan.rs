@@ -1,0 +1,120 @@
+//! What a seed means: the cluster's shape, the network's manners, and which faults come. Not when: that is drawn on
+//! the way. Invariant: a plan is a function of its seed alone.
+
+use hetmem_transport::SimFaults;
+
+use super::rng::Rng;
+
+pub(super) const MS: u64 = 1_000_000;
+
+/// What may happen to the cluster beside what clients do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Weather {
+    /// Nothing: every promise can be checked to the letter.
+    Calm,
+    /// The network is rough, but nobody is lost.
+    Rough,
+    /// Links break.
+    Cuts,
+    /// Nodes stop hearing each other for a while.
+    Partitions,
+    /// Nodes die and start again.
+    Deaths,
+    /// All of it.
+    Storm,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Plan {
+    pub(super) weather: Weather,
+    pub(super) nodes: usize,
+    pub(super) clients_per_node: u64,
+    pub(super) keys: usize,
+    pub(super) capacity_bytes: u64,
+    pub(super) quota_bytes: u64,
+    pub(super) objects_max: u32,
+    pub(super) threshold_bytes: Option<u64>,
+    pub(super) lease_ms: u32,
+    /// The longest object, in bytes.
+    pub(super) len_max: u64,
+    /// For how long clients work, in nanoseconds.
+    pub(super) busy_ns: u64,
+    /// The longest pause between two operations of a client, in nanoseconds.
+    pub(super) pause_ns: u64,
+    pub(super) segment_failures: u64,
+    pub(super) copy_failures: u64,
+    /// Of a hundred operations of a client, how many are its death.
+    pub(super) client_deaths: u64,
+    /// Pins of one client's page.
+    pub(super) pins: usize,
+    /// How often deletes and puts come, which decides how full nodes are.
+    pub(super) deletes: u64,
+    pub(super) puts: u64,
+    pub(super) network: SimFaults,
+    /// The most that a clock differs from true time, in parts of a million.
+    pub(super) clock_ppm: u64,
+}
+
+impl Plan {
+    pub(super) fn new(seed: u64) -> Self {
+        let mut rng = Rng::new(seed ^ 0x5eed_0f0e_c105_7e55);
+        let weather = rng.weighted(&[
+            (25, Weather::Calm),
+            (25, Weather::Rough),
+            (12, Weather::Cuts),
+            (12, Weather::Partitions),
+            (13, Weather::Deaths),
+            (13, Weather::Storm),
+        ]);
+        let network = network(&mut rng, weather);
+        let one_way_ms = (network.delay_ns.1 + network.jitter_ns).div_ceil(MS);
+        let lease = rng.pick(&[15, 40, 300, 2_000]).max(6 * one_way_ms);
+        let capacity_bytes = rng.pick(&[512_u64, 768, 1_024, 2_048, 4_096]) << 10;
+        Self {
+            weather,
+            nodes: rng.weighted(&[(30, 2), (40, 3), (20, 4), (10, 5)]),
+            clients_per_node: rng.between(1, 4),
+            keys: rng.pick(&[3, 8, 16, 40]),
+            capacity_bytes,
+            quota_bytes: rng.pick(&[0, capacity_bytes / 4, capacity_bytes / 2]),
+            objects_max: rng.weighted(&[(15, 6), (15, 16), (70, 256)]),
+            threshold_bytes: rng.pick(&[Some(0), Some(1_024), Some(8_192), None, Some(u64::MAX)]),
+            lease_ms: u32::try_from(lease).unwrap_or(u32::MAX),
+            len_max: rng.pick(&[200, 2_000, 20_000, 100_000]).min(capacity_bytes / 4),
+            busy_ns: rng.between(600, 2_500) * MS,
+            pause_ns: rng.pick(&[MS / 2, 3 * MS, 10 * MS]),
+            segment_failures: rng.pick(&[0, 0, 10, 50]),
+            copy_failures: rng.pick(&[0, 0, 20]),
+            client_deaths: rng.pick(&[0, 1, 3]),
+            pins: rng.pick(&[2, 8]),
+            deletes: rng.pick(&[2, 8, 15]),
+            puts: rng.pick(&[20, 35, 60]),
+            network,
+            clock_ppm: rng.pick(&[0, 20_000, 80_000]),
+        }
+    }
+
+    /// Whether a lost link is the weather's doing.
+    pub(super) fn breaks_links(&self) -> bool {
+        !matches!(self.weather, Weather::Calm | Weather::Rough)
+    }
+}
+
+fn network(rng: &mut Rng, weather: Weather) -> SimFaults {
+    let mut network = if weather == Weather::Calm {
+        SimFaults::none()
+    } else {
+        SimFaults::default()
+    };
+    network.delay_ns = rng.pick(&[(5_000, 50_000), (20_000, 2 * MS), (MS, 20 * MS)]);
+    network.jitter_ns = rng.pick(&[0, 20_000, MS / 2, 5 * MS]);
+    network.pieces_max = rng.pick(&[1, 3, 8]);
+    network.connect_timeout_ns = 1_000 * MS;
+    if weather != Weather::Calm {
+        network.late_chance = rng.pick(&[0, 20_000, 100_000]);
+        network.late_ns = rng.pick(&[2 * MS, 20 * MS, 60 * MS]);
+        network.busy_chance = rng.pick(&[0, 20_000, 200_000]);
+    }
+    network.immediate_chance = rng.pick(&[0, 500_000, 1_000_000]);
+    network
+}
