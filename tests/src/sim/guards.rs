@@ -75,6 +75,16 @@ impl Guards {
         conflict
     }
 
+    /// The reservation that all of this extent lies in.
+    pub(super) fn around(&self, extent: Extent) -> Option<Hold> {
+        let (start, end) = (extent.offset, extent.offset + extent.len_bytes);
+        let holds = self.segments.get(&extent.segment)?;
+        let around = |(from, to, hold): &&(u64, u64, Hold)| {
+            *from <= start && end <= *to && matches!(hold, Hold::Reserved(..))
+        };
+        holds.iter().find(around).map(|(_, _, hold)| *hold)
+    }
+
     pub(super) fn remove(&mut self, segment: SegmentId, hold: Hold) {
         if let Some(holds) = self.segments.get_mut(&segment) {
             holds.retain(|(_, _, other)| *other != hold);

@@ -20,13 +20,13 @@ use hetmem_transport::{
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
-pub const PATIENCE: Duration = Duration::from_secs(60);
-pub const SEGMENT: SegmentId = SegmentId(1);
-pub const REGION_LEN: usize = 8 << 20;
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const SEGMENT: SegmentId = SegmentId(1);
+pub(crate) const REGION_LEN: usize = 8 << 20;
 
 /// The body of a fabric's frame, as docs/tcp-fabric.md has it.
 #[derive(Debug, Serialize, Deserialize)]
-pub enum Handshake {
+pub(crate) enum Handshake {
     Open {
         version_min: u16,
         version_max: u16,
@@ -46,11 +46,11 @@ pub enum Handshake {
 }
 
 #[derive(Default)]
-pub struct Sink {
-    pub ups: Mutex<Vec<LinkId>>,
-    pub downs: Mutex<Vec<(LinkId, StoreError)>>,
-    pub reads: Mutex<Vec<(TransferId, Result<ReadStats, StoreError>)>>,
-    pub messages: AtomicU64,
+pub(crate) struct Sink {
+    pub(crate) ups: Mutex<Vec<LinkId>>,
+    pub(crate) downs: Mutex<Vec<(LinkId, StoreError)>>,
+    pub(crate) reads: Mutex<Vec<(TransferId, Result<ReadStats, StoreError>)>>,
+    pub(crate) messages: AtomicU64,
 }
 
 impl FabricSink for Sink {
@@ -69,15 +69,15 @@ impl FabricSink for Sink {
     }
 }
 
-pub struct Node {
-    pub fabric: Arc<TcpFabric>,
-    pub sink: Arc<Sink>,
-    pub memory: Arc<HeapRegion>,
-    pub key: RemoteKey,
+pub(crate) struct Node {
+    pub(crate) fabric: Arc<TcpFabric>,
+    pub(crate) sink: Arc<Sink>,
+    pub(crate) memory: Arc<HeapRegion>,
+    pub(crate) key: RemoteKey,
 }
 
 impl Node {
-    pub fn start(config: TcpConfig) -> Self {
+    pub(crate) fn start(config: TcpConfig) -> Self {
         let sink = Arc::<Sink>::default();
         let fabric = TcpFabric::start(config, Arc::clone(&sink) as _).expect("listen");
         let memory = Arc::new(HeapRegion::new(REGION_LEN));
@@ -92,19 +92,19 @@ impl Node {
         }
     }
 
-    pub fn wait(&self, what: &str, until: impl Fn(&Sink) -> bool) {
+    pub(crate) fn wait(&self, what: &str, until: impl Fn(&Sink) -> bool) {
         assert!(
             self.fabric.progress(PATIENCE, &|| until(&self.sink)),
             "waited in vain: {what}"
         );
     }
 
-    pub fn raw(&self) -> TcpStream {
+    pub(crate) fn raw(&self) -> TcpStream {
         TcpStream::connect(self.fabric.address()).expect("connect")
     }
 
     /// A raw connection that has finished its handshake, and the token for data streams.
-    pub fn raw_link(&self) -> (TcpStream, [u8; 16]) {
+    pub(crate) fn raw_link(&self) -> (TcpStream, [u8; 16]) {
         let known = self.sink.ups.lock().len();
         let mut stream = self.raw();
         let open = Handshake::Open {
@@ -122,7 +122,7 @@ impl Node {
     }
 
     /// A read into this node's memory; the link's other end is a raw socket.
-    pub fn read(&self, link: LinkId, transfer: u64, len_bytes: u64) {
+    pub(crate) fn read(&self, link: LinkId, transfer: u64, len_bytes: u64) {
         let remote = RemoteExtent {
             key: RemoteKey(5),
             offset: 0,
@@ -138,18 +138,18 @@ impl Node {
             .expect("read");
     }
 
-    pub fn read_result(&self) -> Result<ReadStats, StoreError> {
+    pub(crate) fn read_result(&self) -> Result<ReadStats, StoreError> {
         self.wait("the end of a read", |sink| !sink.reads.lock().is_empty());
         self.sink.reads.lock().remove(0).1
     }
 }
 
-pub fn say(stream: &mut TcpStream, message: &Handshake) {
+pub(crate) fn say(stream: &mut TcpStream, message: &Handshake) {
     let frame = encode(FrameKind::Fabric, 0, message, 0).expect("small");
     stream.write_all(frame.as_bytes()).expect("write");
 }
 
-pub fn hear(stream: &mut TcpStream) -> Handshake {
+pub(crate) fn hear(stream: &mut TcpStream) -> Handshake {
     let mut head = [0; HEADER_LEN];
     stream.read_exact(&mut head).expect("a header");
     let header = FrameHeader::parse(&head).expect("a header");
@@ -159,12 +159,12 @@ pub fn hear(stream: &mut TcpStream) -> Handshake {
 }
 
 /// Waits until the other end has closed. A reset is as good as an end.
-pub fn assert_closed(stream: &mut TcpStream) {
+pub(crate) fn assert_closed(stream: &mut TcpStream) {
     let mut rest = Vec::new();
     let _ = stream.read_to_end(&mut rest);
 }
 
-pub fn request(number: u32, key: RemoteKey, offset: u64, len_bytes: u64) -> Vec<u8> {
+pub(crate) fn request(number: u32, key: RemoteKey, offset: u64, len_bytes: u64) -> Vec<u8> {
     let mut bytes = b"HTMR".to_vec();
     bytes.extend_from_slice(&number.to_le_bytes());
     for field in [key.0, offset, len_bytes] {
@@ -174,7 +174,7 @@ pub fn request(number: u32, key: RemoteKey, offset: u64, len_bytes: u64) -> Vec<
 }
 
 /// The head of an answer that promises all bytes.
-pub fn answer(number: u32, len_bytes: u64) -> Vec<u8> {
+pub(crate) fn answer(number: u32, len_bytes: u64) -> Vec<u8> {
     let mut bytes = b"HA\0\0".to_vec();
     bytes.extend_from_slice(&number.to_le_bytes());
     bytes.extend_from_slice(&len_bytes.to_le_bytes());

@@ -1,0 +1,683 @@
+//! A simulated node: an engine, and models of the memory, index, pages and jobs that its actions touch. Not clients
+//! and not the network. Invariant: actions are carried out as `hetmem-node` does: memory in order, a `PinScan` before
+//! any other input, the fabric's in order.
+
+use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, Weak};
+
+use hetmem_core::engine::{Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, PublishedObject, Time};
+use hetmem_core::wire::{ClientReply, FrameHeader, FrameKind, Member, PeerMessage, decode, encode};
+use hetmem_core::{
+    ClientId, Epoch, ErrorKind, Extent, Generation, Key, LeaseId, LinkId, NodeId, RemoteKey, SegmentId, SlotId,
+    StoreError, TransferId,
+};
+use hetmem_transport::{
+    Access, Fabric, FabricEvent, FabricSink, HeapRegion, Landing, LandingToken, RegionMemory, SendToken, Sent,
+    SimFabric,
+};
+
+use super::guards::{Guards, Hold};
+use super::plan::{MS, Plan};
+use super::world::{Due, World};
+
+pub(super) const FABRIC: FabricId = FabricId(0);
+const INDEX_SEGMENT: SegmentId = SegmentId(0);
+const SLOT_LEN: u64 = 64;
+pub(super) const HEARTBEAT_MS: u64 = 100;
+
+/// A clock that runs a little too fast or too slow, and starts anywhere.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Clock {
+    pub(super) ppm: i64,
+    pub(super) offset: u64,
+}
+
+impl Clock {
+    fn scale(self) -> u128 {
+        u128::try_from(1_000_000 + self.ppm).unwrap_or(1_000_000)
+    }
+
+    /// What the clock shows at a true time.
+    pub(super) fn at(self, now: u64) -> u64 {
+        let shown = u128::from(now) * self.scale() / 1_000_000;
+        self.offset.saturating_add(u64::try_from(shown).unwrap_or(u64::MAX))
+    }
+
+    /// The first true time at which the clock shows this.
+    fn when(self, shown: u64) -> u64 {
+        let since = u128::from(shown.saturating_sub(self.offset));
+        u64::try_from((since * 1_000_000).div_ceil(self.scale())).unwrap_or(u64::MAX)
+    }
+}
+
+struct Message {
+    request: u64,
+    message: PeerMessage,
+    payload: Option<(Extent, u64)>,
+}
+
+/// One client's pins. A place is taken by the client, or by the node on its behalf.
+pub(super) struct Page {
+    pub(super) pins: Vec<Option<Generation>>,
+}
+
+pub(super) struct Shown {
+    pub(super) object: PublishedObject,
+}
+
+pub(super) struct Node {
+    pub(super) name: String,
+    pub(super) epoch: u64,
+    pub(super) alive: bool,
+    pub(super) clock: Clock,
+    pub(super) engine: Engine,
+    fabric: Arc<SimFabric>,
+    pub(super) segments: BTreeMap<SegmentId, Arc<HeapRegion>>,
+    keys: BTreeMap<RemoteKey, SegmentId>,
+    pub(super) index: BTreeMap<SlotId, Shown>,
+    pub(super) by_key: BTreeMap<Key, SlotId>,
+    words: Arc<HeapRegion>,
+    pub(super) pages: BTreeMap<ClientId, Page>,
+    pub(super) touched: Vec<SlotId>,
+    pub(super) guards: Guards,
+    outbox: VecDeque<Action>,
+    emptying: bool,
+    deferred: BTreeMap<LinkId, VecDeque<Message>>,
+    dialling: BTreeMap<LinkId, String>,
+    reads: BTreeMap<TransferId, Extent>,
+    landings: BTreeMap<u64, Extent>,
+    sends: BTreeMap<u64, Extent>,
+    leases: BTreeMap<LeaseId, (LinkId, SegmentId, u64)>,
+    copies: BTreeMap<Generation, (Extent, Extent)>,
+}
+
+/// Hears the fabric on behalf of one incarnation of a node.
+struct Sink {
+    world: Weak<Mutex<World>>,
+    node: usize,
+    epoch: u64,
+}
+
+impl Sink {
+    fn with<R>(&self, f: impl FnOnce(&mut World) -> R) -> Option<R> {
+        let world = self.world.upgrade()?;
+        let mut world = world.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let node = &world.nodes[self.node];
+        (node.alive && node.epoch == self.epoch).then(|| f(&mut world))
+    }
+}
+
+impl FabricSink for Sink {
+    fn message(&self, link: LinkId, header: FrameHeader, body: &[u8]) -> Landing {
+        let input = match decode::<PeerMessage>(body) {
+            Ok(message) => Input::PeerMessage {
+                link,
+                request: header.request,
+                message,
+                payload_len: header.payload_len,
+            },
+            Err(why) => Input::Refused { link, why },
+        };
+        match self.with(|world| world.feed(self.node, input)).flatten() {
+            Some(extent) if header.payload_len > 0 => Landing::Into {
+                extent,
+                token: LandingToken(header.request),
+            },
+            _ => Landing::Discard,
+        }
+    }
+
+    fn event(&self, event: FabricEvent) {
+        self.with(|world| world.fabric_event(self.node, event));
+    }
+}
+
+impl Node {
+    pub(super) fn start(world: &World, number: usize, epoch: u64, clock: Clock) -> Self {
+        let name = format!("n{number}");
+        let plan = &world.plan;
+        let sink = Arc::new(Sink {
+            world: Weak::clone(&world.me),
+            node: number,
+            epoch,
+        });
+        let fabric = world.net.fabric(&name, sink).expect("the name is free");
+        let slots = usize::try_from(SLOT_LEN * u64::from(plan.objects_max)).expect("a small index");
+        let words = Arc::new(HeapRegion::new(slots));
+        let key = fabric
+            .register(INDEX_SEGMENT, Arc::clone(&words) as _, Access::RemoteRead)
+            .expect("the index is registered once");
+        let engine = Engine::new(config(plan, number, epoch, key));
+        Self {
+            name,
+            epoch,
+            alive: true,
+            clock,
+            engine,
+            fabric,
+            segments: BTreeMap::new(),
+            keys: BTreeMap::new(),
+            index: BTreeMap::new(),
+            by_key: BTreeMap::new(),
+            words,
+            pages: BTreeMap::new(),
+            touched: Vec::new(),
+            guards: Guards::default(),
+            outbox: VecDeque::new(),
+            emptying: false,
+            deferred: BTreeMap::new(),
+            dialling: BTreeMap::new(),
+            reads: BTreeMap::new(),
+            landings: BTreeMap::new(),
+            sends: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            copies: BTreeMap::new(),
+        }
+    }
+
+    /// When the engine wants to be called, in true time.
+    pub(super) fn next_timer(&self) -> Option<u64> {
+        let timer = self.engine.next_timer().filter(|_| self.alive)?;
+        Some(self.clock.when(timer.0))
+    }
+
+    pub(super) fn memory(&self, extent: Extent) -> Option<(&HeapRegion, usize, usize)> {
+        let region = self.segments.get(&extent.segment)?;
+        let end = extent.offset.checked_add(extent.len_bytes)?;
+        if end > region.len_bytes() {
+            return None;
+        }
+        let offset = usize::try_from(extent.offset).ok()?;
+        Some((region, offset, usize::try_from(extent.len_bytes).ok()?))
+    }
+
+    fn write_word(&self, slot: SlotId, word: u64) {
+        let at = usize::try_from(u64::from(slot.0) * SLOT_LEN).expect("a small index");
+        self.words.write(at, &word.to_le_bytes());
+    }
+}
+
+fn config(plan: &Plan, number: usize, epoch: u64, key: RemoteKey) -> EngineConfig {
+    let name = format!("n{number}");
+    EngineConfig {
+        member: Member {
+            node: NodeId(number as u64 + 1),
+            epoch: Epoch(epoch),
+            address: name.clone(),
+            name,
+        },
+        join: (number > 0).then(|| "n0".to_owned()),
+        capacity_bytes: plan.capacity_bytes,
+        client_quota_bytes: plan.quota_bytes,
+        objects_max: plan.objects_max,
+        index_keys: vec![(FABRIC, key)],
+        generation_base: 0,
+        generation_stride: SLOT_LEN,
+        threshold_bytes: plan.threshold_bytes,
+        lease_ms: plan.lease_ms,
+        heartbeat_ms: HEARTBEAT_MS,
+    }
+}
+
+impl World {
+    /// Hands an input to a node and carries out what follows. Says where the payload of a message goes.
+    pub(super) fn feed(&mut self, at: usize, input: Input) -> Option<Extent> {
+        let mut landing = None;
+        let mut inputs = VecDeque::from([input]);
+        while let Some(input) = inputs.pop_front() {
+            self.trace_input(at, &input);
+            let before = self.before(at, &input);
+            let now = Time(self.nodes[at].clock.at(self.now()));
+            for action in self.nodes[at].engine.handle(now, input) {
+                self.trace_action(at, &action);
+                if let Some(next) = self.act(at, action, &mut landing) {
+                    inputs.push_front(next);
+                }
+            }
+            if let Some(request) = before {
+                self.nodes[at].landings.remove(&request);
+            }
+        }
+        self.empty_outbox(at);
+        landing
+    }
+
+    /// Takes back holds that an input says are over.
+    fn before(&mut self, at: usize, input: &Input) -> Option<u64> {
+        let node = &mut self.nodes[at];
+        match input {
+            Input::SendDone { send } => {
+                if let Some(extent) = node.sends.remove(send) {
+                    node.guards.remove(extent.segment, Hold::Sending(*send));
+                }
+            }
+            Input::Landed { request, .. } => {
+                if let Some(extent) = node.landings.get(request) {
+                    node.guards.remove(extent.segment, Hold::Landing(*request));
+                }
+                return Some(*request);
+            }
+            Input::ReadDone { transfer, .. } => {
+                if let Some(extent) = node.reads.remove(transfer) {
+                    node.guards.remove(extent.segment, Hold::Reading(*transfer));
+                }
+            }
+            Input::PeerMessage {
+                link,
+                message: PeerMessage::Release { lease },
+                ..
+            } => {
+                if node.leases.get(lease).is_some_and(|(of, ..)| of == link) {
+                    node.end_lease(*lease);
+                }
+            }
+            Input::LinkDown { link, .. } => {
+                let of_link = node.leases.iter().filter(|(_, (of, ..))| of == link);
+                let lost: Vec<LeaseId> = of_link.map(|(lease, _)| *lease).collect();
+                for lease in lost {
+                    node.end_lease(lease);
+                }
+            }
+            Input::CopyDone { generation, .. } => {
+                if let Some((from, to)) = node.copies.remove(generation) {
+                    node.guards.remove(from.segment, Hold::CopiedFrom(*generation));
+                    node.guards.remove(to.segment, Hold::CopiedTo(*generation));
+                }
+            }
+            _ => {}
+        }
+        None
+    }
+
+    /// Adds a hold; a conflict is the engine's mistake.
+    pub(super) fn hold(&mut self, at: usize, extent: Extent, hold: Hold) {
+        let now = self.nodes[at].clock.at(self.now());
+        if let Some(other) = self.nodes[at].guards.add(extent, hold, now) {
+            self.fail(format!("node {at}: {extent:?} is given to {hold:?} while it is held by {other:?}"));
+        }
+    }
+
+    /// Writes into a node's memory on behalf of a hold that allows it.
+    pub(super) fn write(&mut self, at: usize, extent: Extent, bytes: &[u8], allowed: impl Fn(Hold) -> bool) {
+        if extent.len_bytes == 0 {
+            return;
+        }
+        let now = self.nodes[at].clock.at(self.now());
+        if let Some(other) = self.nodes[at].guards.conflict(extent, now, allowed) {
+            return self.fail(format!("node {at}: {extent:?} is written while it is held by {other:?}"));
+        }
+        match self.nodes[at].memory(extent) {
+            Some((region, offset, _)) => region.write(offset, bytes),
+            None => self.fail(format!("node {at}: {extent:?} is written and is not in any segment")),
+        }
+    }
+
+    fn act(&mut self, at: usize, action: Action, landing: &mut Option<Extent>) -> Option<Input> {
+        match action {
+            Action::Reply {
+                client,
+                request,
+                reply,
+                attachment,
+            } => {
+                let descriptor = match attachment {
+                    Some(Attachment::Segment(segment)) => Some(segment),
+                    _ => None,
+                };
+                self.replied(at, client, request, reply, descriptor);
+            }
+            Action::PinAndReply {
+                client,
+                request,
+                mut located,
+            } => {
+                let page = self.nodes[at].pages.get_mut(&client);
+                let free = page.and_then(|page| {
+                    let place = page.pins.iter().position(Option::is_none)?;
+                    page.pins[place] = Some(located.generation);
+                    Some(place)
+                });
+                let reply = match free {
+                    Some(place) => {
+                        located.pin = u32::try_from(place).unwrap_or_default();
+                        self.hold(at, located.extent, Hold::Pinned(client, place));
+                        Ok(ClientReply::Located(located))
+                    }
+                    None => Err(StoreError::busy("get", "the page is full")),
+                };
+                self.replied(at, client, request, reply, None);
+            }
+            Action::CloseClient { client, why } => {
+                self.fail(format!("node {at} closes client {client}, which did nothing wrong: {why}"));
+            }
+            Action::Fill { extent, bytes } => {
+                if extent.len_bytes != bytes.len() as u64 {
+                    self.fail(format!("node {at}: {} bytes fill {extent:?}", bytes.len()));
+                    return None;
+                }
+                let within = self.nodes[at].reservation_around(extent);
+                self.write(at, extent, &bytes, |hold| Some(hold) == within);
+            }
+            Action::Copy { generation, from, to } => {
+                self.hold(at, from, Hold::CopiedFrom(generation));
+                self.hold(at, to, Hold::CopiedTo(generation));
+                self.nodes[at].copies.insert(generation, (from, to));
+                let epoch = self.nodes[at].epoch;
+                let delay = self.rng.between(10_000, 5 * MS);
+                self.later(delay, Due::CopyPart { at, epoch, generation, last: false });
+            }
+            Action::Publish { slot, object } => self.publish(at, slot, object),
+            Action::Withdraw { slot } => self.withdraw(at, slot),
+            Action::ScanPins => {
+                let node = &mut self.nodes[at];
+                let pins = node.pages.values().flat_map(|page| page.pins.iter().flatten());
+                let pinned: HashSet<Generation> = pins.copied().collect();
+                let touched = std::mem::take(&mut node.touched);
+                return Some(Input::PinScan { pinned, touched });
+            }
+            Action::CloseToWriters { .. } => {}
+            Action::CreateSegment { segment, len_bytes, .. } => {
+                let epoch = self.nodes[at].epoch;
+                let delay = self.rng.between(10_000, 8 * MS);
+                self.later(delay, Due::Segment { at, epoch, segment, len_bytes });
+            }
+            Action::RetireSegment { segment, len_bytes } => self.retire(at, segment, len_bytes),
+            Action::Land { request, extent } => {
+                self.hold(at, extent, Hold::Landing(request));
+                self.nodes[at].landings.insert(request, extent);
+                *landing = Some(extent);
+            }
+            Action::Note(event) => self.note(at, &event),
+            other => {
+                self.hold_for_fabric(at, &other);
+                self.nodes[at].outbox.push_back(other);
+            }
+        }
+        None
+    }
+
+    fn hold_for_fabric(&mut self, at: usize, action: &Action) {
+        match action {
+            Action::Read { transfer, local, .. } => {
+                self.hold(at, *local, Hold::Reading(*transfer));
+                self.nodes[at].reads.insert(*transfer, *local);
+            }
+            Action::Send {
+                payload: Some((extent, send)),
+                ..
+            } => {
+                self.hold(at, *extent, Hold::Sending(*send));
+                self.nodes[at].sends.insert(*send, *extent);
+            }
+            Action::Send {
+                link,
+                message: PeerMessage::Grant { granted, .. },
+                ..
+            } => {
+                let Some(&segment) = self.nodes[at].keys.get(&granted.extent.key) else {
+                    return self.fail(format!("node {at} grants a key that it does not have: {granted:?}"));
+                };
+                let extent = Extent {
+                    segment,
+                    offset: granted.extent.offset,
+                    len_bytes: granted.extent.len_bytes,
+                };
+                let until = self.nodes[at].clock.at(self.now()) + u64::from(granted.lease_ms) * MS;
+                self.hold(at, extent, Hold::Leased(granted.lease, until));
+                self.nodes[at].leases.insert(granted.lease, (*link, segment, until));
+            }
+            _ => {}
+        }
+    }
+
+    fn publish(&mut self, at: usize, slot: SlotId, object: PublishedObject) {
+        self.hold(at, object.extent, Hold::Published(slot));
+        let node = &mut self.nodes[at];
+        node.write_word(slot, object.generation.0);
+        let before = node.by_key.insert(object.key.clone(), slot);
+        let there = node.index.insert(slot, Shown { object });
+        if before.is_some() || there.is_some() {
+            self.fail(format!("node {at}: slot {slot} or its key is published twice"));
+        }
+    }
+
+    fn withdraw(&mut self, at: usize, slot: SlotId) {
+        let node = &mut self.nodes[at];
+        node.write_word(slot, 0);
+        let Some(shown) = node.index.remove(&slot) else {
+            return self.fail(format!("node {at}: slot {slot} is withdrawn and was not published"));
+        };
+        let object = shown.object;
+        node.by_key.remove(&object.key);
+        node.guards.remove(object.extent.segment, Hold::Published(slot));
+        let epoch = node.epoch;
+        let own = object.object.origin == NodeId(at as u64 + 1) && object.object.epoch == Epoch(epoch);
+        if own && !self.history.may_leave(self.key_number(&object.key), at, epoch) {
+            self.fail(format!(
+                "node {at}: original {:?} of {:?} left without a delete",
+                object.object, object.key
+            ));
+        }
+    }
+
+    fn retire(&mut self, at: usize, segment: SegmentId, len_bytes: u64) {
+        let now = self.nodes[at].clock.at(self.now());
+        let node = &mut self.nodes[at];
+        node.fabric.deregister(segment);
+        node.keys.retain(|_, of| *of != segment);
+        let held = node.guards.any(segment, now);
+        let memory = node.segments.remove(&segment);
+        if let Some(hold) = held {
+            self.fail(format!("node {at}: segment {segment} is retired while {hold:?}"));
+        }
+        if memory.is_none_or(|memory| memory.len_bytes() != len_bytes) {
+            self.fail(format!("node {at}: segment {segment} of {len_bytes} bytes is retired and is not there"));
+        }
+    }
+
+    /// A segment is there, or could not be made.
+    pub(super) fn segment_made(&mut self, at: usize, segment: SegmentId, len_bytes: u64) {
+        if self.rng.percent(self.plan.segment_failures) && !self.is_ending() {
+            self.tally.faults += 1;
+            let why = StoreError::os("memfd_create", "no descriptor is left");
+            self.feed(at, Input::SegmentFailed { segment, why });
+            return;
+        }
+        let memory = Arc::new(HeapRegion::new(usize::try_from(len_bytes).expect("a small segment")));
+        let node = &mut self.nodes[at];
+        let registered = node.fabric.register(segment, Arc::clone(&memory) as _, Access::RemoteRead);
+        let key = registered.expect("a segment is registered once");
+        node.segments.insert(segment, memory);
+        node.keys.insert(key, segment);
+        let keys = vec![(FABRIC, key)];
+        self.feed(at, Input::SegmentReady { segment, keys });
+    }
+
+    /// Half of a copy, then the rest, then its end.
+    pub(super) fn copy_part(&mut self, at: usize, generation: Generation, last: bool) {
+        let Some(&(from, to)) = self.nodes[at].copies.get(&generation) else { return };
+        if !last && self.rng.percent(self.plan.copy_failures) && !self.is_ending() {
+            self.tally.faults += 1;
+            let result = Err(StoreError::os("copy", "it failed"));
+            self.feed(at, Input::CopyDone { generation, result });
+            return;
+        }
+        let half = from.len_bytes / 2;
+        let (start, len) = if last { (half, from.len_bytes - half) } else { (0, half) };
+        if let (Ok(from), Ok(to)) = (from.slice(start, len), to.slice(start, len)) {
+            let bytes = self.nodes[at].memory(from).map(|(region, offset, len)| region.read(offset, len));
+            self.write(at, to, &bytes.unwrap_or_default(), |hold| hold == Hold::CopiedTo(generation));
+        }
+        if last {
+            self.feed(at, Input::CopyDone { generation, result: Ok(()) });
+        } else {
+            let epoch = self.nodes[at].epoch;
+            let delay = self.rng.between(10_000, 5 * MS);
+            self.later(delay, Due::CopyPart { at, epoch, generation, last: true });
+        }
+    }
+
+    fn note(&mut self, at: usize, event: &Event) {
+        match event {
+            Event::PeerDown { .. } | Event::DirectoryLost { .. } => {
+                let joined = self.now() > super::world::JOINED_NS;
+                if joined && !self.plan.breaks_links() {
+                    self.fail(format!("node {at}: a peer was lost in calm weather: {event:?}"));
+                }
+                self.disturbed();
+            }
+            Event::PeerUp { .. } | Event::DirectoryFound => self.disturbed(),
+            Event::Evicted { objects, .. } => self.tally.evicted += objects,
+            Event::PeerRefused { .. } if !self.plan.breaks_links() => {
+                self.fail(format!("node {at}: a peer was refused in calm weather: {event:?}"));
+            }
+            _ => {}
+        }
+    }
+
+    /// What the fabric reports, as the node's peers module hands it on.
+    fn fabric_event(&mut self, at: usize, event: FabricEvent) {
+        let node = &mut self.nodes[at];
+        let input = match event {
+            FabricEvent::LinkUp { link, address, inbound } => {
+                node.dialling.remove(&link);
+                Input::LinkUp { link, fabric: FABRIC, address, inbound }
+            }
+            FabricEvent::LinkDown { link, why } => match node.dialling.remove(&link) {
+                Some(address) => Input::ConnectFailed { address, why },
+                None => {
+                    for message in node.deferred.remove(&link).into_iter().flatten() {
+                        self.payload_over(at, &message);
+                    }
+                    Input::LinkDown { link, why }
+                }
+            },
+            FabricEvent::ReadDone { transfer, result } => Input::ReadDone {
+                transfer,
+                result: result.map(|_| ()),
+            },
+            FabricEvent::SendDone { token, .. } => Input::SendDone { send: token.0 },
+            FabricEvent::Landed { token, result, .. } => Input::Landed {
+                request: token.0,
+                result: result.map(|_| ()),
+            },
+        };
+        self.feed(at, input);
+    }
+
+    fn payload_over(&mut self, at: usize, message: &Message) {
+        if let Some((_, send)) = message.payload {
+            self.feed(at, Input::SendDone { send });
+        }
+    }
+
+    fn empty_outbox(&mut self, at: usize) {
+        if std::mem::replace(&mut self.nodes[at].emptying, true) {
+            return;
+        }
+        while let Some(action) = self.nodes[at].outbox.pop_front() {
+            self.on_fabric(at, action);
+        }
+        self.nodes[at].emptying = false;
+    }
+
+    fn on_fabric(&mut self, at: usize, action: Action) {
+        let fabric = Arc::clone(&self.nodes[at].fabric);
+        match action {
+            Action::Send {
+                link,
+                request,
+                message,
+                payload,
+            } => {
+                let message = Message { request, message, payload };
+                if let Some(waiting) = self.nodes[at].deferred.get_mut(&link) {
+                    waiting.push_back(message);
+                    return;
+                }
+                if let Some(message) = self.try_send(at, link, message) {
+                    self.nodes[at].deferred.entry(link).or_default().push_back(message);
+                    let epoch = self.nodes[at].epoch;
+                    self.later(MS / 5, Due::Deferred { at, epoch, link });
+                }
+            }
+            Action::Read {
+                link,
+                transfer,
+                remote,
+                local,
+            } => {
+                if let Err(why) = fabric.read(link, transfer, remote, local) {
+                    self.feed(at, Input::ReadDone { transfer, result: Err(why) });
+                }
+            }
+            Action::CancelRead { transfer } => fabric.cancel(transfer),
+            Action::Disconnect { link } => fabric.disconnect(link),
+            Action::Connect { address } => match fabric.connect(&address) {
+                Ok(link) => {
+                    self.nodes[at].dialling.insert(link, address);
+                }
+                Err(why) => {
+                    self.feed(at, Input::ConnectFailed { address, why });
+                }
+            },
+            other => self.fail(format!("node {at}: {other:?} is not for the fabric")),
+        }
+    }
+
+    /// Returns the message if the link is busy.
+    fn try_send(&mut self, at: usize, link: LinkId, message: Message) -> Option<Message> {
+        let payload_len = message.payload.map_or(0, |(extent, _)| extent.len_bytes);
+        let frame = match encode(FrameKind::Peer, message.request, &message.message, payload_len) {
+            Ok(frame) => frame,
+            Err(error) => {
+                self.fail(format!("node {at}: {:?} cannot be encoded: {error}", message.message));
+                return None;
+            }
+        };
+        let fabric = Arc::clone(&self.nodes[at].fabric);
+        let (extent, send) = message.payload.unzip();
+        match fabric.send(link, frame, extent, SendToken(send.unwrap_or_default())) {
+            Ok(Sent::Done) => self.payload_over(at, &message),
+            Ok(Sent::Pending) => {}
+            Err(error) if error.kind() == ErrorKind::Busy => return Some(message),
+            Err(error) => {
+                self.payload_over(at, &message);
+                if error.kind() != ErrorKind::PeerLost {
+                    self.fail(format!("node {at}: a message was not taken: {error}"));
+                }
+            }
+        }
+        None
+    }
+
+    /// Tries again what met back-pressure.
+    pub(super) fn retry_deferred(&mut self, at: usize, link: LinkId) {
+        loop {
+            let waiting = self.nodes[at].deferred.get_mut(&link);
+            let Some(message) = waiting.and_then(VecDeque::pop_front) else { break };
+            if let Some(message) = self.try_send(at, link, message) {
+                let Some(waiting) = self.nodes[at].deferred.get_mut(&link) else {
+                    return self.payload_over(at, &message);
+                };
+                waiting.push_front(message);
+                let epoch = self.nodes[at].epoch;
+                return self.later(MS / 5, Due::Deferred { at, epoch, link });
+            }
+        }
+        self.nodes[at].deferred.remove(&link);
+    }
+}
+
+impl Node {
+    fn end_lease(&mut self, lease: LeaseId) {
+        if let Some((_, segment, until)) = self.leases.remove(&lease) {
+            self.guards.remove(segment, Hold::Leased(lease, until));
+        }
+    }
+
+    /// The reservation, not written in place, that an extent lies in.
+    fn reservation_around(&self, extent: Extent) -> Option<Hold> {
+        self.guards.around(extent)
+    }
+}
