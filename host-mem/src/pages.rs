@@ -13,9 +13,11 @@ use crate::memfd::kib_line;
 /// Which pages to put memory on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PagePolicy {
-    /// Huge pages where there are any.
+    /// Huge pages where there are any, also where the kernel takes milliseconds for each.
     #[default]
     Auto,
+    /// Huge pages where they come at once: for memory that somebody waits for. No policy of a configuration.
+    AtOnce,
     /// Small pages.
     Off,
     /// Huge pages, or an error that says why not.

@@ -78,7 +78,7 @@ impl Segment {
         let huge = pages != PagePolicy::Off;
         if let Some(page_bytes) = pages::reserved_for(len_bytes).filter(|_| huge) {
             // Another process may be faster; then ordinary memory does.
-            if let Ok(segment) = Self::allocate_on(id, &name, len_bytes, PageKind::Huge(page_bytes)) {
+            if let Ok(segment) = Self::allocate_on(id, &name, len_bytes, PageKind::Huge(page_bytes), false) {
                 return Ok(segment);
             }
         }
@@ -88,12 +88,19 @@ impl Segment {
         } else {
             PageKind::Small
         };
-        let mut segment = Self::allocate_on(id, &name, len_bytes, wanted)?;
+        let mut segment = Self::allocate_on(id, &name, len_bytes, wanted, pages != PagePolicy::AtOnce)?;
         segment.pages = pages::kind_of(&segment.mapping);
         Ok(segment)
     }
 
-    fn allocate_on(id: SegmentId, name: &str, len_bytes: u64, pages: PageKind) -> Result<Self, StoreError> {
+    /// `collapse`: whether to ask for transparent huge pages where page faults do not give them.
+    fn allocate_on(
+        id: SegmentId,
+        name: &str,
+        len_bytes: u64,
+        pages: PageKind,
+        collapse: bool,
+    ) -> Result<Self, StoreError> {
         let reserved = match pages {
             PageKind::Huge(page_bytes) => Some(page_bytes),
             PageKind::Transparent | PageKind::Small => None,
@@ -103,7 +110,7 @@ impl Segment {
         if pages == PageKind::Transparent {
             mapping.prefer_huge();
         }
-        let populated = match mapping.populate(pages == PageKind::Transparent) {
+        let populated = match mapping.populate(collapse && pages == PageKind::Transparent) {
             Err(Errno::INVAL) => fallocate(&fd, FallocateFlags::empty(), 0, len_bytes),
             other => other,
         };

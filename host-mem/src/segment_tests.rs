@@ -249,6 +249,13 @@ fn views_refuse_files_that_could_fault() {
 }
 
 #[test]
+fn memory_that_is_wanted_at_once_is_populated_too() {
+    let segment = Segment::create(SegmentId(3), LEN, SegmentOwner::Node, PagePolicy::AtOnce).expect("memory is left");
+    let held = rustix::fs::fstat(segment.descriptor()).expect("a file").st_blocks * 512;
+    assert_eq!(u64::try_from(held), Ok(LEN), "every page is there");
+}
+
+#[test]
 fn a_segment_is_populated_and_on_the_pages_it_says() {
     for pages in [PagePolicy::Off, PagePolicy::Auto] {
         let segment =

@@ -120,7 +120,7 @@ impl Clients {
             Some(Channel::Unix(remote)) => Arc::clone(remote),
             Some(Channel::Inside(slots)) => {
                 let slots = Arc::clone(slots);
-                return slots.deliver(driver, request, reply, descriptors);
+                return slots.deliver(driver, client, request, reply, descriptors);
             }
             None => return,
         };

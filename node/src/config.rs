@@ -9,7 +9,7 @@ use hetmem_host_mem::PagePolicy;
 /// Every key, with its default and meaning, in the order of the documentation.
 pub const KEYS: [(&str, &str, &str); 13] = [
     ("name", "HOST:PORT", "the node's name in the cluster; the same after a restart"),
-    ("socket", "$XDG_RUNTIME_DIR/hetmem.sock", "the Unix socket for clients"),
+    ("socket", "$HETMEM_SOCKET, $XDG_RUNTIME_DIR/hetmem.sock or /tmp/hetmem-UID.sock", "the Unix socket for clients"),
     ("listen", "127.0.0.1:7733", "where peers connect to; port 0 takes a free one"),
     ("join", "none", "the node that keeps the directory; none: this one"),
     ("host", "25%", "memory of the host tier: bytes, KiB, MiB, GiB, or a share of the machine's"),
@@ -134,7 +134,7 @@ impl Raw {
         };
         let pages = self.get("huge_pages").unwrap_or("auto");
         let u32_of = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
-        let streams = usize::try_from(self.number("streams", 0, 0, 64)?).unwrap_or_default();
+        let streams = usize::try_from(self.number("streams", 0, 0, 16)?).unwrap_or_default();
         Ok(Config {
             name: self.get("name").map(str::to_owned),
             socket: self.get("socket").map_or_else(hetmem_host_mem::socket::default_path, PathBuf::from),

@@ -51,15 +51,13 @@ impl Slots {
     pub(crate) fn deliver(
         &self,
         driver: &Driver,
+        client: ClientId,
         request: u64,
         reply: Result<ClientReply, StoreError>,
         descriptors: &Descriptors,
     ) {
         let slot = self.0.lock().remove(&request);
-        let Some(slot) = slot else {
-            undo(driver, reply);
-            return;
-        };
+        let Some(slot) = slot else { return driver.undo(client, reply) };
         let answer = reply.and_then(|reply| Ok(Answer { reply, descriptors: duplicates(descriptors)? }));
         *slot.answer.lock() = Some(answer);
         slot.done.store(true, Ordering::Release);
@@ -71,10 +69,22 @@ impl Slots {
     }
 }
 
-/// An answer that nobody takes: the engine bounds every wait, so this is a caller that gave up in the last moment.
-fn undo(_driver: &Driver, reply: Result<ClientReply, StoreError>) {
-    if let Ok(ClientReply::Located(located)) = reply {
-        tracing::debug!(generation = %located.generation, "an answer came after its caller had given up");
+impl Driver {
+    /// Takes back what an answer handed over that nobody waits for any more.
+    fn undo(&self, client: ClientId, reply: Result<ClientReply, StoreError>) {
+        match reply {
+            Ok(ClientReply::Located(located)) => {
+                let page = self.core.lock().pages.get(&client).cloned();
+                if let Some(page) = page {
+                    page.unpin_for_client(located.pin, located.generation);
+                }
+            }
+            Ok(ClientReply::Reserved { reservation, .. }) => {
+                let message = ClientMessage::Abort { reservation };
+                self.feed(Input::ClientRequest { client, request: 0, message, payload: Bytes::new() });
+            }
+            _ => {}
+        }
     }
 }
 

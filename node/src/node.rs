@@ -130,6 +130,7 @@ impl Node {
             lease_ms: config.lease_ms,
             heartbeat_ms: config.heartbeat_ms,
         });
+        tracing::info!(bytes = config.host_bytes, "reserving the memory of the host tier");
         let reserve = Reserve::new(config.host_bytes, config.huge_pages)?;
         let (jobs, received) = channel();
         let driver = Arc::new(Driver::new(engine, index, jobs.clone()));

@@ -4,7 +4,7 @@
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Weak};
 
-use hetmem_core::engine::Input;
+use hetmem_core::engine::{Input, StartUp};
 use hetmem_core::{ClientId, Extent, Generation, SegmentId, StoreError};
 use hetmem_host_mem::{PagePolicy, Reserve, Segment, SegmentOwner};
 use hetmem_transport::Access;
@@ -65,7 +65,10 @@ impl Maker {
     ) -> Result<Input, StoreError> {
         self.reserve.take(len_bytes)?;
         let kind = if owner.is_some() { SegmentOwner::Client } else { SegmentOwner::Node };
-        let segment = match Segment::create(id, len_bytes, kind, self.pages) {
+        // Once the node serves, somebody waits for this memory.
+        let serving = matches!(driver.core.lock().engine.start_up(), StartUp::Ready);
+        let pages = if serving && self.pages == PagePolicy::Auto { PagePolicy::AtOnce } else { self.pages };
+        let segment = match Segment::create(id, len_bytes, kind, pages) {
             Ok(segment) => Arc::new(segment),
             Err(error) => {
                 if let Err(lost) = self.reserve.put_back(len_bytes) {

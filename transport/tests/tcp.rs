@@ -126,3 +126,41 @@ fn a_wake_makes_waiters_look() {
         fabric.wake();
     });
 }
+
+/// Stopping ends every wait, whoever gets which bell.
+#[test]
+fn stopping_ends_all_waits() {
+    for _ in 0..20 {
+        let fabric = TcpFabric::start(TcpConfig::default(), Arc::<Echo>::default()).expect("listen");
+        let looked = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    let held = fabric.progress(Duration::from_secs(600), &|| {
+                        looked.fetch_add(1, Ordering::SeqCst);
+                        false
+                    });
+                    assert!(!held);
+                });
+            }
+            while looked.load(Ordering::SeqCst) < 3 {
+                std::thread::yield_now();
+            }
+            fabric.stop();
+        });
+    }
+}
+
+#[test]
+fn a_host_name_is_looked_up() {
+    let (sink, peer) = (Arc::<Echo>::default(), Arc::<Echo>::default());
+    let fabric = TcpFabric::start(TcpConfig::default(), Arc::clone(&sink) as _).expect("listen");
+    let other = TcpFabric::start(TcpConfig::default(), peer).expect("listen");
+    let port = other
+        .address()
+        .rsplit_once(':')
+        .map(|(_, port)| port.to_owned())
+        .expect("a port");
+    fabric.connect(&format!("localhost:{port}")).expect("connect");
+    assert!(fabric.progress(Duration::from_secs(60), &|| sink.ups.load(Ordering::SeqCst) == 1));
+}

@@ -109,7 +109,7 @@ impl TcpFabric {
     /// configuration that cannot work.
     pub fn start(config: TcpConfig, sink: Arc<dyn FabricSink>) -> Result<Arc<Self>, StoreError> {
         check(&config)?;
-        let listen = resolve(&config.listen)?;
+        let listen = resolve(&config.listen, true)?;
         let (listener, address) = sys::listen(listen)?;
         let threads = config.threads;
         let shared = Arc::new(Shared::new(config, sink, listener, address.port())?);
@@ -151,10 +151,11 @@ impl TcpFabric {
             ));
         }
         let (link, shared) = (Arc::clone(link), Arc::clone(&self.shared));
+        let wants_ipv4 = self.address.is_ipv4();
         let started = std::thread::Builder::new()
             .name("tcp-lookup".to_owned())
             .spawn(move || {
-                link.resolved(&shared, resolve(link.address()));
+                link.resolved(&shared, resolve(link.address(), wants_ipv4));
                 lookups.fetch_sub(1, Ordering::Relaxed);
             });
         match started {
@@ -185,13 +186,19 @@ fn check(config: &TcpConfig) -> Result<(), StoreError> {
     Ok(())
 }
 
-fn resolve(address: &str) -> Result<SocketAddr, StoreError> {
+/// The address of a host and port; where the host has several, one of the wanted family if there is one.
+fn resolve(address: &str, wants_ipv4: bool) -> Result<SocketAddr, StoreError> {
     let wrong = |why: String| StoreError::invalid("address", format!("{address:?}: {why}; write host:port"));
-    let mut found = address
+    let found = address
         .to_socket_addrs()
         .map_err(|error| wrong(error.to_string()))?;
-    found
-        .next()
+    let found: Vec<SocketAddr> = found.collect();
+    let wanted = found
+        .iter()
+        .find(|found| found.is_ipv4() == wants_ipv4)
+        .or(found.first());
+    wanted
+        .copied()
         .ok_or_else(|| wrong("the host has no address".to_owned()))
 }
 

@@ -344,7 +344,8 @@ impl Reads {
 
     /// The sink knows of one more finished read.
     pub(super) fn reported(&mut self) {
-        self.unreported -= 1;
+        // Zero only when the fabric has been stopped meanwhile.
+        self.unreported = self.unreported.saturating_sub(1);
     }
 
     /// Whether the end of the link can be reported now; true once.

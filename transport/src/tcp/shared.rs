@@ -180,6 +180,10 @@ impl Shared {
             };
             if done || left.is_zero() || self.stopping() {
                 self.seats.leave(&seat, true);
+                if self.stopping() {
+                    // This caller may have got the bell that was rung for a thread of the fabric.
+                    self.task_bell.ring();
+                }
                 return done;
             }
             match seat {
@@ -249,6 +253,9 @@ impl Shared {
     }
 
     pub(super) fn message(&self, link: LinkId, header: FrameHeader, body: &[u8]) -> Landing {
+        if self.stopping() {
+            return Landing::Discard;
+        }
         let landing = self.sink.message(link, header, body);
         self.seats.announce();
         landing
