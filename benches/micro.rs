@@ -26,9 +26,7 @@ fn key(at: u32) -> Key {
 fn allocation(c: &mut Criterion) {
     c.bench_function("arena: allocate and free 64 KiB among 10,000 live extents", |b| {
         let mut arena = Arena::new(4 << 30, 64);
-        let live: Vec<u64> = (0..20_000)
-            .filter_map(|at| arena.allocate(4096 + at % 7 * 8192))
-            .collect();
+        let live: Vec<u64> = (0..20_000).filter_map(|at| arena.allocate(4096 + at % 7 * 8192)).collect();
         for offset in live.iter().step_by(2) {
             arena.free(*offset).expect("live");
         }
@@ -40,33 +38,21 @@ fn allocation(c: &mut Criterion) {
 }
 
 fn checksums(c: &mut Criterion) {
-    let bytes: Vec<u8> = (0..4 * MIB)
-        .map(|at| u8::try_from(at % 251).expect("small"))
-        .collect();
+    let bytes: Vec<u8> = (0..4 * MIB).map(|at| u8::try_from(at % 251).expect("small")).collect();
     let mut group = c.benchmark_group("checksum");
     for len in [1024, 64 * 1024, 4 * MIB] {
         group.throughput(Throughput::Bytes(len as u64));
-        group.bench_function(format!("{len} bytes"), |b| {
-            b.iter(|| checksum::of(black_box(&bytes[..len])))
-        });
+        group.bench_function(format!("{len} bytes"), |b| b.iter(|| checksum::of(black_box(&bytes[..len]))));
     }
     group.finish();
 }
 
 fn entry(at: u32) -> IndexEntry {
     IndexEntry {
-        object: ObjectId {
-            origin: NodeId(1),
-            epoch: Epoch(1),
-            number: u64::from(at),
-        },
+        object: ObjectId { origin: NodeId(1), epoch: Epoch(1), number: u64::from(at) },
         meta: ObjectMeta::bytes(4096).expect("short"),
         generation: Generation(u64::from(at) + 1),
-        extent: Extent {
-            segment: SegmentId(1),
-            offset: u64::from(at) * 4096,
-            len_bytes: 4096,
-        },
+        extent: Extent { segment: SegmentId(1), offset: u64::from(at) * 4096, len_bytes: 4096 },
         tier: Tier::Host,
     }
 }
@@ -76,9 +62,7 @@ fn index(c: &mut Criterion) {
     for count in [1_000_u32, 1_000_000] {
         let mut writer = IndexWriter::create(4 << 20).expect("an index");
         for at in 0..count {
-            writer
-                .publish(SlotId(at), &key(at), &entry(at))
-                .expect("published");
+            writer.publish(SlotId(at), &key(at), &entry(at)).expect("published");
         }
         let reader = IndexReader::map(writer.descriptor().try_clone_to_owned().expect("a descriptor"))
             .expect("mapped");
@@ -90,10 +74,8 @@ fn index(c: &mut Criterion) {
         group.bench_function(format!("get, pin and unpin, 1,000 keys of {count}"), |b| {
             b.iter(|| {
                 at = (at + 1) % keys.len();
-                let found = reader
-                    .get(&keys[at], keys[at].fingerprint(), &client)
-                    .expect("sound")
-                    .expect("there");
+                let found =
+                    reader.get(&keys[at], keys[at].fingerprint(), &client).expect("sound").expect("there");
                 client.unpin(black_box(found).pin);
             });
         });
@@ -102,28 +84,16 @@ fn index(c: &mut Criterion) {
 }
 
 fn wire(c: &mut Criterion) {
-    let message = PeerMessage::Get {
-        key: key(7),
-        range: None,
-        inline_max: 32 * 1024,
-    };
-    c.bench_function("wire: encode GET", |b| {
-        b.iter(|| encode(FrameKind::Peer, 1, black_box(&message), 0))
-    });
+    let message = PeerMessage::Get { key: key(7), range: None, inline_max: 32 * 1024 };
+    c.bench_function("wire: encode GET", |b| b.iter(|| encode(FrameKind::Peer, 1, black_box(&message), 0)));
     let frame = encode(FrameKind::Peer, 1, &message, 0).expect("short");
     let body = &frame.as_bytes()[HEADER_LEN..];
-    c.bench_function("wire: decode GET", |b| {
-        b.iter(|| decode::<PeerMessage>(black_box(body)))
-    });
+    c.bench_function("wire: decode GET", |b| b.iter(|| decode::<PeerMessage>(black_box(body))));
 }
 
 fn engine() -> Engine {
-    let member = Member {
-        node: NodeId(1),
-        epoch: Epoch(1),
-        name: "bench".to_owned(),
-        address: String::new(),
-    };
+    let member =
+        Member { node: NodeId(1), epoch: Epoch(1), name: "bench".to_owned(), address: String::new() };
     let mut engine = Engine::new(EngineConfig {
         member,
         join: None,
@@ -139,35 +109,13 @@ fn engine() -> Engine {
     });
     engine.handle(Time(0), Input::Start);
     for segment in 1..=4 {
-        engine.handle(
-            Time(0),
-            Input::SegmentReady {
-                segment: SegmentId(segment),
-                keys: Vec::new(),
-            },
-        );
+        engine.handle(Time(0), Input::SegmentReady { segment: SegmentId(segment), keys: Vec::new() });
     }
     let client = ClientId(1);
-    engine.handle(
-        Time(0),
-        Input::ClientJoined {
-            client,
-            trusted: true,
-        },
-    );
-    let hello = ClientMessage::Hello {
-        version_min: 1,
-        version_max: 1,
-    };
-    engine.handle(
-        Time(0),
-        Input::ClientRequest {
-            client,
-            request: 1,
-            message: hello,
-            payload: Bytes::new(),
-        },
-    );
+    engine.handle(Time(0), Input::ClientJoined { client, trusted: true });
+    let hello = ClientMessage::Hello { version_min: 1, version_max: 1 };
+    engine
+        .handle(Time(0), Input::ClientRequest { client, request: 1, message: hello, payload: Bytes::new() });
     engine
 }
 
@@ -191,12 +139,7 @@ fn passes(c: &mut Criterion) {
                 let payload = payload.clone();
                 engine.handle(
                     Time(1),
-                    Input::ClientRequest {
-                        client: ClientId(1),
-                        request: 2,
-                        message,
-                        payload,
-                    },
+                    Input::ClientRequest { client: ClientId(1), request: 2, message, payload },
                 )
             },
             BatchSize::SmallInput,

@@ -25,19 +25,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("hetmem-kernels", &["hetmem-core"]),
     ("hetmem-gpu-mem", &["hetmem-core", "hetmem-kernels"]),
     ("hetmem-transport", &["hetmem-core"]),
-    (
-        "hetmem-node",
-        &[
-            "hetmem-core",
-            "hetmem-host-mem",
-            "hetmem-gpu-mem",
-            "hetmem-transport",
-        ],
-    ),
-    (
-        "hetmem-client",
-        &["hetmem-core", "hetmem-host-mem", "hetmem-gpu-mem"],
-    ),
+    ("hetmem-node", &["hetmem-core", "hetmem-host-mem", "hetmem-gpu-mem", "hetmem-transport"]),
+    ("hetmem-client", &["hetmem-core", "hetmem-host-mem", "hetmem-gpu-mem"]),
     ("hetmem-cli", LIBRARIES),
     ("hetmem-tests", LIBRARIES),
     ("hetmem-benches", LIBRARIES),
@@ -54,17 +43,8 @@ const ONLY_UNDER: &[(&str, &str)] = &[
 ];
 
 /// What does I/O, reads a clock or logs, and so is not for the core.
-const NOT_IN_CORE: &[&str] = &[
-    "tokio",
-    "tracing",
-    "log",
-    "rustix",
-    "libc",
-    "mio",
-    "socket2",
-    "memmap2",
-    "parking_lot",
-];
+const NOT_IN_CORE: &[&str] =
+    &["tokio", "tracing", "log", "rustix", "libc", "mio", "socket2", "memmap2", "parking_lot"];
 
 /// No feature decides what hardware is used.
 const NOT_IN_FEATURES: &[&str] = &["cuda", "gpu", "nvml", "rdma", "verbs", "ibverbs"];
@@ -99,9 +79,7 @@ fn violations(metadata: &Value) -> Vec<String> {
     for package in items(metadata, "packages") {
         let name = text(package, "name");
         let Some((_, allowed)) = ALLOWED.iter().find(|(known, _)| *known == name) else {
-            found.push(format!(
-                "{name}: not in the table of tests/layering.rs: say what it may depend on"
-            ));
+            found.push(format!("{name}: not in the table of tests/layering.rs: say what it may depend on"));
             continue;
         };
         for dependency in items(package, "dependencies") {
@@ -117,17 +95,12 @@ fn violations(metadata: &Value) -> Vec<String> {
             }
             let ships = dependency["kind"].as_str() != Some("dev");
             if name == "hetmem-core" && ships && NOT_IN_CORE.contains(&target) {
-                found.push(format!(
-                    "{name} depends on {target}: the core has no I/O, no clock, no logging"
-                ));
+                found.push(format!("{name} depends on {target}: the core has no I/O, no clock, no logging"));
             }
         }
         for feature in package["features"].as_object().into_iter().flatten() {
             if NOT_IN_FEATURES.iter().any(|word| feature.0.contains(word)) {
-                found.push(format!(
-                    "{name} has a feature {:?}: hardware is found at run time",
-                    feature.0
-                ));
+                found.push(format!("{name} has a feature {:?}: hardware is found at run time", feature.0));
             }
         }
     }
@@ -149,14 +122,9 @@ fn dependencies_point_downwards() {
 #[test]
 fn every_crate_of_the_table_exists() {
     let metadata = metadata();
-    let names: Vec<&str> = items(&metadata, "packages")
-        .map(|package| text(package, "name"))
-        .collect();
+    let names: Vec<&str> = items(&metadata, "packages").map(|package| text(package, "name")).collect();
     for (name, _) in ALLOWED {
-        assert!(
-            names.contains(name),
-            "{name} is in the table and not in the workspace"
-        );
+        assert!(names.contains(name), "{name} is in the table and not in the workspace");
     }
 }
 

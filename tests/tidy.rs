@@ -10,9 +10,7 @@ const FILE_LINES_MAX: usize = 800;
 const FUNCTION_LINES_MAX: usize = 100;
 
 /// Words that say nothing about what a thing is.
-const EMPTY_WORDS: &[&str] = &[
-    "util", "utils", "common", "helper", "helpers", "manager", "handler", "misc",
-];
+const EMPTY_WORDS: &[&str] = &["util", "utils", "common", "helper", "helpers", "manager", "handler", "misc"];
 
 /// The files that may hold `unsafe`, each of which says so in its header. Add one only with a reason why safe code
 /// cannot do it; the sources of core and kernels have none, whatever the reason.
@@ -38,11 +36,7 @@ const UNSAFE_FILES: &[&str] = &[
 ];
 
 /// Folders of machines, which nobody else has. Cut in two so that this file does not find itself.
-const MACHINE_FOLDERS: &[&str] = &[
-    concat!("/ro", "ot/"),
-    concat!("/ho", "me/"),
-    concat!("/wo", "rk/"),
-];
+const MACHINE_FOLDERS: &[&str] = &[concat!("/ro", "ot/"), concat!("/ho", "me/"), concat!("/wo", "rk/")];
 
 /// Kinds of text files that are searched for them.
 const TEXT_KINDS: &[&str] = &["rs", "toml", "md", "py", "c", "cu", "sh", "yml"];
@@ -59,11 +53,7 @@ fn files() -> Vec<String> {
         for entry in fs::read_dir(root().join(&folder)).expect("a folder of this repository") {
             let entry = entry.expect("an entry of this repository");
             let name = entry.file_name().to_string_lossy().into_owned();
-            let path = if folder.is_empty() {
-                name.clone()
-            } else {
-                format!("{folder}/{name}")
-            };
+            let path = if folder.is_empty() { name.clone() } else { format!("{folder}/{name}") };
             let hidden = name.starts_with('.') && name != ".ci" && name != ".cargo";
             if hidden || name == "target" || name == "__pycache__" {
                 continue;
@@ -84,13 +74,10 @@ fn read(path: &str) -> String {
 }
 
 fn rust_files() -> Vec<(String, String)> {
-    let sources = files()
-        .into_iter()
-        .filter(|path| path.ends_with(".rs"))
-        .map(|path| {
-            let source = read(&path);
-            (path, source)
-        });
+    let sources = files().into_iter().filter(|path| path.ends_with(".rs")).map(|path| {
+        let source = read(&path);
+        (path, source)
+    });
     sources.collect()
 }
 
@@ -159,9 +146,7 @@ fn raw_string_len(rest: &[char]) -> usize {
     if rest.get(1 + marks) != Some(&'"') {
         return 0;
     }
-    let end: Vec<char> = std::iter::once('"')
-        .chain(std::iter::repeat_n('#', marks))
-        .collect();
+    let end: Vec<char> = std::iter::once('"').chain(std::iter::repeat_n('#', marks)).collect();
     let body = &rest[marks + 2..];
     let len = body.windows(end.len()).position(|window| window == end);
     len.map_or(rest.len(), |len| marks + 2 + len + end.len())
@@ -188,9 +173,7 @@ fn tokens(code: &str) -> Vec<(usize, &str)> {
     for (number, line) in code.lines().enumerate() {
         let mut rest = line;
         while let Some(first) = rest.chars().next() {
-            let word = rest
-                .find(|c: char| !c.is_alphanumeric() && c != '_')
-                .unwrap_or(rest.len());
+            let word = rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len());
             let len = if word > 0 { word } else { first.len_utf8() };
             if !first.is_whitespace() {
                 found.push((number + 1, &rest[..len]));
@@ -206,10 +189,7 @@ fn functions<'a>(tokens: &[(usize, &'a str)]) -> Vec<(&'a str, usize, usize)> {
     let mut found = Vec::new();
     for (at, (line, token)) in tokens.iter().enumerate() {
         // A function pointer type has a parenthesis where a function has its name.
-        let Some((_, name)) = tokens
-            .get(at + 1)
-            .filter(|(_, next)| *token == "fn" && *next != "(")
-        else {
+        let Some((_, name)) = tokens.get(at + 1).filter(|(_, next)| *token == "fn" && *next != "(") else {
             continue;
         };
         let mut depth = 0_usize;
@@ -236,12 +216,11 @@ fn functions<'a>(tokens: &[(usize, &'a str)]) -> Vec<(&'a str, usize, usize)> {
 /// Whether the code holds an unsafe block, function, implementation, trait, foreign block or attribute.
 fn has_unsafe(tokens: &[(usize, &str)]) -> bool {
     let words: Vec<&str> = tokens.iter().map(|(_, word)| *word).collect();
-    let mut after = words
-        .iter()
-        .enumerate()
-        .filter(|(_, word)| **word == "unsafe")
-        .map(|(at, _)| match &words[at + 1..] {
-            ["extern", rest @ ..] | rest => rest,
+    let mut after =
+        words.iter().enumerate().filter(|(_, word)| **word == "unsafe").map(|(at, _)| {
+            match &words[at + 1..] {
+                ["extern", rest @ ..] | rest => rest,
+            }
         });
     after.any(|rest| match rest {
         // The type of a pointer, whose calls need a block anyway.
@@ -268,9 +247,7 @@ fn words(name: &str) -> Vec<String> {
 }
 
 fn empty_word(name: &str) -> Option<String> {
-    words(name)
-        .into_iter()
-        .find(|word| EMPTY_WORDS.contains(&word.as_str()))
+    words(name).into_iter().find(|word| EMPTY_WORDS.contains(&word.as_str()))
 }
 
 /// Fails with all of them, if there are any.
@@ -304,9 +281,8 @@ fn files_and_functions_are_short() {
         }
         for (name, line, len) in functions(&tokens(&code_of(&source))) {
             if len > FUNCTION_LINES_MAX {
-                findings.push(format!(
-                    "{path}:{line}: fn {name} has {len} lines, at most {FUNCTION_LINES_MAX}"
-                ));
+                findings
+                    .push(format!("{path}:{line}: fn {name} has {len} lines, at most {FUNCTION_LINES_MAX}"));
             }
         }
     }
@@ -346,9 +322,7 @@ fn unsafe_stands_where_the_list_says() {
             findings.push(format!("{path}: holds `unsafe` and is not in tests/tidy.rs"));
         }
         if !header(&source).contains("unsafe") {
-            findings.push(format!(
-                "{path}: holds `unsafe` and its `//!` header does not say so"
-            ));
+            findings.push(format!("{path}: holds `unsafe` and its `//!` header does not say so"));
         }
         holders.push(path);
     }
@@ -392,12 +366,9 @@ fn the_checks_see_code_and_not_text() {
     let tokens_found = tokens(&code);
     assert_eq!(functions(&tokens_found), [("short", 2, 1), ("long", 5, 4)]);
     assert!(!has_unsafe(&tokens_found));
-    for holds in [
-        "unsafe { x() }",
-        "unsafe impl Send for X {}",
-        "pub unsafe fn f(){}",
-        "unsafe extern \"C\" { }",
-    ] {
+    for holds in
+        ["unsafe { x() }", "unsafe impl Send for X {}", "pub unsafe fn f(){}", "unsafe extern \"C\" { }"]
+    {
         assert!(has_unsafe(&tokens(&code_of(holds))), "{holds}");
     }
     assert_eq!(empty_word("SegmentManager"), Some("manager".to_owned()));

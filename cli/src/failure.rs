@@ -102,10 +102,7 @@ mod tests {
             (Failure::Store(StoreError::timed_out("get", "k", 1)), 6),
         ] {
             assert_eq!(failure.exit_code(), code, "{failure:?}");
-            assert!(
-                EXIT_CODES.contains(&format!("\n  {code}  ")),
-                "{code} is not documented"
-            );
+            assert!(EXIT_CODES.contains(&format!("\n  {code}  ")), "{code} is not documented");
         }
     }
 }

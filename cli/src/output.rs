@@ -47,10 +47,7 @@ pub(crate) struct Table {
 impl Table {
     /// A table without rows.
     pub(crate) fn new(columns: &[(&'static str, Align)]) -> Self {
-        Self {
-            columns: columns.to_vec(),
-            rows: Vec::new(),
-        }
+        Self { columns: columns.to_vec(), rows: Vec::new() }
     }
 
     /// Adds a row; missing cells are empty.
@@ -63,9 +60,7 @@ impl Table {
         let headings: Vec<String> = self.columns.iter().map(|(name, _)| (*name).to_owned()).collect();
         let lines = || std::iter::once(&headings).chain(&self.rows);
         let width = |at: usize| {
-            let widths = lines()
-                .filter_map(|line| line.get(at))
-                .map(|cell| cell.chars().count());
+            let widths = lines().filter_map(|line| line.get(at)).map(|cell| cell.chars().count());
             widths.max().unwrap_or(0)
         };
         let widths: Vec<usize> = (0..self.columns.len()).map(width).collect();
@@ -129,10 +124,7 @@ mod tests {
         table.row(["longer".to_owned()]);
         let mut text = Vec::new();
         table.write(&mut text).expect("memory");
-        assert_eq!(
-            String::from_utf8(text).expect("text"),
-            "key     bytes\nä       12345\nlonger\n"
-        );
+        assert_eq!(String::from_utf8(text).expect("text"), "key     bytes\nä       12345\nlonger\n");
     }
 
     #[test]
@@ -146,12 +138,9 @@ mod tests {
         ] {
             assert_eq!(bytes(len), text);
         }
-        for (time, text) in [
-            (999, "999 ns"),
-            (1_500, "1.5 us"),
-            (2_000_000, "2.00 ms"),
-            (3_000_000_000, "3.00 s"),
-        ] {
+        for (time, text) in
+            [(999, "999 ns"), (1_500, "1.5 us"), (2_000_000, "2.00 ms"), (3_000_000_000, "3.00 s")]
+        {
             assert_eq!(nanos(time), text);
         }
     }

@@ -19,15 +19,7 @@ impl Node {
     fn start() -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let mut child = Command::new(HETMEM)
-            .args([
-                "serve",
-                "--listen",
-                "127.0.0.1:0",
-                "--host",
-                "64MiB",
-                "--stop-with-stdin",
-                "--socket",
-            ])
+            .args(["serve", "--listen", "127.0.0.1:0", "--host", "64MiB", "--stop-with-stdin", "--socket"])
             .arg(folder.path().join("node.sock"))
             .env("HETMEM_LOG", "error")
             .stdin(Stdio::piped())
@@ -35,17 +27,10 @@ impl Node {
             .spawn()
             .expect("this program");
         let mut line = String::new();
-        BufReader::new(child.stdout.take().expect("piped"))
-            .read_line(&mut line)
-            .expect("a line");
+        BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("a line");
         let ready: Value = serde_json::from_str(&line).expect("one line of JSON");
         assert_eq!(ready["ready"], true, "{line}");
-        assert!(
-            ready["address"]
-                .as_str()
-                .expect("an address")
-                .starts_with("127.0.0.1:")
-        );
+        assert!(ready["address"].as_str().expect("an address").starts_with("127.0.0.1:"));
         Self { child, folder }
     }
 
@@ -89,12 +74,7 @@ impl Drop for Node {
 
 fn hetmem(socket: &Path, args: &[&str]) -> Output {
     let mut command = Command::new(HETMEM);
-    command
-        .arg("--socket")
-        .arg(socket)
-        .args(args)
-        .output()
-        .expect("this program")
+    command.arg("--socket").arg(socket).args(args).output().expect("this program")
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -117,16 +97,10 @@ fn files_come_back_as_they_were_put() {
     let plain = node.file("plain.bin", &bytes);
     let tensors = node.file("model.safetensors", &safetensors_file());
     let put = node.json(&["put", &plain]);
-    assert_eq!(
-        (&put["objects"], &put["bytes"], &put["kept"]),
-        (&1.into(), &200_000.into(), &0.into())
-    );
+    assert_eq!((&put["objects"], &put["bytes"], &put["kept"]), (&1.into(), &200_000.into(), &0.into()));
     assert_eq!(node.json(&["put", &plain])["kept"], 1);
     assert_eq!(node.json(&["put", &tensors])["objects"], 3);
-    assert_eq!(
-        node.json(&["put", &plain, "--key", "named", "--pin"])["objects"],
-        1
-    );
+    assert_eq!(node.json(&["put", &plain, "--key", "named", "--pin"])["objects"], 1);
 
     let back = node.path("back.bin");
     let back = back.to_str().expect("UTF-8");
@@ -149,12 +123,8 @@ fn keys_are_listed_described_pinned_and_removed() {
     let tensors = node.file("model.safetensors", &safetensors_file());
     node.json(&["put", &tensors, "--prefix", "m/v1"]);
     let listed = node.json(&["ls"]);
-    let keys: Vec<&str> = listed
-        .as_array()
-        .expect("rows")
-        .iter()
-        .filter_map(|row| row["key"].as_str())
-        .collect();
+    let keys: Vec<&str> =
+        listed.as_array().expect("rows").iter().filter_map(|row| row["key"].as_str()).collect();
     assert_eq!(keys, ["m/v1/__metadata__", "m/v1/a.weight", "m/v1/b"]);
     assert_eq!(node.json(&["ls", "m/v1/a"]).as_array().map(Vec::len), Some(1));
     let stat = node.json(&["stat", "m/v1/b"]);
@@ -167,22 +137,11 @@ fn keys_are_listed_described_pinned_and_removed() {
     node.json(&["unpin", "m/v1/b"]);
     assert_eq!(node.json(&["stat", "m/v1/b"])["pinned"], false);
     let status = node.json(&["status"]);
-    assert_eq!(
-        (&status["objects"], &status["counters"]["puts"]),
-        (&3.into(), &3.into())
-    );
+    assert_eq!((&status["objects"], &status["counters"]["puts"]), (&3.into(), &3.into()));
     let table = node.run(&["ls", "--long"]);
     let table = text(&table.stdout);
-    assert!(
-        table.contains("bfloat16") && table.contains("3 objects"),
-        "{table}"
-    );
-    assert_eq!(
-        node.json(&["rm", "-r", "m/v1"])["deleted"]
-            .as_array()
-            .map(Vec::len),
-        Some(3)
-    );
+    assert!(table.contains("bfloat16") && table.contains("3 objects"), "{table}");
+    assert_eq!(node.json(&["rm", "-r", "m/v1"])["deleted"].as_array().map(Vec::len), Some(3));
     assert_eq!(node.json(&["ls"]), Value::Array(Vec::new()));
 }
 
@@ -191,45 +150,26 @@ fn failures_say_what_to_do_and_exit_with_their_code() {
     let node = Node::start();
     let out = node.path("out.bin");
     let out = out.to_str().expect("UTF-8");
-    assert!(
-        node.refused(&["get", "missing", "-o", out], 3)
-            .contains("missing")
-    );
+    assert!(node.refused(&["get", "missing", "-o", out], 3).contains("missing"));
     assert!(!Path::new(out).exists());
-    assert!(
-        node.refused(&["get", "missing", "-o", &format!("{out}.safetensors")], 3)
-            .contains("missing")
-    );
+    assert!(node.refused(&["get", "missing", "-o", &format!("{out}.safetensors")], 3).contains("missing"));
     node.refused(&["stat", "missing"], 3);
     node.refused(&["rm", "missing"], 3);
     node.refused(&["rm", "-r", "missing"], 3);
     assert!(node.refused(&["stat", ""], 1).contains("empty"));
-    assert!(
-        node.refused(&["put", "/nonexistent/file"], 1)
-            .contains("/nonexistent/file")
-    );
+    assert!(node.refused(&["put", "/nonexistent/file"], 1).contains("/nonexistent/file"));
     let cut = node.file("cut.safetensors", &safetensors_file()[..100]);
     assert!(node.refused(&["put", &cut], 5).contains("truncated"));
     assert!(node.refused(&["put", &cut, "--key", "k"], 2).contains("--prefix"));
     let twice = node.file("twice.bin", b"bytes");
     node.json(&["put", &twice]);
-    assert!(
-        node.refused(&["put", &twice, "--error-if-exists"], 1)
-            .contains("exists")
-    );
+    assert!(node.refused(&["put", &twice, "--error-if-exists"], 1).contains("exists"));
     let gone = hetmem(&node.path("gone.sock"), &["ls"]);
     assert_eq!(gone.status.code(), Some(4));
-    assert!(
-        text(&gone.stderr).contains("hetmem serve"),
-        "{}",
-        text(&gone.stderr)
-    );
+    assert!(text(&gone.stderr).contains("hetmem serve"), "{}", text(&gone.stderr));
     let json = hetmem(&node.path("gone.sock"), &["ls", "--json"]);
     let error: Value = serde_json::from_slice(&json.stderr).expect("an error in JSON");
-    assert_eq!(
-        (&error["error"]["kind"], json.stdout.len()),
-        (&"Unavailable".into(), 0)
-    );
+    assert_eq!((&error["error"]["kind"], json.stdout.len()), (&"Unavailable".into(), 0));
     let usage = hetmem(&node.path("gone.sock"), &["frobnicate"]);
     assert_eq!(usage.status.code(), Some(2));
 }
@@ -247,22 +187,12 @@ fn doctor_has_a_word_on_everything() {
     let node = Node::start();
     let checks = node.json(&["doctor"]);
     let check = |name: &str| {
-        let found = checks
-            .as_array()
-            .expect("rows")
-            .iter()
-            .find(|check| check["capability"] == name);
+        let found = checks.as_array().expect("rows").iter().find(|check| check["capability"] == name);
         found.unwrap_or_else(|| panic!("no {name} in {checks}")).clone()
     };
-    for name in [
-        "shared memory",
-        "memory",
-        "huge pages",
-        "open files",
-        "locked memory",
-        "GPU driver",
-        "RDMA verbs",
-    ] {
+    for name in
+        ["shared memory", "memory", "huge pages", "open files", "locked memory", "GPU driver", "RDMA verbs"]
+    {
         assert!(!check(name)["why"].as_str().expect("why").is_empty(), "{name}");
     }
     assert_eq!(check("node")["available"], true);
@@ -280,21 +210,12 @@ fn the_demo_moves_a_file_between_two_nodes() {
     let done = hetmem(&nowhere, &["demo", path, "--json"]);
     assert_eq!(done.status.code(), Some(0), "{}", text(&done.stderr));
     let report: Value = serde_json::from_slice(&done.stdout).expect("JSON and nothing else");
-    assert_eq!(
-        (&report["ok"], &report["tensors"], &report["bytes"]),
-        (&true.into(), &2.into(), &22.into())
-    );
+    assert_eq!((&report["ok"], &report["tensors"], &report["bytes"]), (&true.into(), &2.into(), &22.into()));
     // Each tensor is compared after its fetch, and on both nodes.
-    assert_eq!(
-        (&report["compared_bytes"], &report["eager"]),
-        (&66.into(), &2.into())
-    );
+    assert_eq!((&report["compared_bytes"], &report["eager"]), (&66.into(), &2.into()));
     let said = hetmem(&nowhere, &["demo", path, "--fabric", "verbs"]);
     assert_eq!(said.status.code(), Some(4));
     assert!(text(&said.stderr).contains("verbs"));
     let other = hetmem(&nowhere, &["demo", "Cargo.toml"]);
-    assert_eq!(
-        other.status.code(),
-        Some(1 + i32::from(Path::new("Cargo.toml").exists()))
-    );
+    assert_eq!(other.status.code(), Some(1 + i32::from(Path::new("Cargo.toml").exists())));
 }

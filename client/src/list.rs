@@ -20,13 +20,7 @@ pub struct Listing {
 
 impl Listing {
     pub(crate) fn new(shared: Arc<Shared>, prefix: String) -> Self {
-        Self {
-            shared,
-            prefix,
-            page: Vec::new().into_iter(),
-            after: None,
-            more: true,
-        }
+        Self { shared, prefix, page: Vec::new().into_iter(), after: None, more: true }
     }
 }
 

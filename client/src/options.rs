@@ -20,10 +20,7 @@ pub struct ConnectOptions {
 
 impl Default for ConnectOptions {
     fn default() -> Self {
-        Self {
-            socket: None,
-            timeout: TIMEOUT,
-        }
+        Self { socket: None, timeout: TIMEOUT }
     }
 }
 
@@ -42,12 +39,7 @@ pub struct GetOptions {
 
 impl Default for GetOptions {
     fn default() -> Self {
-        Self {
-            timeout: TIMEOUT,
-            keep: true,
-            range: None,
-            verify: false,
-        }
+        Self { timeout: TIMEOUT, keep: true, range: None, verify: false }
     }
 }
 
@@ -87,12 +79,7 @@ impl Default for PutOptions {
 impl PutOptions {
     pub(crate) fn hints(&self) -> PutHints {
         let millis = |ttl: Duration| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
-        PutHints {
-            pin: self.pin,
-            cache: self.cache,
-            ttl_ms: self.ttl.map(millis),
-            seal_copy: self.seal_copy,
-        }
+        PutHints { pin: self.pin, cache: self.cache, ttl_ms: self.ttl.map(millis), seal_copy: self.seal_copy }
     }
 }
 

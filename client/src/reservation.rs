@@ -51,15 +51,7 @@ impl Reservation {
         number: Generation,
         place: Place,
     ) -> Self {
-        Self {
-            shared,
-            key,
-            meta,
-            options,
-            number,
-            place,
-            open: true,
-        }
+        Self { shared, key, meta, options, number, place, open: true }
     }
 
     pub(crate) fn write_into(&mut self, place: Place) {
@@ -165,10 +157,7 @@ impl Reservation {
             Place::Mapped(extent) => drop(extent),
             Place::Sent(buffer) => self.send(&buffer)?,
         }
-        let message = ClientMessage::Seal {
-            reservation: self.number,
-            checksum,
-        };
+        let message = ClientMessage::Seal { reservation: self.number, checksum };
         let answer = self.shared.call(&message, &[], self.options.timeout)?;
         // The node has answered: there is nothing left to give up.
         self.open = false;
@@ -181,10 +170,7 @@ impl Reservation {
     fn send(&self, bytes: &[u8]) -> Result<(), StoreError> {
         let mut offset = 0;
         for part in bytes.chunks(socket::PAYLOAD_LEN_MAX) {
-            let message = ClientMessage::Write {
-                reservation: self.number,
-                offset,
-            };
+            let message = ClientMessage::Write { reservation: self.number, offset };
             match self.shared.call(&message, part, self.options.timeout)?.reply {
                 ClientReply::Done => offset += part.len() as u64,
                 reply => return Err(unexpected(&message, &reply)),
@@ -198,9 +184,7 @@ impl Drop for Reservation {
     fn drop(&mut self) {
         if self.open {
             self.place = Place::Sent(Vec::new());
-            self.shared.tell(&ClientMessage::Abort {
-                reservation: self.number,
-            });
+            self.shared.tell(&ClientMessage::Abort { reservation: self.number });
         }
     }
 }

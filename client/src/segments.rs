@@ -1,6 +1,7 @@
 //! The segments that this process maps: all that it reads, and those granted to it for writing. Not their
 //! lifetime, which is the node's. Invariant: a read mapping, once here, stays until the store goes, so that a
-//! reader needs no lock; numbers of segments are never used twice by one incarnation of a node.
+//! reader needs no lock (a retired segment's lets go of its memory and reads as zeros, and nobody can hold an object
+//! in it); numbers of segments are never used twice by one incarnation of a node.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -24,9 +25,7 @@ pub(crate) struct ReadMappings {
 
 impl ReadMappings {
     pub(crate) fn new() -> Self {
-        Self {
-            chunks: std::iter::repeat_with(OnceLock::new).take(CHUNKS).collect(),
-        }
+        Self { chunks: std::iter::repeat_with(OnceLock::new).take(CHUNKS).collect() }
     }
 
     /// The segment's mapping, if it is here.
@@ -38,6 +37,11 @@ impl ReadMappings {
     /// The bytes of an extent whose segment is here; `None` outside of it.
     pub(crate) fn bytes(&self, extent: &Extent) -> Option<&[u8]> {
         self.get(extent.segment)?.bytes(extent.offset, extent.len_bytes)
+    }
+
+    /// Lets go of the memory of a segment that the node has retired.
+    pub(crate) fn release(&self, segment: SegmentId) -> Result<(), StoreError> {
+        self.get(segment).map_or(Ok(()), ReadMapping::release)
     }
 
     /// Maps a segment. When two threads do, the second mapping goes again.
@@ -99,10 +103,7 @@ impl Grants {
             return;
         }
         let grant = match WriteMapping::map(fd, len_bytes) {
-            Ok(mapping) => Grant::Mapped {
-                mapping: Arc::new(mapping),
-                told: false,
-            },
+            Ok(mapping) => Grant::Mapped { mapping: Arc::new(mapping), told: false },
             Err(error) => Grant::Failed(error),
         };
         segments.insert(segment, grant);
@@ -117,10 +118,7 @@ impl Grants {
         loop {
             match segments.get(&segment) {
                 Some(Grant::Mapped { mapping, told }) => {
-                    return Ok(Granted {
-                        mapping: Arc::clone(mapping),
-                        tell: !told,
-                    });
+                    return Ok(Granted { mapping: Arc::clone(mapping), tell: !told });
                 }
                 Some(Grant::Failed(error)) => return Err(error.clone()),
                 None => {}

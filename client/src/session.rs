@@ -85,9 +85,7 @@ pub(crate) struct Ticket<'a> {
 
 impl fmt::Debug for UnixSession {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("UnixSession")
-            .field("peer", &self.peer)
-            .finish_non_exhaustive()
+        f.debug_struct("UnixSession").field("peer", &self.peer).finish_non_exhaustive()
     }
 }
 
@@ -115,19 +113,13 @@ impl UnixSession {
         use rustix::net::sockopt::{Timeout, set_socket_timeout};
         set_socket_timeout(&socket, Timeout::Recv, Some(RECEIVE_TICK))
             .map_err(|error| StoreError::os("set the receive timeout of the node's socket", error))?;
-        let reader = Reader {
-            buffer: vec![0; socket::PACKET_LEN_MAX].into_boxed_slice(),
-            descriptors: Vec::new(),
-        };
+        let reader =
+            Reader { buffer: vec![0; socket::PACKET_LEN_MAX].into_boxed_slice(), descriptors: Vec::new() };
         Ok(Self {
             socket,
             peer,
             next_request: AtomicU64::new(1),
-            desk: Mutex::new(Desk {
-                reader: Some(reader),
-                slots: HashMap::new(),
-                lost: None,
-            }),
+            desk: Mutex::new(Desk { reader: Some(reader), slots: HashMap::new(), lost: None }),
             late: OnceLock::new(),
         })
     }
@@ -145,11 +137,7 @@ impl UnixSession {
         timeout: Duration,
     ) -> Result<Ticket<'a>, StoreError> {
         let request = self.next_request.fetch_add(1, Ordering::Relaxed);
-        let slot = Slot {
-            answer: None,
-            owner: Arc::default(),
-            owner_waits: false,
-        };
+        let slot = Slot { answer: None, owner: Arc::default(), owner_waits: false };
         {
             let mut desk = self.desk.lock();
             if let Some(why) = &desk.lost {
@@ -158,11 +146,7 @@ impl UnixSession {
             desk.slots.insert(request, slot);
         }
         // From here on the ticket's drop takes the slot back.
-        let ticket = Ticket {
-            session: self,
-            message,
-            request,
-        };
+        let ticket = Ticket { session: self, message, request };
         self.transmit(request, message, payload, timeout)?;
         Ok(ticket)
     }
@@ -183,20 +167,11 @@ impl UnixSession {
     ) -> Result<(), StoreError> {
         if payload.len() > socket::PAYLOAD_LEN_MAX {
             let (len, limit) = (payload.len() as u64, socket::PAYLOAD_LEN_MAX as u64);
-            return Err(StoreError::too_large(
-                message.name(),
-                "payload of a packet in bytes",
-                len,
-                limit,
-            ));
+            return Err(StoreError::too_large(message.name(), "payload of a packet in bytes", len, limit));
         }
         let frame = encode(FrameKind::Client, request, message, payload.len() as u64)?;
         let parts = [IoSlice::new(frame.as_bytes()), IoSlice::new(payload)];
-        let parts = if payload.is_empty() {
-            &parts[..1]
-        } else {
-            &parts[..]
-        };
+        let parts = if payload.is_empty() { &parts[..1] } else { &parts[..] };
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         let mut deadline = None;
         loop {
@@ -368,11 +343,7 @@ fn hand_over(desk: &mut Desk) {
     if desk.reader.is_none() {
         return;
     }
-    if let Some(next) = desk
-        .slots
-        .values()
-        .find(|slot| slot.owner_waits && slot.answer.is_none())
-    {
+    if let Some(next) = desk.slots.values().find(|slot| slot.owner_waits && slot.answer.is_none()) {
         next.owner.notify_one();
     }
 }

@@ -33,9 +33,7 @@ pub(crate) enum Link {
 
 impl fmt::Debug for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Shared")
-            .field("node", &self.node)
-            .finish_non_exhaustive()
+        f.debug_struct("Shared").field("node", &self.node).finish_non_exhaustive()
     }
 }
 
@@ -72,11 +70,7 @@ impl Shared {
         after: Option<Key>,
         limit: u32,
     ) -> Result<(Vec<Listed>, bool), StoreError> {
-        let message = ClientMessage::List {
-            prefix: prefix.to_owned(),
-            after,
-            limit,
-        };
+        let message = ClientMessage::List { prefix: prefix.to_owned(), after, limit };
         match self.call(&message, &[], self.timeout)?.reply {
             ClientReply::Listed { objects, more } => Ok((objects, more)),
             reply => Err(unexpected(&message, &reply)),
@@ -116,9 +110,12 @@ impl Shared {
     fn fetch_segment(&self, segment: SegmentId) -> Result<(), StoreError> {
         let message = ClientMessage::Segment { segment };
         let answer = self.call(&message, &[], self.timeout)?;
-        let ClientReply::Segment { len_bytes, .. } = answer.reply else {
+        let ClientReply::Segment { len_bytes, retired, .. } = answer.reply else {
             return Err(unexpected(&message, &answer.reply));
         };
+        for segment in retired {
+            self.segments.release(segment)?;
+        }
         let Some(fd) = answer.descriptors.into_iter().next() else {
             return Err(StoreError::protocol(format!(
                 "segment {segment} came without a descriptor (is the limit of open files reached?)"
@@ -136,10 +133,7 @@ impl Shared {
             self.ask_done(&ClientMessage::Mapped { segment })?;
             self.grants.told(segment);
         }
-        granted
-            .mapping
-            .extent_mut(extent.offset, extent.len_bytes)
-            .map(Place::Mapped)
+        granted.mapping.extent_mut(extent.offset, extent.len_bytes).map(Place::Mapped)
     }
 }
 

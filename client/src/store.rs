@@ -39,9 +39,7 @@ pub struct Store {
 
 impl fmt::Debug for Store {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Store")
-            .field("node", &self.shared.node)
-            .finish_non_exhaustive()
+        f.debug_struct("Store").field("node", &self.shared.node).finish_non_exhaustive()
     }
 }
 
@@ -63,10 +61,7 @@ impl Store {
     /// # Errors
     /// As [`Store::connect`].
     pub fn connect_with(options: &ConnectOptions) -> Result<Self, StoreError> {
-        let path = options
-            .socket
-            .clone()
-            .unwrap_or_else(hetmem_host_mem::socket::default_path);
+        let path = options.socket.clone().unwrap_or_else(hetmem_host_mem::socket::default_path);
         let session = Arc::new(UnixSession::connect(&path)?);
         let store = Self::greet(Link::Unix(Arc::clone(&session)), options.timeout)?;
         session.on_late(late::hook(Arc::downgrade(&store.shared)));
@@ -82,18 +77,9 @@ impl Store {
     }
 
     fn greet(session: Link, timeout: Duration) -> Result<Self, StoreError> {
-        let hello = ClientMessage::Hello {
-            version_min: PROTOCOL_MIN,
-            version_max: PROTOCOL_MAX,
-        };
+        let hello = ClientMessage::Hello { version_min: PROTOCOL_MIN, version_max: PROTOCOL_MAX };
         let answer = session.as_session().call(&hello, &[], timeout)?;
-        let ClientReply::Welcome {
-            version,
-            node,
-            inline_put_max,
-            ..
-        } = answer.reply
-        else {
+        let ClientReply::Welcome { version, node, inline_put_max, .. } = answer.reply else {
             return Err(unexpected(&hello, &answer.reply));
         };
         wire::negotiate(version, version)?;
@@ -156,10 +142,7 @@ impl Store {
     /// # Errors
     /// As [`Store::get_with`].
     pub fn get_range(&self, key: &Key, start: u64, len_bytes: u64) -> Result<Object, StoreError> {
-        let options = GetOptions {
-            range: Some(Range { start, len_bytes }),
-            ..GetOptions::default()
-        };
+        let options = GetOptions { range: Some(Range { start, len_bytes }), ..GetOptions::default() };
         self.get_with(key, &options)
     }
 
@@ -174,20 +157,14 @@ impl Store {
     pub fn get_many_with(&self, keys: &[Key], options: &GetOptions) -> Vec<Result<Object, StoreError>> {
         let mut results: Vec<_> = keys.iter().map(|key| self.local_part(key, options)).collect();
         let missing: Vec<usize> = (0..keys.len()).filter(|&at| results[at].is_none()).collect();
-        let messages: Vec<_> = missing
-            .iter()
-            .map(|&at| get_message(&keys[at], options))
-            .collect();
+        let messages: Vec<_> = missing.iter().map(|&at| get_message(&keys[at], options)).collect();
         let answers = self.ask_all(&messages, options.timeout + ANSWER_GRACE);
         for ((at, message), answer) in missing.into_iter().zip(&messages).zip(answers) {
             let object = answer.and_then(|answer| self.remote(&keys[at], message, answer.reply, options));
             results[at] = Some(object);
         }
         let unanswered = || Err(StoreError::protocol("a get has no answer"));
-        results
-            .into_iter()
-            .map(|result| result.unwrap_or_else(unanswered))
-            .collect()
+        results.into_iter().map(|result| result.unwrap_or_else(unanswered)).collect()
     }
 
     /// Asks all questions, many out at a time where the session can.
@@ -225,12 +202,7 @@ impl Store {
             std::thread::scope(|scope| {
                 let ask = |message| scope.spawn(move || self.shared.call(message, &[], timeout));
                 let asked: Vec<_> = some.iter().map(ask).collect();
-                let died = || {
-                    Err(StoreError::unavailable(
-                        "get",
-                        "the thread that asked has panicked",
-                    ))
-                };
+                let died = || Err(StoreError::unavailable("get", "the thread that asked has panicked"));
                 answers.extend(asked.into_iter().map(|one| one.join().unwrap_or_else(|_| died())));
             });
         }
@@ -316,11 +288,7 @@ impl Store {
         };
         let answer = self.shared.call(&message, &[], options.timeout)?;
         let (reservation, extent, map) = match answer.reply {
-            ClientReply::Reserved {
-                reservation,
-                extent,
-                map,
-            } => (reservation, extent, map),
+            ClientReply::Reserved { reservation, extent, map } => (reservation, extent, map),
             ClientReply::Sealed { object, kept, .. } if options.if_exists == IfExists::Keep => {
                 return Ok(Reserved::Kept(PutOutcome { object, kept }));
             }
@@ -350,15 +318,8 @@ impl Store {
         if self.shared.index.find(key, key.fingerprint())?.is_some() {
             return Ok(());
         }
-        let message = ClientMessage::Wait {
-            key: key.clone(),
-            timeout_ms: millis(timeout),
-        };
-        match self
-            .shared
-            .call(&message, &[], timeout.saturating_add(ANSWER_GRACE))?
-            .reply
-        {
+        let message = ClientMessage::Wait { key: key.clone(), timeout_ms: millis(timeout) };
+        match self.shared.call(&message, &[], timeout.saturating_add(ANSWER_GRACE))?.reply {
             ClientReply::Exists => Ok(()),
             reply => Err(unexpected(&message, &reply)),
         }
@@ -372,10 +333,7 @@ impl Store {
         if self.shared.index.find(key, key.fingerprint())?.is_some() {
             return Ok(true);
         }
-        let message = ClientMessage::Wait {
-            key: key.clone(),
-            timeout_ms: 0,
-        };
+        let message = ClientMessage::Wait { key: key.clone(), timeout_ms: 0 };
         match self.shared.call(&message, &[], self.shared.timeout) {
             Ok(_) => Ok(true),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
@@ -390,28 +348,11 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::NotFound`], [`ErrorKind::TimedOut`].
     pub fn stat(&self, key: &Key) -> Result<Stat, StoreError> {
-        let message = ClientMessage::Stat {
-            key: key.clone(),
-            timeout_ms: millis(self.shared.timeout),
-        };
-        match self
-            .shared
-            .call(&message, &[], self.shared.timeout + ANSWER_GRACE)?
-            .reply
-        {
-            ClientReply::Stat {
-                object,
-                meta,
-                tier,
-                pinned,
-                holders,
-            } => Ok(Stat {
-                object,
-                meta,
-                tier,
-                pinned,
-                holders,
-            }),
+        let message = ClientMessage::Stat { key: key.clone(), timeout_ms: millis(self.shared.timeout) };
+        match self.shared.call(&message, &[], self.shared.timeout + ANSWER_GRACE)?.reply {
+            ClientReply::Stat { object, meta, tier, pinned, holders } => {
+                Ok(Stat { object, meta, tier, pinned, holders })
+            }
             reply => Err(unexpected(&message, &reply)),
         }
     }
@@ -470,11 +411,7 @@ impl Store {
     /// # Errors
     /// [`ErrorKind::PeerLost`].
     pub fn status(&self) -> Result<Status, StoreError> {
-        match self
-            .shared
-            .call(&ClientMessage::Status, &[], self.shared.timeout)?
-            .reply
-        {
+        match self.shared.call(&ClientMessage::Status, &[], self.shared.timeout)?.reply {
             ClientReply::Status(status) => Ok(*status),
             reply => Err(unexpected(&ClientMessage::Status, &reply)),
         }
@@ -524,9 +461,7 @@ impl Store {
             reply => return Err(unexpected(message, &reply)),
         };
         let object = Object::located(&self.shared, key, &located);
-        let wanted = options
-            .range
-            .map_or(located.meta.len_bytes, |range| range.len_bytes);
+        let wanted = options.range.map_or(located.meta.len_bytes, |range| range.len_bytes);
         if located.extent.len_bytes != wanted {
             return Err(wrong_length(key, &located.extent, wanted));
         }

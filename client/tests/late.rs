@@ -70,17 +70,10 @@ fn a_late_object_is_unpinned() {
         node.add_remote(&key("far"), b"far away");
         let store = Store::connect(Some(path)).expect("connected");
         // The wait ends with the node's own deadline and a grace, so this takes a moment.
-        let options = GetOptions {
-            timeout: Duration::ZERO,
-            ..GetOptions::default()
-        };
+        let options = GetOptions { timeout: Duration::ZERO, ..GetOptions::default() };
         let error = store.get_with(&key("far"), &options).expect_err("held back");
         assert_eq!(error.kind(), ErrorKind::TimedOut);
-        assert_eq!(
-            node.pinned(),
-            1,
-            "the node has pinned it for a caller who has gone"
-        );
+        assert_eq!(node.pinned(), 1, "the node has pinned it for a caller who has gone");
         release.send(()).expect("the node waits");
         // The next caller finds the late answer before its own.
         assert!(!store.exists(&key("nothing")).expect("asked"));
@@ -93,16 +86,10 @@ fn a_late_object_is_unpinned() {
 #[test]
 fn a_late_reservation_is_given_back_and_its_segment_kept() {
     with_node("reserve", |path, node, release| {
-        let options = ConnectOptions {
-            socket: Some(path.to_path_buf()),
-            ..ConnectOptions::default()
-        };
+        let options = ConnectOptions { socket: Some(path.to_path_buf()), ..ConnectOptions::default() };
         let store = Store::connect_with(&options).expect("connected");
         let meta = ObjectMeta::bytes(50_000).expect("short");
-        let hasty = PutOptions {
-            timeout: Duration::from_millis(20),
-            ..PutOptions::default()
-        };
+        let hasty = PutOptions { timeout: Duration::from_millis(20), ..PutOptions::default() };
         let error = store.reserve(&key("a"), meta, &hasty).expect_err("held back");
         assert_eq!(error.kind(), ErrorKind::TimedOut);
         assert_eq!(node.reservations(), 1);
@@ -111,9 +98,8 @@ fn a_late_reservation_is_given_back_and_its_segment_kept() {
         // The abort went out while the answer above was waited for; a question behind it finds it done.
         assert!(!store.exists(&key("a")).expect("asked"));
         assert_eq!(node.reservations(), 0);
-        let Reserved::Open(reservation) = store
-            .reserve(&key("a"), meta, &PutOptions::default())
-            .expect("room")
+        let Reserved::Open(reservation) =
+            store.reserve(&key("a"), meta, &PutOptions::default()).expect("room")
         else {
             panic!("nothing was there");
         };

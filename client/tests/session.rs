@@ -47,11 +47,7 @@ fn connected() -> (Arc<UnixSession>, Peer) {
 }
 
 fn list(prefix: &str) -> ClientMessage {
-    ClientMessage::List {
-        prefix: prefix.to_owned(),
-        after: None,
-        limit: 1,
-    }
+    ClientMessage::List { prefix: prefix.to_owned(), after: None, limit: 1 }
 }
 
 /// An answer that repeats what was asked, so that a mix-up shows.
@@ -59,15 +55,8 @@ fn echo(message: &ClientMessage, copies: usize) -> Result<ClientReply, StoreErro
     let ClientMessage::List { prefix, .. } = message else {
         return Ok(ClientReply::Done);
     };
-    let listed = Listed {
-        key: Key::new(prefix).expect("a key"),
-        len_bytes: 7,
-        holders: Vec::new(),
-    };
-    Ok(ClientReply::Listed {
-        objects: vec![listed; copies],
-        more: false,
-    })
+    let listed = Listed { key: Key::new(prefix).expect("a key"), len_bytes: 7, holders: Vec::new() };
+    Ok(ClientReply::Listed { objects: vec![listed; copies], more: false })
 }
 
 fn ask(session: &UnixSession, prefix: &str) -> String {
@@ -140,9 +129,7 @@ fn a_timeout_names_the_call_and_hurts_no_other() {
     let timeout = Duration::from_millis(40);
     let key = Key::new("slow").expect("a key");
     let started = Instant::now();
-    let error = session
-        .call(&ClientMessage::Delete { key }, &[], timeout)
-        .expect_err("no answer");
+    let error = session.call(&ClientMessage::Delete { key }, &[], timeout).expect_err("no answer");
     assert!(started.elapsed() >= timeout);
     assert_eq!(error, StoreError::timed_out("delete", "slow", 40));
     assert_eq!(ask(&session, "next"), "next");
@@ -157,9 +144,7 @@ fn a_follower_times_out_while_another_reads() {
         thread::spawn(move || ask(&session, "patient"))
     };
     let (first, first_message) = peer.question().expect("the reader's question");
-    let error = session
-        .call(&list("hasty"), &[], Duration::from_millis(30))
-        .expect_err("no answer");
+    let error = session.call(&list("hasty"), &[], Duration::from_millis(30)).expect_err("no answer");
     assert_eq!(error.kind(), ErrorKind::TimedOut);
     peer.answer(first, &echo(&first_message, 1));
     assert_eq!(patient.join().expect("the reader"), "patient");
@@ -191,9 +176,7 @@ fn a_node_that_goes_releases_everyone() {
 #[test]
 fn garbage_is_named_and_ends_the_session() {
     let reply: Result<ClientReply, StoreError> = Ok(ClientReply::Done);
-    let good = encode(FrameKind::Reply, 1, &reply, 0)
-        .expect("an answer")
-        .into_bytes();
+    let good = encode(FrameKind::Reply, 1, &reply, 0).expect("an answer").into_bytes();
     let changed = |at: usize, value: u8| {
         let mut bytes = good.clone();
         bytes[at] = value;
@@ -266,8 +249,5 @@ fn nobody_at_the_socket_says_what_to_do() {
     let error = UnixSession::connect(&path).expect_err("nobody listens");
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     let text = error.to_string();
-    assert!(
-        text.contains("hetmem serve") && text.contains("none.sock"),
-        "{text}"
-    );
+    assert!(text.contains("hetmem serve") && text.contains("none.sock"), "{text}");
 }

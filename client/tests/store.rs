@@ -57,10 +57,7 @@ fn a_resident_object_is_got_without_asking() {
         assert_eq!((&*object, object.path()), (&bytes[..], Path::Local));
     }
     assert!(node.asked().is_empty());
-    assert_eq!(
-        (first.meta().dtype, first.meta().shape.dims()),
-        (DType::U8, &[2_u64, 3][..])
-    );
+    assert_eq!((first.meta().dtype, first.meta().shape.dims()), (DType::U8, &[2_u64, 3][..]));
     assert_eq!((first.id(), first.key().as_str()), (outcome.object, "a"));
     assert_eq!(first.verify(), Ok(true));
 }
@@ -70,10 +67,7 @@ fn an_object_is_pinned_as_long_as_it_lives() {
     let (store, node) = connected();
     store.put_bytes(&key("a"), b"abc").expect("put");
     node.add_remote(&key("b"), b"remote");
-    let objects = [
-        store.get(&key("a")).expect("here"),
-        store.get(&key("b")).expect("elsewhere"),
-    ];
+    let objects = [store.get(&key("a")).expect("here"), store.get(&key("b")).expect("elsewhere")];
     assert_eq!(objects[1].path(), Path::Read);
     assert_eq!(node.pinned(), 2);
     // An object outlives the store's last handle.
@@ -133,14 +127,8 @@ fn verify_catches_spoiled_bytes() {
     node.spoil(&key("a"));
     let object = store.get(&key("a")).expect("not looked at");
     assert_eq!(object.verify().expect_err("spoiled").kind(), ErrorKind::Corrupt);
-    let options = GetOptions {
-        verify: true,
-        ..GetOptions::default()
-    };
-    assert_eq!(
-        store.get_with(&key("a"), &options).expect_err("spoiled").kind(),
-        ErrorKind::Corrupt
-    );
+    let options = GetOptions { verify: true, ..GetOptions::default() };
+    assert_eq!(store.get_with(&key("a"), &options).expect_err("spoiled").kind(), ErrorKind::Corrupt);
     drop(object);
     assert_eq!(node.pinned(), 0);
 }
@@ -158,17 +146,11 @@ fn large_puts_are_written_in_place_and_the_mapping_is_told_once() {
         assert_eq!(&*object, &bytes[..]);
         assert_eq!(object.verify(), Ok(true));
     }
-    let options = PutOptions {
-        checksum: false,
-        ..PutOptions::default()
-    };
+    let options = PutOptions { checksum: false, ..PutOptions::default() };
     let meta = ObjectMeta::bytes(bytes.len() as u64).expect("short");
     store.put_with(&key("c"), meta, &bytes, &options).expect("put");
     let object = store.get(&key("c")).expect("get");
-    assert_eq!(
-        (object.meta().checksum, object.verify()),
-        (Checksum::None, Ok(false))
-    );
+    assert_eq!((object.meta().checksum, object.verify()), (Checksum::None, Ok(false)));
     assert_eq!(&*object, &bytes[..]);
 }
 
@@ -178,16 +160,9 @@ fn without_a_grant_the_node_writes() {
     node.grant_nothing();
     let bytes = pattern(200_000);
     store.put_bytes(&key("a"), &bytes).expect("put");
-    assert_eq!(
-        node.asked(),
-        ["reserve", "write", "write", "write", "write", "seal"]
-    );
+    assert_eq!(node.asked(), ["reserve", "write", "write", "write", "write", "seal"]);
     let meta = ObjectMeta::bytes(70_000).expect("short");
-    let mut reservation = open(
-        store
-            .reserve(&key("b"), meta, &PutOptions::default())
-            .expect("room"),
-    );
+    let mut reservation = open(store.reserve(&key("b"), meta, &PutOptions::default()).expect("room"));
     assert!(!reservation.in_place());
     reservation.bytes_mut().copy_from_slice(&bytes[..70_000]);
     reservation.seal().expect("sealed");
@@ -217,10 +192,7 @@ fn reservations_are_sealed_or_given_back() {
     let error = store.get(&key("dropped")).expect_err("never sealed");
     assert_eq!(error.kind(), ErrorKind::NotFound);
     let wrong = open(store.reserve(&key("wrong"), meta, &options).expect("room"));
-    assert_eq!(
-        wrong.fill(&[0; 15]).expect_err("too short").kind(),
-        ErrorKind::Invalid
-    );
+    assert_eq!(wrong.fill(&[0; 15]).expect_err("too short").kind(), ErrorKind::Invalid);
     assert_eq!(node.reservations(), 0, "given back on the error's way out");
 }
 
@@ -252,10 +224,7 @@ fn existing_keys_are_kept_or_refused() {
         let first = store.put_bytes(&key, &bytes).expect("put");
         let again = store.put_bytes(&key, &vec![0; len]).expect("kept");
         assert_eq!((again.kept, again.object), (true, first.object));
-        let options = PutOptions {
-            if_exists: IfExists::Error,
-            ..PutOptions::default()
-        };
+        let options = PutOptions { if_exists: IfExists::Error, ..PutOptions::default() };
         let meta = ObjectMeta::bytes(len as u64).expect("short");
         let error = store.put_with(&key, meta, &bytes, &options).expect_err("there");
         assert_eq!(error.kind(), ErrorKind::AlreadyExists);
@@ -269,10 +238,7 @@ fn bytes_must_be_what_the_metadata_says() {
     let meta = ObjectMeta::tensor(DType::F32, &[3]).expect("a tensor");
     let error = store.put(&key("a"), meta, &[0; 11]).expect_err("one short");
     assert_eq!(error.kind(), ErrorKind::Invalid);
-    assert!(
-        error.to_string().contains("12") && error.to_string().contains("11"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("12") && error.to_string().contains("11"), "{error}");
     assert!(node.asked().is_empty());
 }
 
@@ -284,20 +250,14 @@ fn lists_come_page_by_page_and_end() {
     }
     store.put_bytes(&key("q"), b"x").expect("put");
     let keys = |prefix: &str| -> Vec<String> {
-        store
-            .list(prefix)
-            .map(|listed| listed.expect("listed").key.to_string())
-            .collect()
+        store.list(prefix).map(|listed| listed.expect("listed").key.to_string()).collect()
     };
     let expected: Vec<String> = (0..10).map(|number| format!("p/{number}")).collect();
     assert_eq!(keys("p/"), expected);
     assert_eq!(keys("").len(), 11);
     assert!(keys("none").is_empty());
     node.fail_with(Fault::SamePage);
-    assert!(
-        keys("p/").len() < 10,
-        "a page that does not move on ends the list"
-    );
+    assert!(keys("p/").len() < 10, "a page that does not move on ends the list");
     node.fail_with(Fault::WrongReply);
     let all: Vec<_> = store.list("").collect();
     assert!(matches!(all.as_slice(), [Err(StoreError::Protocol { .. })]));
@@ -307,9 +267,7 @@ fn lists_come_page_by_page_and_end() {
 fn existence_and_deletion() {
     let (store, node) = connected();
     assert!(!store.exists(&key("a")).expect("asked"));
-    let error = store
-        .wait(&key("a"), Duration::from_millis(1))
-        .expect_err("never");
+    let error = store.wait(&key("a"), Duration::from_millis(1)).expect_err("never");
     assert_eq!(error.kind(), ErrorKind::TimedOut);
     store.put_bytes(&key("a"), b"x").expect("put");
     node.asked();
@@ -342,29 +300,11 @@ fn wrong_answers_are_refused() {
     let (store, node) = connected();
     node.add_remote(&key("far"), &pattern(100));
     node.fail_with(Fault::Short);
-    let range = Some(Range {
-        start: 0,
-        len_bytes: 10,
-    });
-    let options = GetOptions {
-        range,
-        ..GetOptions::default()
-    };
-    assert_eq!(
-        store.get_with(&key("far"), &options).expect_err("short").kind(),
-        ErrorKind::Protocol
-    );
+    let range = Some(Range { start: 0, len_bytes: 10 });
+    let options = GetOptions { range, ..GetOptions::default() };
+    assert_eq!(store.get_with(&key("far"), &options).expect_err("short").kind(), ErrorKind::Protocol);
     node.fail_with(Fault::WrongReply);
-    assert_eq!(
-        store.put_bytes(&key("x"), b"x").expect_err("wrong").kind(),
-        ErrorKind::Protocol
-    );
-    assert_eq!(
-        store
-            .put_bytes(&key("x"), &pattern(9000))
-            .expect_err("wrong")
-            .kind(),
-        ErrorKind::Protocol
-    );
+    assert_eq!(store.put_bytes(&key("x"), b"x").expect_err("wrong").kind(), ErrorKind::Protocol);
+    assert_eq!(store.put_bytes(&key("x"), &pattern(9000)).expect_err("wrong").kind(), ErrorKind::Protocol);
     assert!(Store::over(node as Arc<dyn hetmem_host_mem::Session>).is_err());
 }

@@ -54,9 +54,7 @@ impl Arena {
     /// [`GRANULE_LEN_MIN`]; lengths are counted in the same unit, so an odd rest of the arena stays unused.
     #[must_use]
     pub fn new(len_bytes: u64, align_bytes: u64) -> Self {
-        let granule = align_bytes
-            .clamp(GRANULE_LEN_MIN, CAPACITY_MAX)
-            .next_power_of_two();
+        let granule = align_bytes.clamp(GRANULE_LEN_MIN, CAPACITY_MAX).next_power_of_two();
         let capacity_bytes = len_bytes.min(CAPACITY_MAX) / granule * granule;
         let mut arena = Self {
             capacity_bytes,
@@ -144,9 +142,7 @@ impl Arena {
         }
         // A crumb can be longer than this, but then what fits into it has to start at a page, which it has not.
         let longest = self.page - self.granule;
-        self.crumbs
-            .last()
-            .map_or(0, |&(len_bytes, _)| len_bytes.min(longest))
+        self.crumbs.last().map_or(0, |&(len_bytes, _)| len_bytes.min(longest))
     }
 
     /// One minus the longest extent that can be had over all free bytes: 0 is one hole, near 1 is crumbs. 0 if full.
@@ -173,25 +169,14 @@ impl Arena {
     /// Makes `len_bytes` bytes at `offset` inside the hole a used extent; what is left of the hole on either side
     /// stays free.
     fn carve(&mut self, hole: u64, offset: u64, len_bytes: u64) -> Option<u64> {
-        let Block {
-            len_bytes: hole_len,
-            mut before,
-            ..
-        } = self.unfile_hole(hole)?;
+        let Block { len_bytes: hole_len, mut before, .. } = self.unfile_hole(hole)?;
         let (end, hole_end) = (offset + len_bytes, hole + hole_len);
         debug_assert!(hole <= offset && end <= hole_end);
         if hole < offset {
             self.add_hole(hole, offset - hole, before);
             before = hole;
         }
-        self.blocks.insert(
-            offset,
-            Block {
-                len_bytes,
-                before,
-                is_free: false,
-            },
-        );
+        self.blocks.insert(offset, Block { len_bytes, before, is_free: false });
         if end < hole_end {
             self.add_hole(end, hole_end - end, offset);
         } else {
@@ -213,14 +198,7 @@ impl Arena {
     }
 
     fn add_hole(&mut self, offset: u64, len_bytes: u64, before: u64) {
-        self.blocks.insert(
-            offset,
-            Block {
-                len_bytes,
-                before,
-                is_free: true,
-            },
-        );
+        self.blocks.insert(offset, Block { len_bytes, before, is_free: true });
         self.set_before(offset + len_bytes, offset);
         match self.usable(offset, len_bytes) {
             usable if usable >= self.page => self.pages.insert((usable, offset)),

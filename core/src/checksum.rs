@@ -102,9 +102,7 @@ impl Root {
     /// A root for an object of `len_bytes` bytes.
     #[must_use]
     pub fn new(len_bytes: u64) -> Self {
-        Self {
-            hasher: XxHash3_64::with_seed(len_bytes),
-        }
+        Self { hasher: XxHash3_64::with_seed(len_bytes) }
     }
 
     /// Adds the next block's value.
@@ -147,9 +145,8 @@ mod tests {
 
     #[test]
     fn every_byte_and_the_length_count() {
-        let bytes: Vec<u8> = (0..3 * BLOCK_LEN + 17)
-            .map(|at| (at % 251).try_into().unwrap_or_default())
-            .collect();
+        let bytes: Vec<u8> =
+            (0..3 * BLOCK_LEN + 17).map(|at| (at % 251).try_into().unwrap_or_default()).collect();
         let whole = of(&bytes);
         for at in [0, BLOCK_LEN - 1, BLOCK_LEN, 2 * BLOCK_LEN + 5, bytes.len() - 1] {
             let mut changed = bytes.clone();
@@ -158,9 +155,7 @@ mod tests {
         }
         assert_ne!(of(&bytes[..3 * BLOCK_LEN]), whole);
         assert_ne!(of(&[0; 2]), of(&[0; 3]));
-        let error = Checksum::Xxh3Blocks(whole ^ 1)
-            .verify("k", &bytes)
-            .expect_err("differs");
+        let error = Checksum::Xxh3Blocks(whole ^ 1).verify("k", &bytes).expect_err("differs");
         assert_eq!(error.kind(), crate::ErrorKind::Corrupt);
         assert_eq!(Checksum::Xxh3Blocks(whole).verify("k", &bytes), Ok(true));
         assert_eq!(Checksum::None.verify("k", &bytes), Ok(false));

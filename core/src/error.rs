@@ -259,18 +259,12 @@ impl StoreError {
 
     /// An argument outside what the call accepts.
     pub fn invalid(what: impl Into<Text>, why: impl Into<Text>) -> Self {
-        Self::Invalid {
-            what: what.into(),
-            why: why.into(),
-        }
+        Self::Invalid { what: what.into(), why: why.into() }
     }
 
     /// No object has this key.
     pub fn not_found(operation: impl Into<Text>, subject: impl fmt::Display) -> Self {
-        Self::NotFound {
-            operation: operation.into(),
-            subject: subject.to_string(),
-        }
+        Self::NotFound { operation: operation.into(), subject: subject.to_string() }
     }
 
     /// The other end sent what this protocol does not allow.
@@ -280,70 +274,42 @@ impl StoreError {
 
     /// The operating system refused; `why` is its error, with the remedy where one is known.
     pub fn os(operation: impl Into<Text>, why: impl fmt::Display) -> Self {
-        Self::Os {
-            operation: operation.into(),
-            why: Cow::Owned(why.to_string()),
-        }
+        Self::Os { operation: operation.into(), why: Cow::Owned(why.to_string()) }
     }
 
     /// Something that this call needs is not here.
     pub fn unavailable(what: impl Into<Text>, why: impl Into<Text>) -> Self {
-        Self::Unavailable {
-            what: what.into(),
-            why: why.into(),
-        }
+        Self::Unavailable { what: what.into(), why: why.into() }
     }
 
     /// The deadline passed first.
     pub fn timed_out(operation: impl Into<Text>, subject: impl fmt::Display, timeout_ms: u64) -> Self {
-        Self::TimedOut {
-            operation: operation.into(),
-            subject: subject.to_string(),
-            timeout_ms,
-        }
+        Self::TimedOut { operation: operation.into(), subject: subject.to_string(), timeout_ms }
     }
 
     /// A bounded resource is in use.
     pub fn busy(operation: impl Into<Text>, what: impl Into<Text>) -> Self {
-        Self::Busy {
-            operation: operation.into(),
-            what: what.into(),
-        }
+        Self::Busy { operation: operation.into(), what: what.into() }
     }
 
     /// A length over its limit.
     pub fn too_large(operation: impl Into<Text>, what: impl Into<Text>, value: u64, limit: u64) -> Self {
-        Self::TooLarge {
-            operation: operation.into(),
-            what: what.into(),
-            value,
-            limit,
-        }
+        Self::TooLarge { operation: operation.into(), what: what.into(), value, limit }
     }
 
     /// Bytes are not what their checksum or format says.
     pub fn corrupt(subject: impl fmt::Display, why: impl Into<Text>) -> Self {
-        Self::Corrupt {
-            subject: subject.to_string(),
-            why: why.into(),
-        }
+        Self::Corrupt { subject: subject.to_string(), why: why.into() }
     }
 
     /// The caller may not do this.
     pub fn denied(operation: impl Into<Text>, why: impl Into<Text>) -> Self {
-        Self::Denied {
-            operation: operation.into(),
-            why: why.into(),
-        }
+        Self::Denied { operation: operation.into(), why: why.into() }
     }
 
     /// What was named has been replaced or withdrawn meanwhile.
     pub fn stale(operation: impl Into<Text>, subject: impl fmt::Display, why: impl Into<Text>) -> Self {
-        Self::Stale {
-            operation: operation.into(),
-            subject: subject.to_string(),
-            why: why.into(),
-        }
+        Self::Stale { operation: operation.into(), subject: subject.to_string(), why: why.into() }
     }
 }
 

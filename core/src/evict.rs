@@ -93,14 +93,7 @@ impl<Id: Copy + Eq + Hash> S3Fifo<Id> {
     pub fn insert(&mut self, id: Id, fingerprint: u64, len_bytes: u64) {
         self.remove(&id);
         let in_main = self.take_ghost(fingerprint);
-        let entry = Entry {
-            fingerprint,
-            len_bytes,
-            place: 0,
-            refused: 0,
-            frequency: 0,
-            in_main,
-        };
+        let entry = Entry { fingerprint, len_bytes, place: 0, refused: 0, frequency: 0, in_main };
         self.push(id, entry, in_main);
     }
 
@@ -118,11 +111,7 @@ impl<Id: Copy + Eq + Hash> S3Fifo<Id> {
         let Some(entry) = self.entries.remove(id) else {
             return false;
         };
-        let queue = if entry.in_main {
-            &mut self.main
-        } else {
-            &mut self.small
-        };
+        let queue = if entry.in_main { &mut self.main } else { &mut self.small };
         queue.vacate(entry.len_bytes);
         queue.compact(|id, place| self.entries.get(id).is_some_and(|entry| entry.place == place));
         true
@@ -195,8 +184,7 @@ impl<Id: Copy + Eq + Hash> S3Fifo<Id> {
             }
             sweep.main_spent = true;
         }
-        self.evict_small(*sweep, evictable)
-            .or_else(|| self.evict_main(*sweep, evictable))
+        self.evict_small(*sweep, evictable).or_else(|| self.evict_main(*sweep, evictable))
     }
 
     /// Everything that it passes leaves the small queue: an object that is in use when its turn comes has outlived
@@ -273,8 +261,7 @@ impl<Id: Copy + Eq + Hash> S3Fifo<Id> {
             return false;
         };
         self.ghost.vacate(len_bytes);
-        self.ghost
-            .compact(|print, place| self.ghosts.get(print).is_some_and(|ghost| ghost.0 == place));
+        self.ghost.compact(|print, place| self.ghosts.get(print).is_some_and(|ghost| ghost.0 == place));
         true
     }
 
@@ -304,11 +291,7 @@ struct Fifo<T> {
 
 impl<T> Default for Fifo<T> {
     fn default() -> Self {
-        Self {
-            order: VecDeque::new(),
-            len: 0,
-            bytes: 0,
-        }
+        Self { order: VecDeque::new(), len: 0, bytes: 0 }
     }
 }
 

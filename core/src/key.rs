@@ -24,25 +24,16 @@ impl Key {
     /// [`crate::ErrorKind::Invalid`] for an empty name, one over [`KEY_LEN_MAX`] bytes, or one with a NUL byte.
     pub fn new(name: &str) -> Result<Self, StoreError> {
         if name.is_empty() {
-            return Err(StoreError::invalid(
-                "key",
-                "a key has at least 1 byte, this one is empty",
-            ));
+            return Err(StoreError::invalid("key", "a key has at least 1 byte, this one is empty"));
         }
         if name.len() > KEY_LEN_MAX {
             return Err(StoreError::invalid(
                 "key",
-                format!(
-                    "a key has at most {KEY_LEN_MAX} bytes, this one has {}",
-                    name.len()
-                ),
+                format!("a key has at most {KEY_LEN_MAX} bytes, this one has {}", name.len()),
             ));
         }
         if name.as_bytes().contains(&0) {
-            return Err(StoreError::invalid(
-                "key",
-                format!("a key has no NUL byte, {name:?} has one"),
-            ));
+            return Err(StoreError::invalid("key", format!("a key has no NUL byte, {name:?} has one")));
         }
         Ok(Self(name.into()))
     }
@@ -55,10 +46,7 @@ impl Key {
         if name.len() > KEY_LEN_MAX {
             return Err(StoreError::invalid(
                 "key",
-                format!(
-                    "a key has at most {KEY_LEN_MAX} bytes, this one has {}",
-                    name.len()
-                ),
+                format!("a key has at most {KEY_LEN_MAX} bytes, this one has {}", name.len()),
             ));
         }
         let name = std::str::from_utf8(name).map_err(|error| {
@@ -139,12 +127,8 @@ mod tests {
 
     #[test]
     fn accepts_what_users_write() {
-        for name in [
-            "a",
-            "gpt2/transformer.h.0.attn.c_attn.weight",
-            "schlüssel/β",
-            &"k".repeat(KEY_LEN_MAX),
-        ] {
+        for name in ["a", "gpt2/transformer.h.0.attn.c_attn.weight", "schlüssel/β", &"k".repeat(KEY_LEN_MAX)]
+        {
             assert_eq!(Key::new(name).expect("a valid key").as_str(), name);
         }
     }

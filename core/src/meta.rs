@@ -177,9 +177,7 @@ impl Shape {
     /// The number of elements, unless that overflows 64 bits.
     #[must_use]
     pub fn elements(&self) -> Option<u64> {
-        self.dims()
-            .iter()
-            .try_fold(1_u64, |product, dim| product.checked_mul(*dim))
+        self.dims().iter().try_fold(1_u64, |product, dim| product.checked_mul(*dim))
     }
 }
 
@@ -244,12 +242,7 @@ impl ObjectMeta {
     /// [`crate::ErrorKind::Invalid`] if shape times element size is not `len_bytes`, or overflows;
     /// [`crate::ErrorKind::TooLarge`] over [`OBJECT_LEN_MAX`].
     pub fn new(dtype: DType, shape: &[u64], len_bytes: u64) -> Result<Self, StoreError> {
-        let meta = Self {
-            dtype,
-            shape: Shape::new(shape)?,
-            len_bytes,
-            checksum: Checksum::None,
-        };
+        let meta = Self { dtype, shape: Shape::new(shape)?, len_bytes, checksum: Checksum::None };
         meta.check()?;
         Ok(meta)
     }
@@ -305,9 +298,7 @@ impl ObjectMeta {
 }
 
 fn len_bytes_of(dtype: DType, shape: &Shape) -> Result<u64, StoreError> {
-    let bits = shape
-        .elements()
-        .and_then(|elements| elements.checked_mul(dtype.bits()));
+    let bits = shape.elements().and_then(|elements| elements.checked_mul(dtype.bits()));
     let Some(bits) = bits else {
         return Err(StoreError::invalid(
             "shape",
@@ -331,12 +322,7 @@ mod tests {
                 assert_eq!(DType::parse(name), Ok(dtype));
             }
         }
-        assert!(
-            DType::parse("F31")
-                .expect_err("unknown")
-                .to_string()
-                .contains("F31")
-        );
+        assert!(DType::parse("F31").expect_err("unknown").to_string().contains("F31"));
         assert_eq!(DType::from_code(0), None);
     }
 
@@ -350,13 +336,7 @@ mod tests {
             let error = ObjectMeta::new(DType::F32, shape, len_bytes).expect_err("does not fit");
             assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
         }
-        assert_eq!(
-            ObjectMeta::bytes(u64::MAX).expect_err("too long").kind(),
-            ErrorKind::TooLarge
-        );
-        assert_eq!(
-            Shape::new(&[1; 9]).expect_err("nine dimensions").kind(),
-            ErrorKind::Invalid
-        );
+        assert_eq!(ObjectMeta::bytes(u64::MAX).expect_err("too long").kind(), ErrorKind::TooLarge);
+        assert_eq!(Shape::new(&[1; 9]).expect_err("nine dimensions").kind(), ErrorKind::Invalid);
     }
 }

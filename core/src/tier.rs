@@ -138,11 +138,7 @@ impl Extent {
         segment_len: u64,
     ) -> Result<Self, StoreError> {
         match offset.checked_add(len_bytes) {
-            Some(end) if end <= segment_len => Ok(Self {
-                segment,
-                offset,
-                len_bytes,
-            }),
+            Some(end) if end <= segment_len => Ok(Self { segment, offset, len_bytes }),
             _ => Err(StoreError::invalid(
                 "extent",
                 format!(
@@ -158,17 +154,12 @@ impl Extent {
     /// [`crate::ErrorKind::Invalid`] if any byte of it lies outside this extent.
     pub fn slice(self, start: u64, len_bytes: u64) -> Result<Self, StoreError> {
         match start.checked_add(len_bytes) {
-            Some(end) if end <= self.len_bytes => Ok(Self {
-                segment: self.segment,
-                offset: self.offset + start,
-                len_bytes,
-            }),
+            Some(end) if end <= self.len_bytes => {
+                Ok(Self { segment: self.segment, offset: self.offset + start, len_bytes })
+            }
             _ => Err(StoreError::invalid(
                 "range",
-                format!(
-                    "{len_bytes} bytes from {start} are not inside {} bytes",
-                    self.len_bytes
-                ),
+                format!("{len_bytes} bytes from {start} are not inside {} bytes", self.len_bytes),
             )),
         }
     }
@@ -196,14 +187,7 @@ mod tests {
         assert!(Extent::new(segment, 1, 10, 10).is_err());
         assert!(Extent::new(segment, u64::MAX, 2, 10).is_err());
         let extent = Extent::new(segment, 4, 6, 10).expect("inside");
-        assert_eq!(
-            extent.slice(2, 4).expect("inside"),
-            Extent {
-                segment,
-                offset: 6,
-                len_bytes: 4
-            }
-        );
+        assert_eq!(extent.slice(2, 4).expect("inside"), Extent { segment, offset: 6, len_bytes: 4 });
         assert!(extent.slice(3, 4).is_err());
         assert!(extent.slice(u64::MAX, 1).is_err());
     }

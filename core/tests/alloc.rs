@@ -44,11 +44,7 @@ struct Model {
 
 impl Model {
     fn new(capacity_bytes: u64, granule: u64) -> Self {
-        Self {
-            granule,
-            used: vec![false; place(capacity_bytes / granule)],
-            live: BTreeMap::new(),
-        }
+        Self { granule, used: vec![false; place(capacity_bytes / granule)], live: BTreeMap::new() }
     }
 
     fn page(&self) -> u64 {
@@ -60,21 +56,13 @@ impl Model {
     }
 
     fn align_of(&self, counted: u64) -> u64 {
-        if counted >= self.page() {
-            self.page()
-        } else {
-            self.granule
-        }
+        if counted >= self.page() { self.page() } else { self.granule }
     }
 
     /// Maximal runs of unused granules: (offset, end).
     fn holes(&self) -> Vec<(u64, u64)> {
         let mut holes: Vec<(u64, u64)> = Vec::new();
-        for (offset, _) in (0..)
-            .step_by(place(self.granule))
-            .zip(&self.used)
-            .filter(|(_, used)| !**used)
-        {
+        for (offset, _) in (0..).step_by(place(self.granule)).zip(&self.used).filter(|(_, used)| !**used) {
             match holes.last_mut() {
                 Some((_, end)) if *end == offset => *end += self.granule,
                 _ => holes.push((offset, offset + self.granule)),
@@ -100,10 +88,7 @@ impl Model {
     fn set(&mut self, offset: u64, len_bytes: u64, used: bool) {
         let range = place(offset / self.granule)..place((offset + len_bytes) / self.granule);
         for flag in &mut self.used[range] {
-            assert_ne!(
-                *flag, used,
-                "two extents share a granule, or one was free already"
-            );
+            assert_ne!(*flag, used, "two extents share a granule, or one was free already");
             *flag = used;
         }
     }
@@ -111,23 +96,14 @@ impl Model {
     fn allocate(&mut self, arena: &mut Arena, len_bytes: u64) {
         let counted = self.counted(len_bytes);
         let align = self.align_of(counted);
-        let fitting = self
-            .holes()
-            .into_iter()
-            .filter(|hole| Self::usable(*hole, align) >= counted);
+        let fitting = self.holes().into_iter().filter(|hole| Self::usable(*hole, align) >= counted);
         let Some(offset) = arena.allocate(len_bytes) else {
-            assert_eq!(
-                fitting.count(),
-                0,
-                "{len_bytes} bytes were refused though a hole has room"
-            );
+            assert_eq!(fitting.count(), 0, "{len_bytes} bytes were refused though a hole has room");
             return;
         };
         assert_eq!(offset % align, 0, "{len_bytes} bytes at {offset}");
         if align > self.granule {
-            let best = fitting
-                .map(|hole| (Self::usable(hole, align), hole.0.next_multiple_of(align)))
-                .min();
+            let best = fitting.map(|hole| (Self::usable(hole, align), hole.0.next_multiple_of(align))).min();
             assert_eq!(best.map(|(_, offset)| offset), Some(offset), "not the best fit");
         }
         self.set(offset, counted, true);
@@ -153,11 +129,7 @@ fn run(arena_len: u64, granule: u64, steps: &[Step]) {
         match *step {
             Step::Allocate(len_bytes) => model.allocate(&mut arena, len_bytes),
             Step::Free(choice) if !model.live.is_empty() => {
-                let (&offset, _) = model
-                    .live
-                    .iter()
-                    .nth(choice % model.live.len())
-                    .expect("in range");
+                let (&offset, _) = model.live.iter().nth(choice % model.live.len()).expect("in range");
                 let len_bytes = model.live.remove(&offset).expect("live");
                 assert_eq!(arena.free(offset), Ok(len_bytes));
                 assert!(arena.free(offset).is_err(), "freed twice");
@@ -175,11 +147,7 @@ fn run(arena_len: u64, granule: u64, steps: &[Step]) {
         arena.free(offset).expect("live");
     }
     assert!(arena.is_empty());
-    assert_eq!(
-        arena.largest_free_bytes(),
-        arena.capacity_bytes(),
-        "everything grew together again"
-    );
+    assert_eq!(arena.largest_free_bytes(), arena.capacity_bytes(), "everything grew together again");
     assert_eq!(arena.allocate(arena.capacity_bytes()), Some(0));
 }
 
@@ -220,9 +188,8 @@ impl Numbers {
 
 /// Bytes of GPT-2 small's tensors in fp32: the two embeddings, the last norm, and twelve times a layer.
 fn gpt2_tensor_lens() -> Vec<u64> {
-    let layer = [
-        3_072, 3_072, 7_077_888, 9_216, 2_359_296, 3_072, 3_072, 3_072, 9_437_184, 12_288, 9_437_184, 3_072,
-    ];
+    let layer =
+        [3_072, 3_072, 7_077_888, 9_216, 2_359_296, 3_072, 3_072, 3_072, 9_437_184, 12_288, 9_437_184, 3_072];
     let mut lens = vec![154_389_504, 3_145_728, 3_072, 3_072];
     lens.extend(layer.repeat(12));
     lens
@@ -230,9 +197,7 @@ fn gpt2_tensor_lens() -> Vec<u64> {
 
 /// Key-value blocks, activations, samples and scalars beside each other: any of eleven sizes, equally often.
 fn mixed_lens() -> Vec<u64> {
-    vec![
-        4, 100, 1_024, 4_000, 16_384, 65_536, 131_072, 524_288, 2_097_152, 3_145_728, 16_777_216,
-    ]
+    vec![4, 100, 1_024, 4_000, 16_384, 65_536, 131_072, 524_288, 2_097_152, 3_145_728, 16_777_216]
 }
 
 /// Which one goes when there is no room.
@@ -260,10 +225,7 @@ fn churn(lens: &[u64], puts: usize, evict: Evict) -> (f64, f64) {
                 Evict::Oldest => live.remove(0),
                 Evict::Any => live.swap_remove(numbers.below(live.len())),
             };
-            assert_eq!(
-                arena.free(offset),
-                Ok(len_bytes.next_multiple_of(GRANULE_LEN_MIN))
-            );
+            assert_eq!(arena.free(offset), Ok(len_bytes.next_multiple_of(GRANULE_LEN_MIN)));
         };
         live.push((offset, len_bytes));
         if full {
@@ -284,10 +246,7 @@ fn churn(lens: &[u64], puts: usize, evict: Evict) -> (f64, f64) {
 #[test]
 fn stays_within_5_percent_of_full() {
     let (mean, least) = churn(&mixed_lens(), 50_000, Evict::Any);
-    assert!(
-        mean >= 0.97 && least >= 0.95,
-        "filled to {mean:.4} on average, {least:.4} at least"
-    );
+    assert!(mean >= 0.97 && least >= 0.95, "filled to {mean:.4} on average, {least:.4} at least");
 }
 
 /// One tensor of each state dict takes 1 % of the arena in one piece. What is evicted by age lies side by side, so
@@ -296,13 +255,7 @@ fn stays_within_5_percent_of_full() {
 #[test]
 fn stays_full_under_churn_of_state_dicts() {
     let (mean, least) = churn(&gpt2_tensor_lens(), 50_000, Evict::Oldest);
-    assert!(
-        mean >= 0.98 && least >= 0.95,
-        "filled to {mean:.4} on average, {least:.4} at least"
-    );
+    assert!(mean >= 0.98 && least >= 0.95, "filled to {mean:.4} on average, {least:.4} at least");
     let (mean, least) = churn(&gpt2_tensor_lens(), 50_000, Evict::Any);
-    assert!(
-        mean >= 0.80,
-        "filled to {mean:.4} on average, {least:.4} at least"
-    );
+    assert!(mean >= 0.80, "filled to {mean:.4} on average, {least:.4} at least");
 }

@@ -42,11 +42,7 @@ fn published_vectors() {
     for &(len_bytes, plain, expected) in VECTORS {
         let bytes = object(len_bytes);
         assert_eq!(XxHash3_64::oneshot(&bytes), plain, "XXH3-64 of {len_bytes} bytes");
-        assert_eq!(
-            by_definition(&bytes),
-            expected,
-            "by definition, {len_bytes} bytes"
-        );
+        assert_eq!(by_definition(&bytes), expected, "by definition, {len_bytes} bytes");
         assert_eq!(of(&bytes), expected, "{len_bytes} bytes");
         assert_eq!(Checksum::Xxh3Blocks(expected).verify("vector", &bytes), Ok(true));
         if len_bytes <= BLOCK_LEN {

@@ -168,10 +168,7 @@ fn work_is_bounded_per_object() {
         // A step takes an entry off a queue and puts it on one: two look-ups.
         let steps = LOOKED_UP.get() / 2;
         println!("case {number}: {steps} steps, {asked} questions, {here} objects");
-        assert!(
-            steps <= 12 * here,
-            "case {number}: {steps} steps for {here} objects"
-        );
+        assert!(steps <= 12 * here, "case {number}: {steps} steps for {here} objects");
     }
 }
 
@@ -221,19 +218,12 @@ fn apply(step: &Step, queue: &mut S3Fifo<u16>, model: &mut BTreeMap<u16, u64>) -
             });
             let mut bytes = 0_u64;
             for (position, id) in victims.iter().enumerate() {
-                assert!(
-                    bytes < need_bytes,
-                    "{} victims more than needed",
-                    victims.len() - position
-                );
+                assert!(bytes < need_bytes, "{} victims more than needed", victims.len() - position);
                 assert_ne!(id % 3, pinned, "a pinned object was proposed");
                 bytes += model.remove(id).expect("a victim was here, and is proposed once");
             }
             let could_go = model.keys().any(|id| id % 3 != pinned);
-            assert!(
-                bytes >= need_bytes || !could_go,
-                "{bytes} of {need_bytes} bytes, and others could go"
-            );
+            assert!(bytes >= need_bytes || !could_go, "{bytes} of {need_bytes} bytes, and others could go");
         }
     }
     assert_eq!(queue.len(), model.len());
@@ -275,11 +265,7 @@ impl Numbers {
     }
 
     /// 1 to 10,000, each number about as often as its reciprocal says (Zipf, exponent 1).
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "1.0 to 10,000.0"
-    )]
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "1.0 to 10,000.0")]
     fn popular(&mut self) -> u64 {
         let unit = (self.next() >> 11) as f64 / (1_u64 << 53) as f64;
         10_000_f64.powf(unit) as u64
@@ -356,10 +342,7 @@ fn misses_less_than_lru_and_fifo() {
         let ours = s3_fifo_misses(&uses);
         let lru = list_misses(&uses, true);
         let fifo = list_misses(&uses, false);
-        println!(
-            "{} uses, misses: S3-FIFO {ours}, LRU {lru}, FIFO {fifo}",
-            uses.len()
-        );
+        println!("{} uses, misses: S3-FIFO {ours}, LRU {lru}, FIFO {fifo}", uses.len());
         // With scans, 57,000 uses miss under any policy.
         assert!(ours * 100 <= lru * 95, "S3-FIFO misses {ours}, LRU {lru}");
         assert!(ours * 100 <= fifo * 90, "S3-FIFO misses {ours}, FIFO {fifo}");
@@ -379,9 +362,5 @@ fn a_scan_does_not_displace_the_working_set() {
     uses.extend(10_000..14_000);
     uses.extend(0..500);
     assert_eq!(s3_fifo_misses(&uses), 500 + 4_000, "only the scan missed");
-    assert_eq!(
-        list_misses(&uses, true),
-        500 + 4_000 + 500,
-        "LRU loses the whole set"
-    );
+    assert_eq!(list_misses(&uses, true), 500 + 4_000 + 500, "LRU loses the whole set");
 }

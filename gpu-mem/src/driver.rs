@@ -72,9 +72,7 @@ pub(crate) fn probe() -> Result<Found, Unavailable> {
     let driver = Driver::load()?;
     driver.start()?;
     let info = driver.info()?;
-    let count = driver
-        .int("cuDeviceGetCount", driver.device_count)
-        .map_err(|failed| absent(&failed))?;
+    let count = driver.int("cuDeviceGetCount", driver.device_count).map_err(|failed| absent(&failed))?;
     let count = u16::try_from(count).unwrap_or(0);
     if count == 0 {
         return Err(absent(&driver.failed("cuDeviceGetCount", NO_DEVICE)));
@@ -91,11 +89,7 @@ pub(crate) fn probe() -> Result<Found, Unavailable> {
             }),
         }
     }
-    Ok(Found {
-        info,
-        devices,
-        unusable,
-    })
+    Ok(Found { info, devices, unusable })
 }
 
 /// Looks up one symbol. `None` if the library has no such function.
@@ -105,9 +99,7 @@ pub(crate) fn probe() -> Result<Found, Unavailable> {
 unsafe fn symbol<F: Copy>(name: &CStr) -> Option<F> {
     // SAFETY: the caller vouches for the library's presence (cudarc panics otherwise) and for the type. The
     // library stays loaded for the life of the process, so a function pointer copied out of it stays good.
-    unsafe { sys::culib().get::<F>(name.to_bytes_with_nul()) }
-        .ok()
-        .map(|symbol| *symbol)
+    unsafe { sys::culib().get::<F>(name.to_bytes_with_nul()) }.ok().map(|symbol| *symbol)
 }
 
 impl Driver {
@@ -151,9 +143,7 @@ impl Driver {
     }
 
     fn info(&self) -> Result<DriverInfo, Unavailable> {
-        let version = self
-            .int("cuDriverGetVersion", self.version)
-            .map_err(|failed| absent(&failed))?;
+        let version = self.int("cuDriverGetVersion", self.version).map_err(|failed| absent(&failed))?;
         let cuda_version = u32::try_from(version).unwrap_or(0);
         if cuda_version < DRIVER_VERSION_MIN {
             let mut why = "the NVIDIA driver supports CUDA ".to_owned();
@@ -209,10 +199,8 @@ impl Driver {
                 A::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED,
             )?,
             dma_buf: has(A::CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED)?,
-            flush_writes_options: self.attribute(
-                A::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_FLUSH_WRITES_OPTIONS,
-                device,
-            )?,
+            flush_writes_options: self
+                .attribute(A::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_FLUSH_WRITES_OPTIONS, device)?,
             writes_ordering: self
                 .attribute(A::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING, device)?,
         })
@@ -254,11 +242,7 @@ impl Driver {
     }
 
     fn check(&self, call: &'static str, code: c_int) -> Result<(), Failed> {
-        if code == SUCCESS {
-            Ok(())
-        } else {
-            Err(self.failed(call, code))
-        }
+        if code == SUCCESS { Ok(()) } else { Err(self.failed(call, code)) }
     }
 
     fn failed(&self, call: &'static str, code: c_int) -> Failed {
@@ -316,16 +300,9 @@ fn absent(failed: &Failed) -> Unavailable {
     };
     let (why, remedy) = match meaning_and_remedy {
         Some((meaning, remedy)) => (format!("{meaning} ({})", failed.reason()), remedy),
-        None => (
-            failed.reason(),
-            "see whether `nvidia-smi` works, and what the kernel log says",
-        ),
+        None => (failed.reason(), "see whether `nvidia-smi` works, and what the kernel log says"),
     };
-    Unavailable {
-        what: "GPU".into(),
-        why,
-        remedy: remedy.into(),
-    }
+    Unavailable { what: "GPU".into(), why, remedy: remedy.into() }
 }
 
 fn format_uuid(uuid: [u8; 16]) -> String {
@@ -363,11 +340,7 @@ mod tests {
             12_345,
         ];
         for code in known {
-            let absent = absent(&Failed {
-                call: "cuInit",
-                code,
-                text: "words".to_owned(),
-            });
+            let absent = absent(&Failed { call: "cuInit", code, text: "words".to_owned() });
             let call = format!("cuInit returned {code}, \"words\"");
             assert!(absent.why.contains(&call), "{absent}");
             assert!(!absent.remedy.is_empty(), "{absent}");

@@ -31,11 +31,7 @@ pub struct Unavailable {
 
 impl fmt::Display for Unavailable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} is not available: {} ({})",
-            self.what, self.why, self.remedy
-        )
+        write!(f, "{} is not available: {} ({})", self.what, self.why, self.remedy)
     }
 }
 
@@ -147,12 +143,7 @@ pub fn probe() -> GpuProbe {
         Ok(found) => (Ok(found.info), found.devices, found.unusable),
         Err(absent) => (Err(absent), Vec::new(), Vec::new()),
     };
-    GpuProbe {
-        driver,
-        devices,
-        unusable,
-        nvml: nvml::probe(),
-    }
+    GpuProbe { driver, devices, unusable, nvml: nvml::probe() }
 }
 
 fn write_cuda_version(f: &mut impl fmt::Write, version: u32) -> fmt::Result {
@@ -190,10 +181,7 @@ mod tests {
             remedy: "install the driver".into(),
         };
         let text = absent.to_string();
-        assert_eq!(
-            text,
-            "GPU is not available: libcuda.so.1 is not installed (install the driver)"
-        );
+        assert_eq!(text, "GPU is not available: libcuda.so.1 is not installed (install the driver)");
         let error = StoreError::from(absent);
         assert_eq!(error.kind(), hetmem_core::ErrorKind::Unavailable);
         assert_eq!(error.to_string(), text);

@@ -9,9 +9,7 @@ use crate::{NvmlDevice, NvmlInfo, Unavailable, sysfs_pci_id};
 /// Asks NVML, if it is there. The library is closed again before this returns.
 pub(crate) fn probe() -> Result<NvmlInfo, Unavailable> {
     let nvml = Nvml::init().map_err(|error| absent("nvmlInit", &error))?;
-    let count = nvml
-        .device_count()
-        .map_err(|error| absent("nvmlDeviceGetCount", &error))?;
+    let count = nvml.device_count().map_err(|error| absent("nvmlDeviceGetCount", &error))?;
     let devices = (0..count).filter_map(|index| describe(&nvml, index)).collect();
     Ok(NvmlInfo {
         driver_version: nvml
@@ -59,11 +57,7 @@ fn absent(call: &'static str, error: &NvmlError) -> Unavailable {
         }
         source = cause.source();
     }
-    Unavailable {
-        what: "NVML".into(),
-        why,
-        remedy: remedy.into(),
-    }
+    Unavailable { what: "NVML".into(), why, remedy: remedy.into() }
 }
 
 #[cfg(test)]
@@ -72,11 +66,7 @@ mod tests {
 
     #[test]
     fn a_reason_names_the_call_and_a_remedy() {
-        for error in [
-            NvmlError::DriverNotLoaded,
-            NvmlError::NoPermission,
-            NvmlError::GpuLost,
-        ] {
+        for error in [NvmlError::DriverNotLoaded, NvmlError::NoPermission, NvmlError::GpuLost] {
             let absent = absent("nvmlInit", &error);
             assert!(absent.why.starts_with("nvmlInit: "), "{absent}");
             assert!(!absent.remedy.is_empty(), "{absent}");

@@ -39,20 +39,14 @@ impl System {
                 is(&path.join("vendor"), NVIDIA_VENDOR) && is(&path.join("class"), DISPLAY_CLASS)
             })
             .count();
-        let forbidden_node = ["/dev/nvidiactl", "/dev/nvidia0", "/dev/nvidia-uvm"]
-            .into_iter()
-            .find(|node| {
-                OpenOptions::new()
-                    .read(true)
-                    .write(true)
-                    .open(root.join(node.trim_start_matches('/')))
-                    .is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
-            });
-        Self {
-            pci_devices,
-            kernel_driver: root.join("proc/driver/nvidia/version").exists(),
-            forbidden_node,
-        }
+        let forbidden_node = ["/dev/nvidiactl", "/dev/nvidia0", "/dev/nvidia-uvm"].into_iter().find(|node| {
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(root.join(node.trim_start_matches('/')))
+                .is_err_and(|error| error.kind() == ErrorKind::PermissionDenied)
+        });
+        Self { pci_devices, kernel_driver: root.join("proc/driver/nvidia/version").exists(), forbidden_node }
     }
 
     /// No libcuda on the loader's path.
@@ -117,11 +111,7 @@ fn forbidden(node: &str, reason: &str) -> Unavailable {
 }
 
 fn gpu(why: String, remedy: &'static str) -> Unavailable {
-    Unavailable {
-        what: "GPU".into(),
-        why,
-        remedy: remedy.into(),
-    }
+    Unavailable { what: "GPU".into(), why, remedy: remedy.into() }
 }
 
 #[cfg(test)]
@@ -129,11 +119,7 @@ mod tests {
     use super::*;
 
     fn system(pci_devices: usize, kernel_driver: bool, forbidden_node: Option<&'static str>) -> System {
-        System {
-            pci_devices,
-            kernel_driver,
-            forbidden_node,
-        }
+        System { pci_devices, kernel_driver, forbidden_node }
     }
 
     #[test]
@@ -151,19 +137,9 @@ mod tests {
     fn a_missing_device_is_explained_by_permission_first() {
         let reason = "cuInit returned 100";
         let denied = system(1, true, Some("/dev/nvidiactl")).no_device(reason);
-        assert!(
-            denied
-                .why
-                .contains("may not open /dev/nvidiactl (cuInit returned 100)"),
-            "{denied}"
-        );
+        assert!(denied.why.contains("may not open /dev/nvidiactl (cuInit returned 100)"), "{denied}");
         assert!(system(0, false, None).no_device(reason).why.contains("PCI bus"));
-        assert!(
-            system(1, false, None)
-                .no_device(reason)
-                .remedy
-                .contains("modprobe")
-        );
+        assert!(system(1, false, None).no_device(reason).remedy.contains("modprobe"));
         let hidden = system(1, true, None).no_device(reason);
         assert!(hidden.remedy.contains("CUDA_VISIBLE_DEVICES"), "{hidden}");
     }
@@ -186,10 +162,6 @@ mod tests {
         fs::remove_dir_all(&root).expect("made above");
         assert_eq!(found.pci_devices, 1);
         assert!(!found.kernel_driver);
-        assert_eq!(
-            System::look_under(&root).pci_devices,
-            0,
-            "a missing folder is no device"
-        );
+        assert_eq!(System::look_under(&root).pci_devices, 0, "a missing folder is no device");
     }
 }

@@ -17,11 +17,7 @@ const ANSWER: &str = "answer:";
 fn the_probe_answers() {
     let found = probe();
     if let Err(absent) = &found.driver {
-        assert!(
-            found.devices.is_empty(),
-            "devices without a driver: {:?}",
-            found.devices
-        );
+        assert!(found.devices.is_empty(), "devices without a driver: {:?}", found.devices);
         assert!(!absent.why.is_empty() && !absent.remedy.is_empty(), "{absent:?}");
     } else {
         assert!(!found.devices.is_empty() || !found.unusable.is_empty());
@@ -44,10 +40,7 @@ fn many_threads_get_one_answer() {
                 })
             })
             .collect();
-        threads
-            .into_iter()
-            .map(|thread| thread.join().expect("a probe does not panic"))
-            .collect()
+        threads.into_iter().map(|thread| thread.join().expect("a probe does not panic")).collect()
     });
     for answer in &answers {
         assert_eq!(answer.driver, answers[0].driver);
@@ -82,11 +75,7 @@ fn fake_libcuda(name: &str, defines: &[&str]) -> Option<PathBuf> {
 
 /// Runs [`the_probe_answers`] in a process that finds this libcuda.
 fn probe_in_child(library_folder: &Path) -> String {
-    let Output {
-        status,
-        stdout,
-        stderr,
-    } = Command::new(std::env::current_exe().expect("this test"))
+    let Output { status, stdout, stderr } = Command::new(std::env::current_exe().expect("this test"))
         .args(["--exact", "the_probe_answers", "--nocapture", "--test-threads=1"])
         .env("LD_LIBRARY_PATH", library_folder)
         .output()
@@ -117,35 +106,19 @@ fn a_stub_library_is_named() {
 
 #[test]
 fn no_device_is_named() {
-    let parts = [
-        "driver: Err",
-        "cuInit returned 100",
-        "no CUDA-capable device is detected",
-    ];
+    let parts = ["driver: Err", "cuInit returned 100", "no CUDA-capable device is detected"];
     expect("no-device", &["INIT=100"], &parts);
-    expect(
-        "zero-devices",
-        &["COUNT=0"],
-        &["driver: Err", "cuDeviceGetCount returned 100"],
-    );
+    expect("zero-devices", &["COUNT=0"], &["driver: Err", "cuDeviceGetCount returned 100"]);
 }
 
 #[test]
 fn a_missing_symbol_is_named() {
-    expect(
-        "only-init",
-        &["ONLY_INIT"],
-        &["driver: Err", "no function cuDriverGetVersion"],
-    );
+    expect("only-init", &["ONLY_INIT"], &["driver: Err", "no function cuDriverGetVersion"]);
 }
 
 #[test]
 fn a_code_newer_than_the_bindings_is_a_number() {
-    expect(
-        "new-code",
-        &["INIT=4711"],
-        &["driver: Err", "cuInit returned 4711"],
-    );
+    expect("new-code", &["INIT=4711"], &["driver: Err", "cuInit returned 4711"]);
 }
 
 #[test]

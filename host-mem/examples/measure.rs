@@ -17,11 +17,9 @@ use hetmem_host_mem::{
 
 fn main() -> Result<(), StoreError> {
     let wanted = std::env::args().nth(1);
-    for (name, part) in [
-        ("copies", copies as fn() -> Result<(), StoreError>),
-        ("gets", gets),
-        ("population", population),
-    ] {
+    for (name, part) in
+        [("copies", copies as fn() -> Result<(), StoreError>), ("gets", gets), ("population", population)]
+    {
         if wanted.as_deref().is_none_or(|wanted| wanted == name) {
             part()?;
         }
@@ -91,23 +89,9 @@ fn copies() -> Result<(), StoreError> {
 
 fn entry(number: u64) -> IndexEntry {
     let meta = ObjectMeta::bytes(4096).unwrap();
-    let extent = Extent {
-        segment: SegmentId(1),
-        offset: number * 4096,
-        len_bytes: 4096,
-    };
-    let object = ObjectId {
-        origin: NodeId(1),
-        epoch: Epoch(1),
-        number,
-    };
-    IndexEntry {
-        object,
-        meta,
-        generation: Generation(number + 1),
-        extent,
-        tier: Tier::Host,
-    }
+    let extent = Extent { segment: SegmentId(1), offset: number * 4096, len_bytes: 4096 };
+    let object = ObjectId { origin: NodeId(1), epoch: Epoch(1), number };
+    IndexEntry { object, meta, generation: Generation(number + 1), extent, tier: Tier::Host }
 }
 
 fn gets() -> Result<(), StoreError> {
@@ -118,9 +102,7 @@ fn gets() -> Result<(), StoreError> {
             .collect::<Result<_, _>>()?;
         let filled = time(|| {
             for (number, key) in (0..).zip(&keys) {
-                writer
-                    .publish(SlotId(number), key, &entry(u64::from(number)))
-                    .unwrap();
+                writer.publish(SlotId(number), key, &entry(u64::from(number))).unwrap();
             }
         });
         let node = NodePage::create()?;
@@ -134,18 +116,13 @@ fn gets() -> Result<(), StoreError> {
             order.swap(at, (state >> 33) as usize % (at + 1));
         }
         let hot: Vec<Key> = order.iter().take(64).map(|at| keys[*at].clone()).collect();
-        let ordered: Vec<Key> = order
-            .iter()
-            .map(|at| Key::new(keys[*at].as_str()).unwrap())
-            .collect();
+        let ordered: Vec<Key> = order.iter().map(|at| Key::new(keys[*at].as_str()).unwrap()).collect();
         let get = |key: &Key| {
             let pinned = reader.get(key, key.fingerprint(), &page).unwrap().unwrap();
             page.unpin(black_box(&pinned).pin);
         };
         let each = |keys: &[Key], rounds: usize| {
-            let runs = (0..9)
-                .map(|_| time(|| (0..rounds).for_each(|_| keys.iter().for_each(get))))
-                .collect();
+            let runs = (0..9).map(|_| time(|| (0..rounds).for_each(|_| keys.iter().for_each(get)))).collect();
             median(runs).as_secs_f64() * 1e9 / (rounds * keys.len()) as f64
         };
         let one = each(&hot[..1], 20_000);
@@ -168,11 +145,7 @@ fn gets() -> Result<(), StoreError> {
             let mut pinned = std::collections::HashSet::new();
             (0..1000).for_each(|_| node.pinned(&mut pinned));
         });
-        println!(
-            "    scan of one client's pins {:.2} us, hits {}",
-            scan.as_secs_f64() * 1e3,
-            node.hits()
-        );
+        println!("    scan of one client's pins {:.2} us, hits {}", scan.as_secs_f64() * 1e3, node.hits());
     }
     Ok(())
 }
@@ -185,11 +158,7 @@ fn population() -> Result<(), StoreError> {
             let start = Instant::now();
             let segment = Segment::create(SegmentId(1), len as u64, SegmentOwner::Node, pages)?;
             let time = start.elapsed();
-            println!(
-                "populate 512 MiB on {}: {:.2} GiB/s",
-                segment.pages(),
-                gib_per_s(len, time)
-            );
+            println!("populate 512 MiB on {}: {:.2} GiB/s", segment.pages(), gib_per_s(len, time));
         }
     }
     Ok(())

@@ -19,11 +19,7 @@ const THREADS_MAX: usize = 4;
 /// # Panics
 /// If the lengths differ.
 pub fn copy_with_checksum(dst: &mut [u8], src: &[u8]) -> u64 {
-    assert_eq!(
-        dst.len(),
-        src.len(),
-        "a copy has a source and a target of one length"
-    );
+    assert_eq!(dst.len(), src.len(), "a copy has a source and a target of one length");
     // SAFETY: `dst` is as long as `src`, borrowed exclusively, and so no part of it.
     unsafe { to_with_checksum(dst.as_mut_ptr(), src) }
 }
@@ -33,11 +29,7 @@ pub fn copy_with_checksum(dst: &mut [u8], src: &[u8]) -> u64 {
 /// # Panics
 /// If the lengths differ.
 pub fn copy(dst: &mut [u8], src: &[u8]) {
-    assert_eq!(
-        dst.len(),
-        src.len(),
-        "a copy has a source and a target of one length"
-    );
+    assert_eq!(dst.len(), src.len(), "a copy has a source and a target of one length");
     // SAFETY: as above.
     unsafe { to(dst.as_mut_ptr(), src) };
 }
@@ -216,21 +208,11 @@ mod tests {
                 let value = copy_with_checksum(&mut whole[shift..shift + len], src);
                 assert_eq!(value, checksum::of(src), "{len} bytes at {shift}");
                 assert!(&whole[shift..shift + len] == src, "{len} bytes at {shift}");
-                assert!(
-                    whole[..shift]
-                        .iter()
-                        .chain(&whole[shift + len..])
-                        .all(|byte| *byte == 0xee)
-                );
+                assert!(whole[..shift].iter().chain(&whole[shift + len..]).all(|byte| *byte == 0xee));
                 whole.fill(0xee);
                 copy(&mut whole[shift..shift + len], src);
                 assert!(&whole[shift..shift + len] == src, "{len} bytes at {shift}");
-                assert!(
-                    whole[..shift]
-                        .iter()
-                        .chain(&whole[shift + len..])
-                        .all(|byte| *byte == 0xee)
-                );
+                assert!(whole[..shift].iter().chain(&whole[shift + len..]).all(|byte| *byte == 0xee));
             }
         }
     }

@@ -30,10 +30,7 @@ impl MappedFile {
         let file = File::open(path).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
         if !metadata.is_file() {
-            return Err(StoreError::os(
-                "open file",
-                format!("{}: not an ordinary file", path.display()),
-            ));
+            return Err(StoreError::os("open file", format!("{}: not an ordinary file", path.display())));
         }
         if metadata.len() == 0 {
             return Ok(Self { mapping: None });
@@ -43,9 +40,7 @@ impl MappedFile {
         let mapping = unsafe { Mmap::map(&file) }.map_err(failed)?;
         // Read from front to back; that the kernel cannot use the advice is no error.
         let _ = mapping.advise(Advice::Sequential);
-        Ok(Self {
-            mapping: Some(mapping),
-        })
+        Ok(Self { mapping: Some(mapping) })
     }
 }
 

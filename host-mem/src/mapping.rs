@@ -76,16 +76,8 @@ impl Mapping {
         let before = start.align_offset(align);
         let aligned = start.wrapping_add(before);
         // SAFETY: `aligned..aligned + len` lies in the reservation made above, which nobody else knows.
-        let mapped = unsafe {
-            mmap(
-                aligned.cast(),
-                len,
-                protection,
-                MapFlags::SHARED | MapFlags::FIXED,
-                fd,
-                0,
-            )
-        };
+        let mapped =
+            unsafe { mmap(aligned.cast(), len, protection, MapFlags::SHARED | MapFlags::FIXED, fd, 0) };
         // SAFETY: what is left of the reservation on either side belongs to this function and holds nothing.
         unsafe {
             if before > 0 {
@@ -152,9 +144,7 @@ impl Mapping {
             .collect();
         let threads = threads.min(parts.len().div_ceil(2)).max(1);
         if threads == 1 {
-            return parts
-                .iter()
-                .try_for_each(|(start, len)| self.populate_part(*start, *len, huge));
+            return parts.iter().try_for_each(|(start, len)| self.populate_part(*start, *len, huge));
         }
         let next = std::sync::atomic::AtomicUsize::new(0);
         let work = || {
@@ -167,19 +157,16 @@ impl Mapping {
         std::thread::scope(|scope| {
             let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
             let mine = work();
-            others.into_iter().fold(mine, |result, other| {
-                result.and(other.join().unwrap_or(Err(Errno::FAULT)))
-            })
+            others
+                .into_iter()
+                .fold(mine, |result, other| result.and(other.join().unwrap_or(Err(Errno::FAULT))))
         })
     }
 
     fn populate_part(&self, start: usize, len: usize, huge: bool) -> Result<(), Errno> {
         let base = self.base().wrapping_add(start);
         if huge {
-            for at in (0..len)
-                .step_by(HUGE_PAGE_LEN)
-                .filter(|at| at + HUGE_PAGE_LEN <= len)
-            {
+            for at in (0..len).step_by(HUGE_PAGE_LEN).filter(|at| at + HUGE_PAGE_LEN <= len) {
                 // SAFETY: inside the mapping; populating does not change what the bytes are.
                 let first =
                     unsafe { madvise(base.wrapping_add(at).cast(), 4096, Advice::LinuxPopulateWrite) };

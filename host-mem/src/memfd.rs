@@ -61,14 +61,9 @@ pub(crate) fn len_of(fd: impl AsFd) -> Result<u64, StoreError> {
 
 /// Refuses what would end with the kernel killing a process: more memory than there is.
 pub(crate) fn check_available(operation: &'static str, len_bytes: u64) -> Result<(), StoreError> {
-    let machine = fs::read_to_string("/proc/meminfo")
-        .ok()
-        .and_then(|text| kib_line(&text, "MemAvailable:"));
+    let machine = fs::read_to_string("/proc/meminfo").ok().and_then(|text| kib_line(&text, "MemAvailable:"));
     let group = group_available();
-    for (available, whose) in [
-        (machine, "the machine"),
-        (group, "this control group (memory.max)"),
-    ] {
+    for (available, whose) in [(machine, "the machine"), (group, "this control group (memory.max)")] {
         if let Some(available) = available.filter(|available| *available < len_bytes) {
             return Err(StoreError::os(
                 operation,
@@ -84,12 +79,7 @@ pub(crate) fn check_available(operation: &'static str, len_bytes: u64) -> Result
 /// The bytes on a line like `MemAvailable:    1234 kB`.
 pub(crate) fn kib_line(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-    line.trim()
-        .strip_suffix("kB")?
-        .trim()
-        .parse::<u64>()
-        .ok()?
-        .checked_mul(1024)
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// Bytes left under the tightest limit of this process's control groups (version 2), if there is one.

@@ -14,9 +14,7 @@ pub(crate) fn error(operation: &'static str, errno: Errno) -> StoreError {
                 operation,
                 format!(
                     "{errno}: RLIMIT_NOFILE is {} (raise it with `ulimit -n` or LimitNOFILE=, or use larger segments)",
-                    limit
-                        .current
-                        .map_or_else(|| "unlimited".to_owned(), |limit| limit.to_string())
+                    limit.current.map_or_else(|| "unlimited".to_owned(), |limit| limit.to_string())
                 ),
             )
         }

@@ -37,10 +37,7 @@ pub const PAGE_LEN: u64 = END as u64 * 8;
 
 fn pins(mapping: &Mapping) -> Pins<'_> {
     let words = mapping.words();
-    Pins {
-        words: &words[WORDS..END],
-        used: &words[USED],
-    }
+    Pins { words: &words[WORDS..END], used: &words[USED] }
 }
 
 fn counter(mapping: &Mapping, lane: usize) -> &AtomicU64 {
@@ -75,11 +72,7 @@ impl NodePage {
         words[0].store(MAGIC, Ordering::Relaxed);
         words[1].store(VERSION, Ordering::Relaxed);
         words[2].store(PINS as u64, Ordering::Relaxed);
-        Ok(Self {
-            mapping,
-            fd,
-            start: AtomicU32::new(0),
-        })
+        Ok(Self { mapping, fd, start: AtomicU32::new(0) })
     }
 
     /// To be passed to the client, writable.
@@ -138,9 +131,7 @@ impl NodePage {
     /// Gets that the client answered itself from the index: the client's word only.
     #[must_use]
     pub fn hits(&self) -> u64 {
-        (0..LANES)
-            .map(|lane| counter(&self.mapping, lane).load(Ordering::Relaxed))
-            .fold(0, u64::wrapping_add)
+        (0..LANES).map(|lane| counter(&self.mapping, lane).load(Ordering::Relaxed)).fold(0, u64::wrapping_add)
     }
 }
 
@@ -163,10 +154,7 @@ thread_local! {
 fn place() -> Place {
     PLACE.get().unwrap_or_else(|| {
         let number = THREADS.fetch_add(1, Ordering::Relaxed);
-        let place = Place {
-            lane: number % LANES,
-            start: number * LANE_WORDS % PINS,
-        };
+        let place = Place { lane: number % LANES, start: number * LANE_WORDS % PINS };
         PLACE.set(Some(place));
         place
     })
@@ -211,10 +199,7 @@ impl ClientPage {
 
     #[inline]
     fn pinned_at(&self, place: Place, pin: usize) -> Option<u32> {
-        PLACE.set(Some(Place {
-            start: pin + 1,
-            ..place
-        }));
+        PLACE.set(Some(Place { start: pin + 1, ..place }));
         u32::try_from(pin).ok()
     }
 
@@ -223,10 +208,7 @@ impl ClientPage {
     pub fn unpin(&self, pin: u32) {
         let position = pin as usize;
         pins(&self.mapping).release(position);
-        PLACE.set(Some(Place {
-            start: position,
-            ..place()
-        }));
+        PLACE.set(Some(Place { start: position, ..place() }));
     }
 
     /// Counts a hit and notes the slot. [`crate::IndexReader::get`] does it.
@@ -263,10 +245,7 @@ mod tests {
 
     fn pages() -> (NodePage, ClientPage) {
         let node = NodePage::create().expect("a page");
-        let fd = node
-            .descriptor()
-            .try_clone_to_owned()
-            .expect("a descriptor is left");
+        let fd = node.descriptor().try_clone_to_owned().expect("a descriptor is left");
         let client = ClientPage::map(fd).expect("the same page");
         (node, client)
     }
@@ -295,17 +274,11 @@ mod tests {
         assert_eq!(pinned(&node), HashSet::from([Generation(5)]));
         let again = node.pin_for_client(Generation(7)).expect("free");
         node.unpin_for_client(again, Generation(8));
-        assert!(
-            pinned(&node).contains(&Generation(7)),
-            "only what the node has pinned itself"
-        );
+        assert!(pinned(&node).contains(&Generation(7)), "only what the node has pinned itself");
         node.unpin_for_client(again, Generation(7));
         client.unpin(mine);
         assert!(pinned(&node).is_empty());
-        assert_eq!(
-            (client.pin(Generation(0)), node.pin_for_client(Generation(0))),
-            (None, None)
-        );
+        assert_eq!((client.pin(Generation(0)), node.pin_for_client(Generation(0))), (None, None));
         client.unpin(u32::MAX);
     }
 
@@ -323,10 +296,7 @@ mod tests {
                 });
             }
         });
-        assert_eq!(
-            pinned(&node),
-            (0..4).map(|thread| Generation(thread * 1000 + 1)).collect()
-        );
+        assert_eq!(pinned(&node), (0..4).map(|thread| Generation(thread * 1000 + 1)).collect());
     }
 
     #[test]
@@ -341,10 +311,7 @@ mod tests {
             client.touch(SlotId(slot));
         }
         let late = touched(&node);
-        assert!(
-            late.len() == RING_LEN && late.contains(&999),
-            "the latest of many: {late:?}"
-        );
+        assert!(late.len() == RING_LEN && late.contains(&999), "the latest of many: {late:?}");
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| (0..500).for_each(|_| client.touch(SlotId(1))));
@@ -357,17 +324,9 @@ mod tests {
     fn whatever_a_client_writes_costs_only_its_own_pins() {
         let (node, client) = pages();
         for garbage in [u64::MAX, 1, u64::MAX / 2] {
-            client
-                .mapping
-                .words()
-                .iter()
-                .for_each(|word| word.store(garbage, Ordering::Relaxed));
+            client.mapping.words().iter().for_each(|word| word.store(garbage, Ordering::Relaxed));
             assert_eq!(pinned(&node), HashSet::from([Generation(garbage)]));
-            assert_eq!(
-                node.pin_for_client(Generation(4)),
-                None,
-                "its own quota is used up"
-            );
+            assert_eq!(node.pin_for_client(Generation(4)), None, "its own quota is used up");
             node.unpin_for_client(u32::MAX, Generation(4));
             assert!(touched(&node).len() <= LANES * RING_LEN);
             let _ = node.hits();
@@ -376,11 +335,7 @@ mod tests {
         let (other, theirs) = pages();
         let _held = theirs.pin(Generation(9)).expect("free");
         assert_eq!(pinned(&other), HashSet::from([Generation(9)]));
-        client
-            .mapping
-            .words()
-            .iter()
-            .for_each(|word| word.store(0, Ordering::Relaxed));
+        client.mapping.words().iter().for_each(|word| word.store(0, Ordering::Relaxed));
         assert!(pinned(&node).is_empty());
         assert!(node.pin_for_client(Generation(4)).is_some());
     }
@@ -390,18 +345,10 @@ mod tests {
         let (node, client) = pages();
         assert!(rustix::fs::ftruncate(node.descriptor(), 0).is_err());
         client.mapping.words()[1].store(VERSION + 1, Ordering::Relaxed);
-        let fd = node
-            .descriptor()
-            .try_clone_to_owned()
-            .expect("a descriptor is left");
+        let fd = node.descriptor().try_clone_to_owned().expect("a descriptor is left");
         let error = ClientPage::map(fd).expect_err("another version");
         assert_eq!(error.kind(), hetmem_core::ErrorKind::Protocol, "{error}");
         let unsealed = memfd::create("page", PAGE_LEN, None).expect("a file");
-        assert!(
-            ClientPage::map(unsealed)
-                .expect_err("not sealed")
-                .to_string()
-                .contains("sealed")
-        );
+        assert!(ClientPage::map(unsealed).expect_err("not sealed").to_string().contains("sealed"));
     }
 }

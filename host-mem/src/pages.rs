@@ -26,24 +26,17 @@ pub enum PagePolicy {
 
 impl PagePolicy {
     /// Every policy by its name in the configuration.
-    pub const NAMES: [(&'static str, Self); 3] = [
-        ("auto", Self::Auto),
-        ("off", Self::Off),
-        ("require", Self::Require),
-    ];
+    pub const NAMES: [(&'static str, Self); 3] =
+        [("auto", Self::Auto), ("off", Self::Off), ("require", Self::Require)];
 }
 
 impl std::str::FromStr for PagePolicy {
     type Err = StoreError;
 
     fn from_str(name: &str) -> Result<Self, StoreError> {
-        Self::NAMES
-            .iter()
-            .find(|(known, _)| *known == name)
-            .map(|(_, policy)| *policy)
-            .ok_or_else(|| {
-                StoreError::invalid("page policy", format!("{name:?} is none of auto, off, require"))
-            })
+        Self::NAMES.iter().find(|(known, _)| *known == name).map(|(_, policy)| *policy).ok_or_else(|| {
+            StoreError::invalid("page policy", format!("{name:?} is none of auto, off, require"))
+        })
     }
 }
 
@@ -94,17 +87,9 @@ pub(crate) fn kind_of(mapping: &Mapping) -> PageKind {
     }
     let books = fs::read_to_string("/proc/self/smaps").unwrap_or_default();
     let start = format!("{:x}-", mapping.base() as usize);
-    let entry = books
-        .find(&format!("\n{start}"))
-        .or_else(|| books.starts_with(&start).then_some(0));
-    let huge = entry
-        .and_then(|entry| kib_line(&books[entry..], "ShmemPmdMapped:"))
-        .unwrap_or(0);
-    if huge >= mapping.len() as u64 / 2 {
-        PageKind::Transparent
-    } else {
-        PageKind::Small
-    }
+    let entry = books.find(&format!("\n{start}")).or_else(|| books.starts_with(&start).then_some(0));
+    let huge = entry.and_then(|entry| kib_line(&books[entry..], "ShmemPmdMapped:")).unwrap_or(0);
+    if huge >= mapping.len() as u64 / 2 { PageKind::Transparent } else { PageKind::Small }
 }
 
 /// What page kinds this machine offers, for `hetmem doctor`.
@@ -128,31 +113,19 @@ pub fn pages_report() -> PagesReport {
     let reserved = RESERVED_LENS
         .into_iter()
         .filter_map(|len| {
-            Some((
-                len,
-                reserved_pages(len, "nr_hugepages")?,
-                reserved_pages(len, "free_hugepages")?,
-            ))
+            Some((len, reserved_pages(len, "nr_hugepages")?, reserved_pages(len, "free_hugepages")?))
         })
         .collect();
     let shmem_enabled = shmem_enabled();
     let best = probe();
     let (why, remedy) = words(best, &shmem_enabled);
-    PagesReport {
-        best,
-        reserved,
-        shmem_enabled,
-        why,
-        remedy,
-    }
+    PagesReport { best, reserved, shmem_enabled, why, remedy }
 }
 
 fn shmem_enabled() -> String {
     let path = PathBuf::from("/sys/kernel/mm/transparent_hugepage/shmem_enabled");
     let words = fs::read_to_string(path).unwrap_or_default();
-    let chosen = words
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix('[')?.strip_suffix(']'));
+    let chosen = words.split_whitespace().find_map(|word| word.strip_prefix('[')?.strip_suffix(']'));
     chosen.unwrap_or_default().to_owned()
 }
 
@@ -166,10 +139,9 @@ fn probe() -> PageKind {
 
 fn words(best: PageKind, shmem_enabled: &str) -> (String, Option<String>) {
     match (best, shmem_enabled) {
-        (PageKind::Huge(len_bytes), _) => (
-            format!("reserved huge pages of {} MiB are free", len_bytes >> 20),
-            None,
-        ),
+        (PageKind::Huge(len_bytes), _) => {
+            (format!("reserved huge pages of {} MiB are free", len_bytes >> 20), None)
+        }
         (PageKind::Transparent, "never") => (
             "the kernel makes huge pages of shared memory on request (MADV_COLLAPSE), shmem_enabled is never"
                 .to_owned(),

@@ -20,9 +20,7 @@ impl Pins<'_> {
     pub(crate) fn claim(self, generation: u64, start: usize) -> Option<usize> {
         let count = self.words.len();
         let start = if start < count { start } else { 0 };
-        (start..count)
-            .chain(0..start)
-            .find(|position| self.claim_at(generation, *position))
+        (start..count).chain(0..start).find(|position| self.claim_at(generation, *position))
     }
 
     #[inline]
@@ -35,8 +33,7 @@ impl Pins<'_> {
         if self.used.load(Ordering::Relaxed) <= position as u64 {
             self.used.fetch_max(position as u64 + 1, Ordering::Relaxed);
         }
-        word.compare_exchange(0, generation, Ordering::AcqRel, Ordering::Relaxed)
-            .is_ok()
+        word.compare_exchange(0, generation, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
     /// Gives a word back. What the holder read before is read before.

@@ -51,10 +51,7 @@ impl Segment {
         pages: PagePolicy,
     ) -> Result<Self, StoreError> {
         if len_bytes == 0 {
-            return Err(StoreError::invalid(
-                "segment",
-                "a segment has at least 1 byte, 0 were asked for",
-            ));
+            return Err(StoreError::invalid("segment", "a segment has at least 1 byte, 0 were asked for"));
         }
         let segment = Self::allocate(id, len_bytes, pages)?;
         if pages == PagePolicy::Require && segment.pages == PageKind::Small {
@@ -83,11 +80,7 @@ impl Segment {
             }
         }
         memfd::check_available("create segment", len_bytes)?;
-        let wanted = if huge {
-            PageKind::Transparent
-        } else {
-            PageKind::Small
-        };
+        let wanted = if huge { PageKind::Transparent } else { PageKind::Small };
         let mut segment = Self::allocate_on(id, &name, len_bytes, wanted, pages != PagePolicy::AtOnce)?;
         segment.pages = pages::kind_of(&segment.mapping);
         Ok(segment)
@@ -115,12 +108,7 @@ impl Segment {
             other => other,
         };
         populated.map_err(|errno| os::error("populate segment", errno))?;
-        Ok(Self {
-            id,
-            pages,
-            mapping,
-            fd,
-        })
+        Ok(Self { id, pages, mapping, fd })
     }
 
     /// From now on nobody gets a new writable mapping, writes through the descriptor, or changes the seals; mappings
@@ -265,10 +253,7 @@ impl Segment {
     pub fn load_u64(&self, offset: u64) -> Result<u64, StoreError> {
         let (word, _) = self.range("load", offset, 8)?;
         if !offset.is_multiple_of(8) {
-            return Err(StoreError::invalid(
-                "load",
-                format!("offset {offset} is no multiple of 8"),
-            ));
+            return Err(StoreError::invalid("load", format!("offset {offset} is no multiple of 8")));
         }
         // SAFETY: eight bytes inside the mapping at an aligned address; other accesses to it are atomic or excluded.
         Ok(unsafe { AtomicU64::from_ptr(word.cast()) }.load(Ordering::Acquire))

@@ -17,21 +17,14 @@ fn segment(owner: SegmentOwner) -> Segment {
 }
 
 fn again(segment: &Segment) -> OwnedFd {
-    segment
-        .descriptor()
-        .try_clone_to_owned()
-        .expect("a descriptor is left")
+    segment.descriptor().try_clone_to_owned().expect("a descriptor is left")
 }
 
 /// The descriptor opened anew, as a process that holds it can.
 fn reopened(segment: &Segment) -> Result<OwnedFd, Errno> {
     use std::os::fd::AsRawFd as _;
     let path = format!("/proc/self/fd/{}", segment.descriptor().as_raw_fd());
-    rustix::fs::open(
-        path,
-        rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC,
-        rustix::fs::Mode::empty(),
-    )
+    rustix::fs::open(path, rustix::fs::OFlags::RDWR | rustix::fs::OFlags::CLOEXEC, rustix::fs::Mode::empty())
 }
 
 #[test]
@@ -42,24 +35,15 @@ fn bytes_go_in_and_out_within_bounds() {
     let bytes: Vec<u8> = (0..100).collect();
     segment.write(LEN - 100, &bytes).expect("inside");
     assert_eq!(segment.read(LEN - 100, 100).expect("inside"), bytes);
-    assert_eq!(
-        segment.write_with_checksum(8, &bytes).expect("inside"),
-        checksum::of(&bytes)
-    );
+    assert_eq!(segment.write_with_checksum(8, &bytes).expect("inside"), checksum::of(&bytes));
     assert_eq!(segment.checksum(8, 100).expect("inside"), checksum::of(&bytes));
     other.copy_from(0, &segment, 8, 100).expect("inside");
     segment.copy_from(1000, &segment, 8, 100).expect("apart");
     let mut back = [0; 100];
     other.read_into(0, &mut back).expect("inside");
     assert_eq!(back[..], segment.read(1000, 100).expect("inside")[..]);
-    assert_eq!(
-        other.load_u64(8).expect("inside"),
-        u64::from_ne_bytes([8, 9, 10, 11, 12, 13, 14, 15])
-    );
-    assert_eq!(
-        (segment.id(), segment.len_bytes(), other.pages()),
-        (SegmentId(1), LEN, PageKind::Small)
-    );
+    assert_eq!(other.load_u64(8).expect("inside"), u64::from_ne_bytes([8, 9, 10, 11, 12, 13, 14, 15]));
+    assert_eq!((segment.id(), segment.len_bytes(), other.pages()), (SegmentId(1), LEN, PageKind::Small));
     let errors = [
         segment.write(LEN - 99, &bytes).expect_err("outside"),
         segment.write(u64::MAX, &bytes).expect_err("outside"),
@@ -71,10 +55,7 @@ fn bytes_go_in_and_out_within_bounds() {
         segment.load_u64(4).expect_err("unaligned"),
         Segment::create(SegmentId(1), 0, SegmentOwner::Node, PagePolicy::Auto).expect_err("empty"),
     ];
-    assert!(
-        errors.iter().all(|error| error.kind() == ErrorKind::Invalid),
-        "{errors:?}"
-    );
+    assert!(errors.iter().all(|error| error.kind() == ErrorKind::Invalid), "{errors:?}");
     assert_eq!(segment.read(LEN, 0).expect("nothing of it"), []);
 }
 
@@ -85,9 +66,7 @@ fn nobody_but_the_node_writes_its_segments() {
     assert_eq!(error.kind(), ErrorKind::Os, "{error}");
     closed(&segment);
     let view = ReadMapping::map(again(&segment), LEN).expect("readable");
-    segment
-        .write(10, b"tensor")
-        .expect("the node's own mapping stays writable");
+    segment.write(10, b"tensor").expect("the node's own mapping stays writable");
     assert_eq!(view.bytes(10, 6), Some(&b"tensor"[..]));
     assert_eq!((view.bytes(LEN, 1), view.bytes(u64::MAX, 2)), (None, None));
     assert_eq!(view.bytes(LEN, 0), Some(&[][..]));
@@ -98,15 +77,7 @@ fn closed(segment: &Segment) {
         assert_eq!(ftruncate(&file, 0), Err(Errno::PERM));
         assert_eq!(ftruncate(&file, LEN * 2), Err(Errno::PERM));
         assert!(rustix::io::pwrite(&file, b"x", 0).is_err());
-        assert!(
-            fallocate(
-                &file,
-                FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
-                0,
-                4096
-            )
-            .is_err()
-        );
+        assert!(fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, 4096).is_err());
         assert!(Mapping::new(file.as_fd(), LEN, Access::Write).is_err());
         assert_eq!(fcntl_add_seals(&file, SealFlags::WRITE), Err(Errno::PERM));
     }
@@ -119,28 +90,14 @@ fn a_granted_segment_is_written_by_one_client_and_read_by_all() {
     segment.close_to_writers().expect("sealed");
     segment.close_to_writers().expect("sealed already");
     closed(&segment);
-    assert_eq!(
-        WriteMapping::map(again(&segment), LEN)
-            .expect_err("too late")
-            .kind(),
-        ErrorKind::Os
-    );
+    assert_eq!(WriteMapping::map(again(&segment), LEN).expect_err("too late").kind(), ErrorKind::Os);
 
     view.fill(0, b"first").expect("inside");
     let large: Vec<u8> = (0..=255).cycle().take(1 << 20).collect();
-    assert_eq!(
-        view.fill_with_checksum(4096, &large).expect("inside"),
-        checksum::of(&large)
-    );
+    assert_eq!(view.fill_with_checksum(4096, &large).expect("inside"), checksum::of(&large));
     let reader = ReadMapping::map(again(&segment), LEN).expect("readable");
-    assert_eq!(
-        (reader.bytes(0, 5), reader.bytes(4096, 1 << 20)),
-        (Some(&b"first"[..]), Some(&large[..]))
-    );
-    assert_eq!(
-        view.fill(LEN - 1, b"xx").expect_err("outside").kind(),
-        ErrorKind::Invalid
-    );
+    assert_eq!((reader.bytes(0, 5), reader.bytes(4096, 1 << 20)), (Some(&b"first"[..]), Some(&large[..])));
+    assert_eq!(view.fill(LEN - 1, b"xx").expect_err("outside").kind(), ErrorKind::Invalid);
     assert_eq!(segment.read(0, 5).expect("inside"), b"first");
 }
 
@@ -150,38 +107,17 @@ fn extents_are_exclusive_and_outlive_the_view() {
     let view = Arc::new(WriteMapping::map(again(&segment), LEN).expect("granted"));
     let mut extent = view.extent_mut(64, 100).expect("free");
     for (offset, len) in [(64, 100), (0, 65), (163, 1), (100, 1)] {
-        assert_eq!(
-            view.extent_mut(offset, len).expect_err("taken").kind(),
-            ErrorKind::Busy
-        );
+        assert_eq!(view.extent_mut(offset, len).expect_err("taken").kind(), ErrorKind::Busy);
     }
     assert_eq!(view.fill(163, b"xx").expect_err("taken").kind(), ErrorKind::Busy);
     view.fill(0, &[1; 64]).expect("beside it");
     view.fill(164, &[1; 64]).expect("beside it");
-    assert_eq!(
-        view.extent_mut(LEN, 1).expect_err("outside").kind(),
-        ErrorKind::Invalid
-    );
+    assert_eq!(view.extent_mut(LEN, 1).expect_err("outside").kind(), ErrorKind::Invalid);
     assert_eq!((extent.offset(), extent.len()), (64, 100));
     extent.fill(2);
-    assert_eq!(
-        extent.fill_with_checksum(90, &[3; 10]).expect("inside"),
-        checksum::of(&[3; 10])
-    );
-    assert_eq!(
-        extent
-            .fill_with_checksum(91, &[3; 10])
-            .expect_err("outside")
-            .kind(),
-        ErrorKind::Invalid
-    );
-    assert_eq!(
-        extent
-            .fill_with_checksum(u64::MAX, &[3])
-            .expect_err("outside")
-            .kind(),
-        ErrorKind::Invalid
-    );
+    assert_eq!(extent.fill_with_checksum(90, &[3; 10]).expect("inside"), checksum::of(&[3; 10]));
+    assert_eq!(extent.fill_with_checksum(91, &[3; 10]).expect_err("outside").kind(), ErrorKind::Invalid);
+    assert_eq!(extent.fill_with_checksum(u64::MAX, &[3]).expect_err("outside").kind(), ErrorKind::Invalid);
     std::thread::spawn(move || {
         drop(view);
         extent[0] = 9;
@@ -223,10 +159,7 @@ fn views_refuse_files_that_could_fault() {
     for seals in [SealFlags::SHRINK, SealFlags::GROW] {
         let fd = unsealed();
         memfd::seal(&fd, seals).expect("sealed");
-        assert_eq!(
-            WriteMapping::map(fd, 8192).expect_err("half sealed").kind(),
-            ErrorKind::Protocol
-        );
+        assert_eq!(WriteMapping::map(fd, 8192).expect_err("half sealed").kind(), ErrorKind::Protocol);
     }
     let sealed = || {
         let fd = unsealed();
@@ -234,23 +167,18 @@ fn views_refuse_files_that_could_fault() {
         fd
     };
     let error = ReadMapping::map(sealed(), 8193).expect_err("shorter than announced");
-    assert!(
-        error.to_string().contains("8193") && error.to_string().contains("8192"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("8193") && error.to_string().contains("8192"), "{error}");
     assert!(ReadMapping::map(sealed(), 0).is_err());
     assert!(ReadMapping::map(sealed(), u64::MAX).is_err());
     assert!(ReadMapping::map(sealed(), 8192).is_ok());
     let (reader, _writer) = rustix::pipe::pipe().expect("a pipe");
-    assert_eq!(
-        ReadMapping::map(reader, 1).expect_err("a pipe").kind(),
-        ErrorKind::Protocol
-    );
+    assert_eq!(ReadMapping::map(reader, 1).expect_err("a pipe").kind(), ErrorKind::Protocol);
 }
 
 #[test]
 fn memory_that_is_wanted_at_once_is_populated_too() {
-    let segment = Segment::create(SegmentId(3), LEN, SegmentOwner::Node, PagePolicy::AtOnce).expect("memory is left");
+    let segment =
+        Segment::create(SegmentId(3), LEN, SegmentOwner::Node, PagePolicy::AtOnce).expect("memory is left");
     let held = rustix::fs::fstat(segment.descriptor()).expect("a file").st_blocks * 512;
     assert_eq!(u64::try_from(held), Ok(LEN), "every page is there");
 }
@@ -261,11 +189,7 @@ fn a_segment_is_populated_and_on_the_pages_it_says() {
         let segment =
             Segment::create(SegmentId(1), 8 << 20, SegmentOwner::Node, pages).expect("memory is left");
         let stat = rustix::fs::fstat(segment.descriptor()).expect("a file");
-        assert!(
-            stat.st_blocks * 512 >= 8 << 20,
-            "all pages exist: {} blocks",
-            stat.st_blocks
-        );
+        assert!(stat.st_blocks * 512 >= 8 << 20, "all pages exist: {} blocks", stat.st_blocks);
         if pages == PagePolicy::Off {
             assert_eq!(segment.pages(), PageKind::Small);
         }
@@ -288,10 +212,7 @@ fn a_reserve_gives_and_takes_memory() {
     assert_eq!((reserve.len_bytes(), reserve.held_bytes()), (LEN, LEN));
     let segment = segment(SegmentOwner::Node);
     let error = reserve.take(LEN + 1).expect_err("more than there is");
-    assert!(
-        error.kind() == ErrorKind::Invalid && error.to_string().contains("4194304"),
-        "{error}"
-    );
+    assert!(error.kind() == ErrorKind::Invalid && error.to_string().contains("4194304"), "{error}");
     drop(segment);
     reserve.put_back(LEN).expect("memory is left");
     assert_eq!((reserve.len_bytes(), reserve.held_bytes()), (8 << 20, 8 << 20));
@@ -309,19 +230,13 @@ fn more_memory_than_there_is_is_an_error_with_a_remedy() {
             Reserve::new(len_bytes, PagePolicy::Auto).expect_err("too much"),
         ];
         for error in errors {
-            assert!(
-                matches!(error.kind(), ErrorKind::Os | ErrorKind::Invalid),
-                "{error}"
-            );
+            assert!(matches!(error.kind(), ErrorKind::Os | ErrorKind::Invalid), "{error}");
         }
     }
     let error = Reserve::new(1 << 46, PagePolicy::Auto).expect_err("too much");
     assert!(error.to_string().contains("serve with less"), "{error}");
     let error = os::error("create shared memory", Errno::MFILE).to_string();
-    assert!(
-        error.contains("RLIMIT_NOFILE is ") && error.contains("ulimit -n"),
-        "{error}"
-    );
+    assert!(error.contains("RLIMIT_NOFILE is ") && error.contains("ulimit -n"), "{error}");
 }
 
 #[test]
@@ -334,10 +249,7 @@ fn files_are_mapped_and_what_is_no_file_is_refused() {
     assert_eq!(&crate::MappedFile::open(&path).expect("an empty file")[..], b"");
     for wrong in [folder.path().to_owned(), folder.path().join("missing")] {
         let error = crate::MappedFile::open(&wrong).expect_err("no file");
-        assert!(
-            error.to_string().contains(&wrong.display().to_string()),
-            "{error}"
-        );
+        assert!(error.to_string().contains(&wrong.display().to_string()), "{error}");
     }
 }
 

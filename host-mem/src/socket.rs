@@ -34,11 +34,7 @@ const BACKLOG: i32 = 128;
 /// `/tmp/hetmem-UID.sock`. A client without instructions looks there too.
 #[must_use]
 pub fn default_path() -> PathBuf {
-    let variable = |name| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
+    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     variable("HETMEM_SOCKET")
         .or_else(|| Some(variable("XDG_RUNTIME_DIR")?.join("hetmem.sock")))
         .unwrap_or_else(|| {
@@ -90,11 +86,7 @@ pub fn listen(path: &Path) -> Result<Listener, StoreError> {
     let failed = |error: io::Error| StoreError::os("listen", format!("{}: {error}", path.display()));
     let address = address(path)?;
     if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(parent)
-            .map_err(failed)?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(parent).map_err(failed)?;
     }
     let lock = lock(path)?;
     make_way(path, &address)?;
@@ -102,11 +94,7 @@ pub fn listen(path: &Path) -> Result<Listener, StoreError> {
     // The mode of the socket before it is bound is the mode of its path from the first moment on.
     fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(|errno| failed(errno.into()))?;
     rustix::net::bind(&socket, &address).map_err(|errno| failed(errno.into()))?;
-    let listener = Listener {
-        socket,
-        path: path.to_owned(),
-        _lock: lock,
-    };
+    let listener = Listener { socket, path: path.to_owned(), _lock: lock };
     rustix::net::listen(&listener.socket, BACKLOG).map_err(|errno| failed(errno.into()))?;
     Ok(listener)
 }
@@ -114,10 +102,7 @@ pub fn listen(path: &Path) -> Result<Listener, StoreError> {
 fn answered(path: &Path) -> StoreError {
     StoreError::denied(
         "listen",
-        format!(
-            "a node answers at {} (stop it, or use another socket path)",
-            path.display()
-        ),
+        format!("a node answers at {} (stop it, or use another socket path)", path.display()),
     )
 }
 
@@ -155,11 +140,7 @@ fn make_way(path: &Path, address: &SocketAddrUnix) -> Result<(), StoreError> {
         // Another kind of socket answers with PROTOTYPE.
         Ok(()) | Err(Errno::PROTOTYPE | Errno::AGAIN) => Err(answered(path)),
         Err(Errno::CONNREFUSED | Errno::NOENT) => fs::remove_file(path).or_else(|error| {
-            if error.kind() == io::ErrorKind::NotFound {
-                Ok(())
-            } else {
-                Err(failed(error))
-            }
+            if error.kind() == io::ErrorKind::NotFound { Ok(()) } else { Err(failed(error)) }
         }),
         Err(errno) => Err(failed(errno.into())),
     }
@@ -167,22 +148,15 @@ fn make_way(path: &Path, address: &SocketAddrUnix) -> Result<(), StoreError> {
 
 fn address(path: &Path) -> Result<SocketAddrUnix, StoreError> {
     SocketAddrUnix::new(path).map_err(|errno| {
-        StoreError::invalid(
-            "socket path",
-            format!("{}: {errno} (at most 107 bytes)", path.display()),
-        )
+        StoreError::invalid("socket path", format!("{}: {errno} (at most 107 bytes)", path.display()))
     })
 }
 
 fn socket(operation: &'static str) -> Result<OwnedFd, StoreError> {
     let failed = |errno| os::error(operation, errno);
-    let socket = rustix::net::socket_with(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .map_err(failed)?;
+    let socket =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .map_err(failed)?;
     size(&socket).map_err(failed)?;
     Ok(socket)
 }
@@ -210,11 +184,7 @@ pub fn accept(listener: impl AsFd) -> io::Result<Accepted> {
     let socket = rustix::net::accept_with(listener, SocketFlags::CLOEXEC)?;
     size(&socket)?;
     let peer = sockopt::socket_peercred(&socket)?;
-    Ok(Accepted {
-        socket,
-        pid: peer.pid.as_raw_nonzero().get().unsigned_abs(),
-        uid: peer.uid.as_raw(),
-    })
+    Ok(Accepted { socket, pid: peer.pid.as_raw_nonzero().get().unsigned_abs(), uid: peer.uid.as_raw() })
 }
 
 /// Connects to a node. The socket blocks until [`set_nonblocking`].
@@ -245,13 +215,9 @@ pub fn connect(path: &Path) -> Result<OwnedFd, StoreError> {
 /// [`hetmem_core::ErrorKind::Os`] when there are no descriptors left.
 pub fn pair() -> Result<(OwnedFd, OwnedFd), StoreError> {
     let failed = |errno| os::error("make socket pair", errno);
-    let ends = rustix::net::socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )
-    .map_err(failed)?;
+    let ends =
+        rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .map_err(failed)?;
     size(&ends.0).and_then(|()| size(&ends.1)).map_err(failed)?;
     Ok(ends)
 }
@@ -275,19 +241,13 @@ pub fn send(socket: impl AsFd, parts: &[IoSlice<'_>], descriptors: &[BorrowedFd<
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "the descriptors do not fit",
-        ));
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "the descriptors do not fit"));
     }
     let sent = retry(|| rustix::net::sendmsg(&socket, parts, &mut control, SendFlags::NOSIGNAL))?;
     if sent == len {
         return Ok(());
     }
-    Err(io::Error::new(
-        io::ErrorKind::WriteZero,
-        format!("{sent} of {len} bytes of a packet were sent"),
-    ))
+    Err(io::Error::new(io::ErrorKind::WriteZero, format!("{sent} of {len} bytes of a packet were sent")))
 }
 
 /// Receives one packet and returns its length in bytes, 0 when the other end has closed. Descriptors are appended to

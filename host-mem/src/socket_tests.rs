@@ -42,41 +42,24 @@ fn packets_arrive_whole_with_their_descriptors() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("deep/er/node.sock");
     let listener = listen(&path).expect("nobody is there");
-    assert_eq!(
-        fs::metadata(&path).expect("a socket").permissions().mode() & 0o777,
-        0o600
-    );
+    assert_eq!(fs::metadata(&path).expect("a socket").permissions().mode() & 0o777, 0o600);
     let client = connect(&path).expect("a node is there");
     let accepted = accept(&listener).expect("a connection");
-    assert_eq!(
-        (accepted.pid, accepted.uid),
-        (std::process::id(), rustix::process::getuid().as_raw())
-    );
+    assert_eq!((accepted.pid, accepted.uid), (std::process::id(), rustix::process::getuid().as_raw()));
 
     let files = [file_with("index"), file_with("page")];
     let descriptors: Vec<_> = files.iter().map(|file| file.as_fd()).collect();
     let longest = vec![7; PACKET_LEN_MAX - 5];
-    send(
-        &accepted.socket,
-        &[IoSlice::new(b"hello"), IoSlice::new(&longest)],
-        &descriptors,
-    )
-    .expect("fits");
+    send(&accepted.socket, &[IoSlice::new(b"hello"), IoSlice::new(&longest)], &descriptors).expect("fits");
     send(&accepted.socket, &[IoSlice::new(b"next")], &[]).expect("fits");
     let mut buffer = vec![0; PACKET_LEN_MAX];
     let mut received = Vec::new();
-    assert_eq!(
-        recv(&client, &mut buffer, &mut received).expect("a packet"),
-        PACKET_LEN_MAX
-    );
+    assert_eq!(recv(&client, &mut buffer, &mut received).expect("a packet"), PACKET_LEN_MAX);
     assert!(buffer.starts_with(b"hello\x07") && buffer.ends_with(&[7]));
     assert!(received.iter().all(|fd| {
         rustix::io::fcntl_getfd(fd).is_ok_and(|flags| flags.contains(rustix::io::FdFlags::CLOEXEC))
     }));
-    assert_eq!(
-        received.drain(..).map(text_of).collect::<Vec<_>>(),
-        ["index", "page"]
-    );
+    assert_eq!(received.drain(..).map(text_of).collect::<Vec<_>>(), ["index", "page"]);
     assert_eq!(recv(&client, &mut buffer, &mut received).expect("a packet"), 4);
     assert!(received.is_empty());
     drop(accepted);
@@ -94,10 +77,7 @@ fn what_does_not_fit_is_an_error_and_leaks_nothing() {
 
     send(&left, &[IoSlice::new(b"longer than the buffer")], &[file.as_fd()]).expect("fits");
     let error = recv(&right, &mut [0; 8], &mut received).expect_err("truncated");
-    assert_eq!(
-        (error.kind(), received.len(), links_to(&file)),
-        (Io::InvalidData, 0, before)
-    );
+    assert_eq!((error.kind(), received.len(), links_to(&file)), (Io::InvalidData, 0, before));
 
     // More descriptors than any packet of ours has, as another program could send them.
     let many = [file.as_fd(); DESCRIPTORS_MAX + 4];
@@ -106,10 +86,7 @@ fn what_does_not_fit_is_an_error_and_leaks_nothing() {
     assert!(control.push(SendAncillaryMessage::ScmRights(&many)));
     rustix::net::sendmsg(&left, &[IoSlice::new(b"many")], &mut control, SendFlags::empty()).expect("sent");
     let error = recv(&right, &mut [0; 8], &mut received).expect_err("too many");
-    assert_eq!(
-        (error.kind(), received.len(), links_to(&file)),
-        (Io::InvalidData, 0, before)
-    );
+    assert_eq!((error.kind(), received.len(), links_to(&file)), (Io::InvalidData, 0, before));
 
     for (len, descriptors) in [(0, 0), (PACKET_LEN_MAX + 1, 0), (1, DESCRIPTORS_MAX + 1)] {
         let error =
@@ -117,10 +94,7 @@ fn what_does_not_fit_is_an_error_and_leaks_nothing() {
         assert_eq!(error.kind(), Io::InvalidInput);
     }
     send(&left, &[IoSlice::new(b"fine")], &[]).expect("fits");
-    assert_eq!(
-        recv(&right, &mut [0; 8], &mut received).expect("the next packet is whole"),
-        4
-    );
+    assert_eq!(recv(&right, &mut [0; 8], &mut received).expect("the next packet is whole"), 4);
 }
 
 #[test]
@@ -129,22 +103,16 @@ fn nothing_to_do_is_would_block() {
     let path = folder.path().join("node.sock");
     let listener = listen(&path).expect("nobody is there");
     set_nonblocking(&listener, true).expect("a socket");
-    assert_eq!(
-        accept(&listener).expect_err("nobody connects").kind(),
-        Io::WouldBlock
-    );
+    assert_eq!(accept(&listener).expect_err("nobody connects").kind(), Io::WouldBlock);
     let client = connect(&path).expect("a node is there");
     set_nonblocking(&client, true).expect("a socket");
     assert_eq!(
-        recv(&client, &mut [0; 8], &mut Vec::new())
-            .expect_err("nothing there")
-            .kind(),
+        recv(&client, &mut [0; 8], &mut Vec::new()).expect_err("nothing there").kind(),
         Io::WouldBlock
     );
     let packet = vec![0; PACKET_LEN_MAX];
-    let full = (0..1000)
-        .find_map(|_| send(&client, &[IoSlice::new(&packet)], &[]).err())
-        .expect("nobody reads");
+    let full =
+        (0..1000).find_map(|_| send(&client, &[IoSlice::new(&packet)], &[]).err()).expect("nobody reads");
     assert_eq!(full.kind(), Io::WouldBlock);
     set_nonblocking(&client, false).expect("a socket");
 }
@@ -175,10 +143,7 @@ fn a_live_node_keeps_its_path_and_a_dead_one_loses_it() {
 
     // Somebody else's socket, alive, without our lock.
     let other = std::os::unix::net::UnixListener::bind(&path).expect("bound");
-    assert_eq!(
-        listen(&path).expect_err("somebody is there").kind(),
-        ErrorKind::Denied
-    );
+    assert_eq!(listen(&path).expect_err("somebody is there").kind(), ErrorKind::Denied);
     drop(other);
     fs::remove_file(&path).expect("removed");
     fs::write(&path, b"precious").expect("written");
@@ -192,13 +157,7 @@ fn a_live_node_keeps_its_path_and_a_dead_one_loses_it() {
 #[test]
 fn a_path_that_is_too_long_says_so() {
     let path = std::path::PathBuf::from(format!("/tmp/{}", "x".repeat(200)));
-    for error in [
-        listen(&path).expect_err("too long"),
-        connect(&path).expect_err("too long"),
-    ] {
-        assert!(
-            error.kind() == ErrorKind::Invalid && error.to_string().contains("107"),
-            "{error}"
-        );
+    for error in [listen(&path).expect_err("too long"), connect(&path).expect_err("too long")] {
+        assert!(error.kind() == ErrorKind::Invalid && error.to_string().contains("107"), "{error}");
     }
 }

@@ -29,9 +29,7 @@ impl ReadMapping {
     /// [`hetmem_core::ErrorKind::Protocol`] if the file is shorter or not sealed against truncation;
     /// [`hetmem_core::ErrorKind::Os`] if it cannot be mapped.
     pub fn map(fd: OwnedFd, len_bytes: u64) -> Result<Self, StoreError> {
-        Ok(Self {
-            mapping: map(fd, len_bytes, Access::Read)?,
-        })
+        Ok(Self { mapping: map(fd, len_bytes, Access::Read)? })
     }
 
     /// Its length in bytes.
@@ -77,10 +75,7 @@ impl WriteMapping {
     /// [`hetmem_core::ErrorKind::Protocol`] if the file is shorter or not sealed against truncation;
     /// [`hetmem_core::ErrorKind::Os`] if it cannot be mapped writable, as when it was closed to writers.
     pub fn map(fd: OwnedFd, len_bytes: u64) -> Result<Self, StoreError> {
-        Ok(Self {
-            mapping: map(fd, len_bytes, Access::Write)?,
-            claimed: Mutex::default(),
-        })
+        Ok(Self { mapping: map(fd, len_bytes, Access::Write)?, claimed: Mutex::default() })
     }
 
     /// Its length in bytes.
@@ -96,10 +91,7 @@ impl WriteMapping {
     /// [`hetmem_core::ErrorKind::Busy`] where an [`ExtentMut`] or another thread's fill overlaps.
     pub fn fill(&self, offset: u64, bytes: &[u8]) -> Result<(), StoreError> {
         let claim = self.claim(offset, bytes.len() as u64)?;
-        let _until_done = Unclaim {
-            view: self,
-            range: &claim.range,
-        };
+        let _until_done = Unclaim { view: self, range: &claim.range };
         // SAFETY: the claim has checked that the range is inside the mapping, and keeps other writers away.
         unsafe { copy::to(claim.start, bytes) };
         Ok(())
@@ -111,10 +103,7 @@ impl WriteMapping {
     /// As [`WriteMapping::fill`].
     pub fn fill_with_checksum(&self, offset: u64, bytes: &[u8]) -> Result<u64, StoreError> {
         let claim = self.claim(offset, bytes.len() as u64)?;
-        let _until_done = Unclaim {
-            view: self,
-            range: &claim.range,
-        };
+        let _until_done = Unclaim { view: self, range: &claim.range };
         // SAFETY: as in `fill`.
         Ok(unsafe { copy::to_with_checksum(claim.start, bytes) })
     }
@@ -126,29 +115,17 @@ impl WriteMapping {
     /// As [`WriteMapping::fill`].
     pub fn extent_mut(self: &Arc<Self>, offset: u64, len_bytes: u64) -> Result<ExtentMut, StoreError> {
         let claim = self.claim(offset, len_bytes)?;
-        Ok(ExtentMut {
-            view: Arc::clone(self),
-            claim,
-        })
+        Ok(ExtentMut { view: Arc::clone(self), claim })
     }
 
     /// Claims a range; whoever asked gives it back with `unclaim`.
     fn claim(&self, offset: u64, len_bytes: u64) -> Result<Claim, StoreError> {
         let Some((start, len)) = self.mapping.range(offset, len_bytes) else {
-            return Err(outside(
-                "fill",
-                "granted to this client",
-                offset,
-                len_bytes,
-                self.len_bytes(),
-            ));
+            return Err(outside("fill", "granted to this client", offset, len_bytes, self.len_bytes()));
         };
         let range = offset..offset + len_bytes;
         let mut claimed = self.claimed();
-        if claimed
-            .iter()
-            .any(|other| other.start < range.end && range.start < other.end)
-        {
+        if claimed.iter().any(|other| other.start < range.end && range.start < other.end) {
             return Err(StoreError::busy(
                 "fill",
                 format!("{len_bytes} bytes at {offset} are being written by another writer in this process"),
@@ -220,16 +197,11 @@ impl ExtentMut {
     /// [`hetmem_core::ErrorKind::Invalid`] if any byte lies outside the extent.
     pub fn fill_with_checksum(&mut self, at: u64, bytes: &[u8]) -> Result<u64, StoreError> {
         let len = self.claim.len as u64;
-        let target = usize::try_from(at)
-            .ok()
-            .and_then(|at| self.get_mut(at..at.checked_add(bytes.len())?));
+        let target = usize::try_from(at).ok().and_then(|at| self.get_mut(at..at.checked_add(bytes.len())?));
         let Some(target) = target else {
             return Err(StoreError::invalid(
                 "fill",
-                format!(
-                    "{} bytes at {at} are not inside the reserved {len} bytes",
-                    bytes.len()
-                ),
+                format!("{} bytes at {at} are not inside the reserved {len} bytes", bytes.len()),
             ));
         };
         Ok(copy::copy_with_checksum(target, bytes))

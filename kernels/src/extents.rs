@@ -47,11 +47,7 @@ pub fn scatter(
         let range = range_in("scatter", extent, position.map(|at| segments[at].1.len()))?;
         parts.extend(position.map(|at| (at, range)));
     }
-    check_total(
-        "scatter",
-        parts.iter().map(|(_, range)| range.len()),
-        source.len(),
-    )?;
+    check_total("scatter", parts.iter().map(|(_, range)| range.len()), source.len())?;
     check_disjoint(extents)?;
     let mut taken = 0;
     for (position, range) in parts {
@@ -75,22 +71,14 @@ fn range_in(
         ));
     };
     // Fields of an extent are public: one that was not built by `Extent::new` may reach outside or overflow.
-    let inside = Extent::new(
-        extent.segment,
-        extent.offset,
-        extent.len_bytes,
-        segment_len as u64,
-    )?;
+    let inside = Extent::new(extent.segment, extent.offset, extent.len_bytes, segment_len as u64)?;
     let as_index = |value: u64| usize::try_from(value).map_err(|_| too_far(operation, value));
     let start = as_index(inside.offset)?;
     Ok(start..start + as_index(inside.len_bytes)?)
 }
 
 fn too_far(operation: &'static str, value: u64) -> StoreError {
-    StoreError::invalid(
-        "extent",
-        format!("{operation}: {value} is beyond this machine's address space"),
-    )
+    StoreError::invalid("extent", format!("{operation}: {value} is beyond this machine's address space"))
 }
 
 fn check_total(
@@ -138,22 +126,13 @@ mod tests {
     const B: SegmentId = SegmentId(7);
 
     fn extent(segment: SegmentId, offset: u64, len_bytes: u64) -> Extent {
-        Extent {
-            segment,
-            offset,
-            len_bytes,
-        }
+        Extent { segment, offset, len_bytes }
     }
 
     #[test]
     fn gather_keeps_the_order_and_scatter_puts_it_back() {
         let (a, b): (Vec<u8>, Vec<u8>) = ((0..100).collect(), (100..200).collect());
-        let extents = [
-            extent(B, 90, 10),
-            extent(A, 0, 3),
-            extent(B, 5, 0),
-            extent(A, 97, 3),
-        ];
+        let extents = [extent(B, 90, 10), extent(A, 0, 3), extent(B, 5, 0), extent(A, 97, 3)];
         let mut batch = [0xff; 20];
         let filled = gather(&[(A, &a), (B, &b)], &extents, &mut batch).expect("inside");
         assert_eq!(filled, 16);

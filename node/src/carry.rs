@@ -40,6 +40,8 @@ fn note(event: &Event) {
         Event::SegmentGranted { segment, client, len_bytes } => {
             tracing::debug!(%segment, %client, len_bytes, "a segment is granted");
         }
-        Event::SegmentRetired { segment, len_bytes } => tracing::debug!(%segment, len_bytes, "a segment is retired"),
+        Event::SegmentRetired { segment, len_bytes } => {
+            tracing::debug!(%segment, len_bytes, "a segment is retired")
+        }
     }
 }

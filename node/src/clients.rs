@@ -219,8 +219,9 @@ impl Remote {
     pub(crate) fn flush(&self) {
         let mut unread = self.unread.lock();
         while let Some(packet) = unread.packets.front() {
-            let sent =
-                packet.descriptors.with(|fds| socket::send(&self.socket, &[IoSlice::new(&packet.bytes)], fds));
+            let sent = packet
+                .descriptors
+                .with(|fds| socket::send(&self.socket, &[IoSlice::new(&packet.bytes)], fds));
             match sent {
                 Ok(()) => {
                     unread.cost -= packet.cost();

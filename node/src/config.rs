@@ -9,7 +9,11 @@ use hetmem_host_mem::PagePolicy;
 /// Every key, with its default and meaning, in the order of the documentation.
 pub const KEYS: [(&str, &str, &str); 13] = [
     ("name", "HOST:PORT", "the node's name in the cluster; the same after a restart"),
-    ("socket", "$HETMEM_SOCKET, $XDG_RUNTIME_DIR/hetmem.sock or /tmp/hetmem-UID.sock", "the Unix socket for clients"),
+    (
+        "socket",
+        "$HETMEM_SOCKET, $XDG_RUNTIME_DIR/hetmem.sock or /tmp/hetmem-UID.sock",
+        "the Unix socket for clients",
+    ),
     ("listen", "127.0.0.1:7733", "where peers connect to; port 0 takes a free one"),
     ("join", "none", "the node that keeps the directory; none: this one"),
     ("host", "25%", "memory of the host tier: bytes, KiB, MiB, GiB, or a share of the machine's"),
@@ -85,7 +89,11 @@ fn from_toml(path: &Path, text: &str) -> Result<Vec<(String, String)>, StoreErro
         toml::Value::Integer(number) => Ok(number.to_string()),
         other => Err(StoreError::invalid(
             "configuration",
-            format!("{}: {key} is {}, a string or a whole number is accepted", path.display(), other.type_str()),
+            format!(
+                "{}: {key} is {}, a string or a whole number is accepted",
+                path.display(),
+                other.type_str()
+            ),
         )),
     };
     table.into_iter().map(|(key, value)| Ok((key.clone(), value_text(&key, value)?))).collect()
@@ -103,7 +111,10 @@ impl Raw {
         let Some(known) = known else {
             let nearest = KEYS.iter().min_by_key(|(name, _, _)| strsim::damerau_levenshtein(name, key));
             let nearest = nearest.map_or("", |(name, _, _)| name);
-            return Err(StoreError::invalid("configuration", format!("unknown key {key:?}: did you mean {nearest:?}?")));
+            return Err(StoreError::invalid(
+                "configuration",
+                format!("unknown key {key:?}: did you mean {nearest:?}?"),
+            ));
         };
         self.values.insert(known, value);
         Ok(())
@@ -146,7 +157,8 @@ impl Raw {
             threshold_bytes,
             lease_ms: u32_of(self.number("lease_ms", 10_000, 10, 3_600_000)?),
             heartbeat_ms: self.number("heartbeat_ms", 1_000, 10, 60_000)?,
-            client_quota_bytes: bytes_or_share(quota, host_bytes).ok_or_else(|| bad("client_quota", quota, SIZES))?,
+            client_quota_bytes: bytes_or_share(quota, host_bytes)
+                .ok_or_else(|| bad("client_quota", quota, SIZES))?,
             streams: (streams > 0).then_some(streams),
             fabric: match self.get("fabric") {
                 None | Some("auto") => FabricChoice::Auto,
@@ -183,8 +195,10 @@ fn bytes_or_share(text: &str, whole: u64) -> Option<u64> {
     }
 }
 
-/// `4096`, `64KiB`, `512MB`, `4GiB`, `1TiB`; case and a space before the unit do not matter.
-fn parse_bytes(text: &str) -> Option<u64> {
+/// Bytes of a size as people write it: `4096`, `64KiB`, `512MB`, `4GiB`, `1TiB`; case and a space before the unit do
+/// not matter. `None` for anything else.
+#[must_use]
+pub fn parse_bytes(text: &str) -> Option<u64> {
     let text = text.trim();
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let number: u64 = text[..digits].parse().ok()?;

@@ -63,8 +63,7 @@ struct Wanted {
 
 impl Driver {
     pub(crate) fn new(engine: Engine, index: IndexWriter, jobs: Sender<Job>) -> Self {
-        let core =
-            Core { engine, index, pages: HashMap::new(), segments: HashMap::new(), past_hits: 0 };
+        let core = Core { engine, index, pages: HashMap::new(), segments: HashMap::new(), past_hits: 0 };
         Self {
             core: Mutex::new(core),
             fabric: OnceLock::new(),

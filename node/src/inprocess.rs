@@ -133,7 +133,12 @@ impl Session for InProcess {
         let slot = Arc::new(Slot::default());
         self.slots.0.lock().insert(request, Arc::clone(&slot));
         let payload = Bytes::copy_from_slice(payload);
-        self.driver.feed(Input::ClientRequest { client: self.client, request, message: message.clone(), payload });
+        self.driver.feed(Input::ClientRequest {
+            client: self.client,
+            request,
+            message: message.clone(),
+            payload,
+        });
         let done = || slot.done.load(Ordering::Acquire);
         if !done() {
             match self.driver.fabric.get() {

@@ -15,5 +15,5 @@ mod peers;
 mod reactor;
 mod segments;
 
-pub use config::{Config, FabricChoice, KEYS};
+pub use config::{Config, FabricChoice, KEYS, parse_bytes};
 pub use node::Node;

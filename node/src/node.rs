@@ -26,6 +26,8 @@ use crate::segments::{Job, Maker};
 
 /// The number under which the index is registered with fabrics; segments of objects count from 1.
 const INDEX_SEGMENT: SegmentId = SegmentId(0);
+/// Descriptors without which there is no use in starting: about 30 are a node's own, the rest is for a few clients.
+const DESCRIPTORS_MIN: u64 = 64;
 /// The longest time between two looks at the engine's timers.
 const TICK_MAX: Duration = Duration::from_millis(20);
 /// The shortest, so that a timer that is always due does not take a core.
@@ -47,7 +49,10 @@ pub struct Node {
 
 impl fmt::Debug for Node {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Node").field("name", &self.name).field("address", &self.address).finish_non_exhaustive()
+        f.debug_struct("Node")
+            .field("name", &self.name)
+            .field("address", &self.address)
+            .finish_non_exhaustive()
     }
 }
 
@@ -62,7 +67,7 @@ impl Node {
             let why = "this release has no RDMA verbs yet; serve with fabric = \"tcp\" or \"auto\"";
             return Err(StoreError::unavailable("fabric verbs", why));
         }
-        raise_descriptor_limit();
+        raise_descriptor_limit()?;
         let listener = socket::listen(&config.socket)?;
         let sink = Arc::new(Sink::default());
         let mut tcp = TcpConfig { listen: config.listen.clone(), ..TcpConfig::default() };
@@ -150,7 +155,10 @@ impl Node {
         let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| StoreError::os("eventfd", error))?;
         let reactor = Reactor::new(Arc::clone(&driver), listener, stop.as_fd())?;
         threads.push(
-            std::thread::Builder::new().name("hetmem-clients".to_owned()).spawn(move || reactor.run()).map_err(os)?,
+            std::thread::Builder::new()
+                .name("hetmem-clients".to_owned())
+                .spawn(move || reactor.run())
+                .map_err(os)?,
         );
         Ok((driver, stop, jobs, threads))
     }
@@ -298,8 +306,8 @@ fn advertised(listening: &str, join: Option<&str>) -> String {
     }
 }
 
-/// Every segment and client takes a descriptor or two: takes as many as this user may have.
-fn raise_descriptor_limit() {
+/// Every segment, client and link takes a descriptor or two: takes as many as this user may have.
+fn raise_descriptor_limit() -> Result<(), StoreError> {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     if limit.current != limit.maximum {
@@ -307,5 +315,15 @@ fn raise_descriptor_limit() {
         if let Err(error) = setrlimit(Resource::Nofile, limit) {
             tracing::debug!(%error, "RLIMIT_NOFILE stays as it is");
         }
+    }
+    match getrlimit(Resource::Nofile).current {
+        Some(current) if current < DESCRIPTORS_MIN => {
+            let why = format!(
+                "RLIMIT_NOFILE is {current}, a node needs {DESCRIPTORS_MIN} at least, and more for clients and peers \
+                 (raise it with `ulimit -n` or LimitNOFILE=)"
+            );
+            Err(StoreError::os("serve", why))
+        }
+        _ => Ok(()),
     }
 }

@@ -92,7 +92,11 @@ pub(crate) struct Reactor {
 }
 
 impl Reactor {
-    pub(crate) fn new(driver: Arc<Driver>, listener: Listener, stop: BorrowedFd<'_>) -> Result<Self, StoreError> {
+    pub(crate) fn new(
+        driver: Arc<Driver>,
+        listener: Listener,
+        stop: BorrowedFd<'_>,
+    ) -> Result<Self, StoreError> {
         let os = |error: io::Error| StoreError::os("serving the Unix socket", error);
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|error| os(error.into()))?;
         socket::set_nonblocking(&listener, true).map_err(os)?;
@@ -300,7 +304,9 @@ impl Reactor {
             Ok(len) => len,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(true),
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(false),
-            Err(error) => return Err(StoreError::protocol(format!("a packet could not be received: {error}"))),
+            Err(error) => {
+                return Err(StoreError::protocol(format!("a packet could not be received: {error}")));
+            }
         };
         remote.has_said_something();
         let packet = &self.buffer[..len];
@@ -333,7 +339,8 @@ fn parse(packet: &[u8]) -> Result<(u64, ClientMessage, Bytes), StoreError> {
 /// the magic and the place of the request's number are the same in every version.
 fn last_words(remote: &Remote, packet: &[u8], why: &StoreError) {
     let magic = packet.starts_with(&MAGIC.to_le_bytes());
-    let Some(request) = packet.get(8..16).and_then(|bytes| bytes.try_into().ok()).map(u64::from_le_bytes) else {
+    let Some(request) = packet.get(8..16).and_then(|bytes| bytes.try_into().ok()).map(u64::from_le_bytes)
+    else {
         return;
     };
     let answer: Result<ClientReply, StoreError> = Err(why.clone());

@@ -8,10 +8,7 @@ use hetmem_tests::content::{bytes_of, key};
 use hetmem_tests::daemon::Serve;
 
 fn verify(store: &Store, name: &str, len: usize) {
-    let options = GetOptions {
-        verify: true,
-        ..GetOptions::default()
-    };
+    let options = GetOptions { verify: true, ..GetOptions::default() };
     let object = store.get_with(&key(name), &options).expect("it was put");
     assert!(*object == *bytes_of(name, len, 0), "{name} has other bytes");
 }
@@ -22,10 +19,7 @@ fn a_full_store_says_so_and_loses_nothing() {
     let mut node = Serve::new(folder.path(), "full").start();
     let store = node.connect();
     let (small, large) = (40_000, 2 << 20);
-    let pinned = PutOptions {
-        pin: true,
-        ..PutOptions::default()
-    };
+    let pinned = PutOptions { pin: true, ..PutOptions::default() };
     let meta = ObjectMeta::bytes(large as u64).expect("a length");
     store.put_with(&key("pinned"), meta, &bytes_of("pinned", large, 0), &pinned).expect("room");
     let mut names = Vec::new();
@@ -37,15 +31,7 @@ fn a_full_store_says_so_and_loses_nothing() {
             Err(error) => break error,
         }
     };
-    let StoreError::NoSpace {
-        requested,
-        free,
-        tier,
-        ..
-    } = &full
-    else {
-        panic!("{full}")
-    };
+    let StoreError::NoSpace { requested, free, tier, .. } = &full else { panic!("{full}") };
     assert_eq!((*requested, tier.to_string().as_str()), (large as u64, "host"), "{full}");
     let status = store.status().expect("it answers");
     let (used, capacity) = (status.tiers[0].used_bytes, status.tiers[0].capacity_bytes);
@@ -82,7 +68,8 @@ fn an_object_longer_than_the_store_is_too_large() {
     let store = node.connect();
     for len in [65 << 20, 1 << 40, hetmem_core::OBJECT_LEN_MAX] {
         let meta = ObjectMeta::bytes(len).expect("a length");
-        let error = store.reserve(&key("long"), meta, &PutOptions::default()).expect_err("longer than the store");
+        let error =
+            store.reserve(&key("long"), meta, &PutOptions::default()).expect_err("longer than the store");
         assert_eq!(error.kind(), ErrorKind::TooLarge, "{error}");
         assert!(error.to_string().contains(&len.to_string()), "{error}");
         assert!(error.to_string().contains(&(64_u64 << 20).to_string()), "{error}");
@@ -106,7 +93,10 @@ fn keys_that_are_none_are_refused_with_the_reason() {
     for name in ["k".repeat(512), "ключ/鍵/🔑 ".to_owned() + &"é".repeat(200)] {
         store.put_bytes(&key(&name), name.as_bytes()).expect("a valid key");
         assert!(*store.get(&key(&name)).expect("it was put") == *name.as_bytes());
-        assert_eq!(store.list("").filter(|listed| listed.as_ref().expect("a list").key.as_str() == name).count(), 1);
+        assert_eq!(
+            store.list("").filter(|listed| listed.as_ref().expect("a list").key.as_str() == name).count(),
+            1
+        );
     }
     node.assert_sound();
 }
@@ -120,7 +110,10 @@ fn shapes_that_do_not_fit_their_bytes_are_refused() {
     for len in [0, 59, 61, 60 * 1024 * 1024] {
         let error = store.put(&key("t"), meta, &vec![0; len]).expect_err("60 bytes belong there");
         assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
-        assert!(error.to_string().contains("60 bytes") && error.to_string().contains(&len.to_string()), "{error}");
+        assert!(
+            error.to_string().contains("60 bytes") && error.to_string().contains(&len.to_string()),
+            "{error}"
+        );
     }
     for dims in [&[u64::MAX, 2][..], &[1 << 40, 1 << 40]] {
         let error = ObjectMeta::tensor(DType::F64, dims).expect_err("it overflows");
@@ -144,10 +137,7 @@ fn an_existing_key_is_kept_or_refused_as_the_caller_wishes() {
     let meta = ObjectMeta::bytes(9).expect("a length");
     here.put(&key("k"), meta, b"the first").expect("room");
     assert!(here.put(&key("k"), meta, b"the other").expect("kept").kept);
-    let only = PutOptions {
-        if_exists: IfExists::Error,
-        ..PutOptions::default()
-    };
+    let only = PutOptions { if_exists: IfExists::Error, ..PutOptions::default() };
     second.settles(&there, "linked", |status| status.peers.iter().any(|peer| peer.linked));
     for store in [&here, &there] {
         let error = store.put_with(&key("k"), meta, b"the other", &only).expect_err("it exists");

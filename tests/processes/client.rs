@@ -131,10 +131,7 @@ impl Client {
     }
 
     fn checked(&self, name: &str) -> Result<Object, StoreError> {
-        let options = GetOptions {
-            verify: true,
-            ..GetOptions::default()
-        };
+        let options = GetOptions { verify: true, ..GetOptions::default() };
         let object = self.store.get_with(&key(name), &options)?;
         if *object == *content_of(name) {
             return Ok(object);

@@ -28,8 +28,10 @@ fn two_nodes_of_one_name_are_told_apart_by_nobody_so_the_second_is_refused() {
     let (here, there) = (first.connect(), member.connect());
     is_linked(&first, &here, 1);
     put(&here, "on-the-first");
-    let mut second =
-        Serve::new(folder.path(), "twin").socket(&folder.path().join("second.sock")).join(&first.address).start();
+    let mut second = Serve::new(folder.path(), "twin")
+        .socket(&folder.path().join("second.sock"))
+        .join(&first.address)
+        .start();
     second.says("twin");
     eventually("it says why", || {
         let said = second.said();

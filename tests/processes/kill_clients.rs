@@ -17,10 +17,7 @@ fn program() -> &'static Path {
 
 /// Every byte of an object is what its name says, and its checksum agrees.
 fn verify(store: &Store, name: &str) {
-    let options = GetOptions {
-        verify: true,
-        ..GetOptions::default()
-    };
+    let options = GetOptions { verify: true, ..GetOptions::default() };
     let object = store.get_with(&key(name), &options).expect("it was put, and nobody has deleted it");
     assert!(*object == *content_of(name), "{name} has other bytes");
 }

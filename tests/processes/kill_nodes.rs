@@ -26,12 +26,7 @@ fn put_all(store: &Store, names: &[String]) {
 }
 
 fn options(keep: bool) -> GetOptions {
-    GetOptions {
-        timeout: Duration::from_secs(3),
-        keep,
-        range: None,
-        verify: true,
-    }
+    GetOptions { timeout: Duration::from_secs(3), keep, range: None, verify: true }
 }
 
 /// Gets an object of another node and checks every byte.
@@ -50,7 +45,14 @@ fn used_bytes(store: &Store) -> u64 {
 }
 
 /// Gets objects in turn until told to stop, or until `errors_max` gets have failed; counts the gets.
-fn load(store: &Store, names: &[String], seed: u64, gets: &AtomicUsize, stop: &AtomicBool, errors_max: usize) {
+fn load(
+    store: &Store,
+    names: &[String],
+    seed: u64,
+    gets: &AtomicUsize,
+    stop: &AtomicBool,
+    errors_max: usize,
+) {
     let (mut state, mut errors) = (seed, 0);
     while !stop.load(Ordering::Relaxed) && errors < errors_max {
         let name = &names[below(&mut state, names.len())];
@@ -100,7 +102,7 @@ fn a_killed_node_takes_only_its_own_objects_with_it() {
     put_all(&there, &theirs);
     let kept = name_of("theirs/kept", 0, 200_000);
     put_all(&there, std::slice::from_ref(&kept));
-    here.get_with(&key(&kept), &options(true)).expect("it is on the other node");
+    drop(here.get_with(&key(&kept), &options(true)).expect("it is on the other node"));
     let before = (used_bytes(&here), there.status().expect("it answers").epoch);
     drop(there);
 
@@ -177,9 +179,8 @@ fn a_node_that_keeps_the_directory_comes_back_and_learns_everything_again() {
 
     let mut again = seed.start();
     let here = again.connect();
-    let took = again.settles(&here, "the member has joined again", |status| {
-        status.peers.iter().any(|peer| peer.linked)
-    });
+    let took = again
+        .settles(&here, "the member has joined again", |status| status.peers.iter().any(|peer| peer.linked));
     println!("the member was back {took:?} after the directory was ready");
     for name in theirs.iter().chain(&late) {
         eventually(&format!("{name} is announced again"), || {

@@ -2,29 +2,25 @@
 
 use hetmem_client::{ErrorKind, Store};
 use hetmem_tests::content::{bytes_of, key};
-use hetmem_tests::daemon::{Daemon, Serve, descriptors_of, eventually};
+use hetmem_tests::daemon::{Serve, descriptors_of, eventually};
 
-/// Starts with as few descriptors as it takes; every smaller limit is refused with a message that names it.
-fn scarce(serve: &Serve) -> (Daemon, u64) {
-    for limit in 8..64 {
-        match serve.clone().descriptors_max(limit).try_start() {
-            Ok(node) => return (node, limit),
-            Err(end) => {
-                assert_eq!(end.status.code(), Some(1), "{limit} descriptors: {}", end.said);
-                assert!(end.said.contains("RLIMIT_NOFILE"), "{limit} descriptors: {}", end.said);
-                assert!(!end.said.contains("panicked"), "{limit} descriptors: {}", end.said);
-            }
-        }
-    }
-    panic!("64 descriptors are not enough for a node without clients");
-}
+/// Descriptors with which a node starts, and no fewer.
+const ENOUGH: u64 = 64;
 
 #[test]
 fn too_few_descriptors_to_start_name_the_limit() {
     let folder = tempfile::tempdir().expect("a folder");
-    let (mut node, limit) = scarce(&Serve::new(folder.path(), "scarce"));
-    println!("a node of 64 MiB starts with {limit} descriptors");
-    assert!(limit > 8);
+    let serve = Serve::new(folder.path(), "scarce");
+    for limit in [8, 12, 20, 30, 40, ENOUGH - 1] {
+        let end = serve.clone().descriptors_max(limit).try_start().expect_err("too few");
+        assert_eq!(end.status.code(), Some(1), "{limit} descriptors: {}", end.said);
+        let named = end.said.contains("RLIMIT_NOFILE") && end.said.contains(&limit.to_string());
+        assert!(named, "{limit} descriptors: {}", end.said);
+        assert!(!end.said.contains("panicked"), "{limit} descriptors: {}", end.said);
+        assert!(!folder.path().join("scarce.sock").exists(), "nothing is left behind");
+    }
+    let mut node = serve.descriptors_max(ENOUGH).start();
+    println!("a node without clients has {} descriptors open", descriptors_of(node.pid()));
     node.assert_sound();
 }
 
@@ -32,10 +28,9 @@ fn too_few_descriptors_to_start_name_the_limit() {
 fn clients_beyond_the_descriptors_wait_and_the_others_go_on() {
     let folder = tempfile::tempdir().expect("a folder");
     let serve = Serve::new(folder.path(), "crowded");
-    let (node, limit) = scarce(&serve);
-    drop(node);
+    let limit = ENOUGH;
     // Enough for a few clients; more come than that.
-    let mut node = serve.descriptors_max(limit + 12).start();
+    let mut node = serve.descriptors_max(limit).start();
     let first = node.connect();
     first.put_bytes(&key("small"), &bytes_of("small", 1000, 0)).expect("room");
     let mut inside = vec![first];
@@ -84,7 +79,7 @@ fn clients_beyond_the_descriptors_wait_and_the_others_go_on() {
             Err(error) => Err(error.to_string()),
         }
     });
-    assert!(descriptors_of(node.pid()) as u64 <= limit + 12);
+    assert!(descriptors_of(node.pid()) as u64 <= limit);
     assert!(node.is_running());
 }
 
@@ -108,7 +103,9 @@ fn more_memory_than_the_machine_has_is_refused() {
 #[test]
 fn configuration_that_is_none_is_refused_with_the_key() {
     let folder = tempfile::tempdir().expect("a folder");
-    for (flag, value) in [("host", "much"), ("host", "0"), ("lease-ms", "-1"), ("fabric", "verbs"), ("listen", "nowhere")] {
+    for (flag, value) in
+        [("host", "much"), ("host", "0"), ("lease-ms", "-1"), ("fabric", "verbs"), ("listen", "nowhere")]
+    {
         let end = Serve::new(folder.path(), "configured").flag(flag, value).try_start().expect_err("refused");
         assert_ne!(end.status.code(), Some(0), "{flag}={value}: {}", end.said);
         assert!(end.said.contains(value), "{flag}={value}: {}", end.said);

@@ -91,10 +91,7 @@ fn objects_that_may_go_make_room_and_others_stay() {
         let meta = hetmem_client::ObjectMeta::bytes(bytes.len() as u64).expect("a length");
         store.put_with(&key(name), meta, &bytes, &options).map(|_| ())
     };
-    let cache = PutOptions {
-        cache: true,
-        ..PutOptions::default()
-    };
+    let cache = PutOptions { cache: true, ..PutOptions::default() };
     let pinned = PutOptions { pin: true, ..cache };
     put("stays", PutOptions::default()).expect("room");
     put("pinned", pinned).expect("room");
@@ -103,11 +100,7 @@ fn objects_that_may_go_make_room_and_others_stay() {
         put(&format!("cache-{number}"), cache).expect("others make room");
     }
     for name in ["stays", "pinned", "cache-59"] {
-        let options = GetOptions {
-            timeout: Duration::from_secs(5),
-            verify: true,
-            ..GetOptions::default()
-        };
+        let options = GetOptions { timeout: Duration::from_secs(5), verify: true, ..GetOptions::default() };
         let object = store.get_with(&key(name), &options).expect("it stays");
         is_unchanged(&object, name);
     }

@@ -6,7 +6,8 @@ use hetmem_core::{Key, fingerprint};
 /// The bytes of the object of this key; `version` tells several objects that took one key in turn apart.
 #[must_use]
 pub fn bytes_of(key: &str, len_bytes: usize, version: u64) -> Vec<u8> {
-    let mut state = fingerprint(key.as_bytes()) ^ version.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (len_bytes as u64);
+    let mut state =
+        fingerprint(key.as_bytes()) ^ version.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (len_bytes as u64);
     let mut bytes = vec![0; len_bytes];
     for chunk in bytes.chunks_mut(8) {
         let word = next(&mut state).to_le_bytes();

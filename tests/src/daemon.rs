@@ -28,10 +28,8 @@ fn build() -> PathBuf {
     let own = std::env::current_exe().expect("this program has a path");
     // target/PROFILE/deps/this
     let folder = own.ancestors().nth(2).expect("a folder of the profile");
-    let (target, profile) = (
-        folder.parent().expect("the target folder"),
-        folder.file_name().expect("a profile"),
-    );
+    let (target, profile) =
+        (folder.parent().expect("the target folder"), folder.file_name().expect("a profile"));
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     // The same profile as the tests', so that nothing is compiled twice. What it is called and what its folder is
@@ -220,10 +218,7 @@ impl Serve {
         let line = ready.recv_timeout(PATIENCE).expect("the node gets ready or ends");
         let Ok(ready) = serde_json::from_str::<serde_json::Value>(&line) else {
             let status = daemon.wait();
-            return Err(End {
-                status,
-                said: daemon.said(),
-            });
+            return Err(End { status, said: daemon.said() });
         };
         daemon.address = ready["address"].as_str().expect("an address").to_owned();
         Ok(daemon)
@@ -344,11 +339,7 @@ impl Daemon {
         let mut status = None;
         eventually(&format!("node {} ends", self.name), || {
             status = self.child.try_wait().expect("a child");
-            if status.is_some() && self.said.is_complete() {
-                Ok(())
-            } else {
-                Err(self.said())
-            }
+            if status.is_some() && self.said.is_complete() { Ok(()) } else { Err(self.said()) }
         });
         status.expect("it has ended")
     }

@@ -7,7 +7,8 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use hetmem_core::wire::{
-    self, ClientMessage, ClientReply, FrameHeader, FrameKind, HEADER_LEN, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage,
+    self, ClientMessage, ClientReply, FrameHeader, FrameKind, HEADER_LEN, PROTOCOL_MAX, PROTOCOL_MIN,
+    PeerMessage,
 };
 use hetmem_core::{Epoch, NodeId, StoreError, fingerprint};
 use hetmem_host_mem::socket;
@@ -16,10 +17,8 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use crate::daemon::PATIENCE;
 
 /// The first message of every client.
-pub const HELLO: ClientMessage = ClientMessage::Hello {
-    version_min: PROTOCOL_MIN,
-    version_max: PROTOCOL_MAX,
-};
+pub const HELLO: ClientMessage =
+    ClientMessage::Hello { version_min: PROTOCOL_MIN, version_max: PROTOCOL_MAX };
 
 /// A client's message as bytes.
 ///

@@ -3,7 +3,8 @@
 //! program again, started with `owner`.
 //!
 //! `cargo run --release -p hetmem-transport --example loopback -- [KEY=VALUE ...]` with the keys `rounds`, `streams`,
-//! `slice_kib`, `send_kib`, `receive_kib`, `threads`, `len_mib`, `pings`.
+//! `slice_kib`, `send_kib`, `receive_kib`, `threads`, `len_mib`, `pings`, `bare_reno` (1: the bare streams use the
+//! congestion control that the fabric chooses on one machine, rather than the system's).
 
 use std::error::Error;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -38,6 +39,7 @@ struct Options {
     threads: usize,
     len_mib: usize,
     pings: usize,
+    bare_reno: usize,
 }
 
 impl Options {
@@ -52,6 +54,7 @@ impl Options {
             threads: defaults.threads,
             len_mib: 64,
             pings: 2000,
+            bare_reno: 0,
         };
         for argument in arguments {
             let (key, value) = argument.split_once('=').ok_or("arguments are KEY=VALUE")?;
@@ -65,10 +68,19 @@ impl Options {
                 "threads" => options.threads = value,
                 "len_mib" => options.len_mib = value,
                 "pings" => options.pings = value,
+                "bare_reno" => options.bare_reno = value,
                 _ => return Err(format!("unknown key {key}").into()),
             }
         }
         Ok(options)
+    }
+
+    fn prepare(self, bare: &TcpStream) -> Outcome<()> {
+        bare.set_nodelay(true)?;
+        if self.bare_reno == 1 {
+            rustix::net::sockopt::set_tcp_congestion(bare, "reno")?;
+        }
+        Ok(())
     }
 
     fn config(self) -> TcpConfig {
@@ -95,22 +107,11 @@ struct Sink {
 impl FabricSink for Sink {
     fn message(&self, link: LinkId, header: FrameHeader, _body: &[u8]) -> Landing {
         if header.payload_len > 0 {
-            let extent = Extent {
-                segment: SEGMENT,
-                offset: 0,
-                len_bytes: header.payload_len,
-            };
-            return Landing::Into {
-                extent,
-                token: LandingToken(header.request),
-            };
+            let extent = Extent { segment: SEGMENT, offset: 0, len_bytes: header.payload_len };
+            return Landing::Into { extent, token: LandingToken(header.request) };
         }
         if let Some(fabric) = self.answers_through.get() {
-            let payload = Extent {
-                segment: SEGMENT,
-                offset: 0,
-                len_bytes: PONG_LEN as u64,
-            };
+            let payload = Extent { segment: SEGMENT, offset: 0, len_bytes: PONG_LEN as u64 };
             if let Ok(frame) = ping(header.request, PONG_LEN as u64) {
                 let _ = fabric.send(link, frame, Some(payload), SendToken(0));
             }
@@ -149,10 +150,7 @@ fn main() -> Outcome<()> {
     }
 }
 
-#[allow(
-    clippy::print_stdout,
-    reason = "how the other process learns where to connect"
-)]
+#[allow(clippy::print_stdout, reason = "how the other process learns where to connect")]
 fn owner(options: Options) -> Outcome<()> {
     let len = options.len_mib << 20;
     let sink = Arc::<Sink>::default();
@@ -162,7 +160,7 @@ fn owner(options: Options) -> Outcome<()> {
     let bare = TcpListener::bind("127.0.0.1:0")?;
     println!("{} {} {}", fabric.address(), key, bare.local_addr()?);
     let (mut stream, _) = bare.accept()?;
-    stream.set_nodelay(true)?;
+    options.prepare(&stream)?;
     let bytes = vec![0x5a_u8; len];
     let pong = vec![0; ping(0, 0)?.as_bytes().len() + PONG_LEN];
     let mut request = vec![0; ping(0, 0)?.as_bytes().len()];
@@ -188,15 +186,10 @@ struct Reader {
 
 impl Reader {
     fn fabric_read(&self, number: u64) -> Outcome<Duration> {
-        let local = Extent {
-            segment: SEGMENT,
-            offset: 0,
-            len_bytes: self.remote.len_bytes,
-        };
+        let local = Extent { segment: SEGMENT, offset: 0, len_bytes: self.remote.len_bytes };
         let before = self.sink.reads.load(Ordering::Acquire);
         let start = Instant::now();
-        self.fabric
-            .read(self.link, TransferId(number), self.remote, local)?;
+        self.fabric.read(self.link, TransferId(number), self.remote, local)?;
         let done = || self.sink.reads.load(Ordering::Acquire) > before;
         if !self.fabric.progress(WAIT, &done) {
             return Err("a read did not end".into());
@@ -215,9 +208,7 @@ impl Reader {
     fn fabric_ping(&self, number: u64) -> Outcome<Duration> {
         let before = self.sink.landed.load(Ordering::Acquire);
         let start = Instant::now();
-        let _ = self
-            .fabric
-            .send(self.link, ping(number, 0)?, None, SendToken(0))?;
+        let _ = self.fabric.send(self.link, ping(number, 0)?, None, SendToken(0))?;
         let done = || self.sink.landed.load(Ordering::Acquire) > before;
         if !self.fabric.progress(WAIT, &done) {
             return Err("an answer did not come".into());
@@ -238,11 +229,8 @@ impl Reader {
 #[allow(clippy::print_stdout, reason = "the figures")]
 fn measure(options: Options, arguments: &[String]) -> Outcome<()> {
     let len = options.len_mib << 20;
-    let mut child = Command::new(std::env::current_exe()?)
-        .arg("owner")
-        .args(arguments)
-        .stdout(Stdio::piped())
-        .spawn()?;
+    let mut child =
+        Command::new(std::env::current_exe()?).arg("owner").args(arguments).stdout(Stdio::piped()).spawn()?;
     let mut line = String::new();
     BufReader::new(child.stdout.take().ok_or("no output")?).read_line(&mut line)?;
     let [address, key, bare] = line.split_whitespace().collect::<Vec<_>>()[..] else {
@@ -254,22 +242,10 @@ fn measure(options: Options, arguments: &[String]) -> Outcome<()> {
     let link = fabric.connect(address)?;
     fabric.progress(WAIT, &|| sink.ups.load(Ordering::Acquire) > 0);
     let bare = TcpStream::connect(bare)?;
-    bare.set_nodelay(true)?;
-    let remote = RemoteExtent {
-        key: RemoteKey(key.parse()?),
-        offset: 0,
-        len_bytes: len as u64,
-    };
+    options.prepare(&bare)?;
+    let remote = RemoteExtent { key: RemoteKey(key.parse()?), offset: 0, len_bytes: len as u64 };
     let request = vec![0; ping(0, 0)?.as_bytes().len()];
-    let mut reader = Reader {
-        fabric,
-        sink,
-        link,
-        remote,
-        bare,
-        bare_target: vec![1; len],
-        request,
-    };
+    let mut reader = Reader { fabric, sink, link, remote, bare, bare_target: vec![1; len], request };
 
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for number in 0..=options.rounds as u64 {

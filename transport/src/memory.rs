@@ -69,17 +69,11 @@ impl HeapRegion {
     /// # Panics
     /// If they do not fit.
     pub fn write(&self, offset: usize, bytes: &[u8]) {
-        assert!(
-            offset
-                .checked_add(bytes.len())
-                .is_some_and(|end| end <= self.layout.size())
-        );
+        assert!(offset.checked_add(bytes.len()).is_some_and(|end| end <= self.layout.size()));
         // SAFETY: just checked to be inside the allocation, which lives as long as `self`; `bytes` cannot overlap
         // it, since no reference into it is ever made.
         unsafe {
-            bytes
-                .as_ptr()
-                .copy_to_nonoverlapping(self.base.as_ptr().add(offset), bytes.len());
+            bytes.as_ptr().copy_to_nonoverlapping(self.base.as_ptr().add(offset), bytes.len());
         };
     }
 
@@ -89,18 +83,11 @@ impl HeapRegion {
     /// If they are not all inside.
     #[must_use]
     pub fn read(&self, offset: usize, len_bytes: usize) -> Vec<u8> {
-        assert!(
-            offset
-                .checked_add(len_bytes)
-                .is_some_and(|end| end <= self.layout.size())
-        );
+        assert!(offset.checked_add(len_bytes).is_some_and(|end| end <= self.layout.size()));
         let mut bytes = vec![0; len_bytes];
         // SAFETY: just checked to be inside the allocation, which lives as long as `self`.
         unsafe {
-            self.base
-                .as_ptr()
-                .add(offset)
-                .copy_to_nonoverlapping(bytes.as_mut_ptr(), len_bytes);
+            self.base.as_ptr().add(offset).copy_to_nonoverlapping(bytes.as_mut_ptr(), len_bytes);
         };
         bytes
     }
@@ -115,8 +102,6 @@ impl Drop for HeapRegion {
 
 impl fmt::Debug for HeapRegion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("HeapRegion")
-            .field("len_bytes", &self.layout.size())
-            .finish_non_exhaustive()
+        f.debug_struct("HeapRegion").field("len_bytes", &self.layout.size()).finish_non_exhaustive()
     }
 }

@@ -68,10 +68,7 @@ impl Regions {
         let Ok(len_bytes) = usize::try_from(memory.len_bytes()) else {
             return Err(StoreError::invalid(
                 "region",
-                format!(
-                    "segment {segment} has {} bytes, more than fit in memory",
-                    memory.len_bytes()
-                ),
+                format!("segment {segment} has {} bytes, more than fit in memory", memory.len_bytes()),
             ));
         };
         let region = Arc::new(Region {
@@ -120,10 +117,7 @@ impl Regions {
         let Some(region) = region else {
             return Err(StoreError::invalid(
                 "extent",
-                format!(
-                    "{operation}: segment {} is not registered with this fabric",
-                    extent.segment
-                ),
+                format!("{operation}: segment {} is not registered with this fabric", extent.segment),
             ));
         };
         region.piece(extent.offset, extent.len_bytes).ok_or_else(|| {
@@ -260,13 +254,8 @@ impl Piece {
         };
         let parts = [IoSlice::new(head), IoSlice::new(bytes)];
         let mut control = SendAncillaryBuffer::default();
-        rustix::net::sendmsg(
-            socket,
-            &parts,
-            &mut control,
-            SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
-        )
-        .map_err(Unmoved::Os)
+        rustix::net::sendmsg(socket, &parts, &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+            .map_err(Unmoved::Os)
     }
 
     /// Receives into the piece from `done` on, and what comes after its end into `rest`; says how many bytes came.
@@ -296,10 +285,7 @@ impl Piece {
     /// # Panics
     /// If they do not fit.
     pub(crate) fn copy_in(&self, done: usize, bytes: &[u8]) -> bool {
-        assert!(
-            done.checked_add(bytes.len())
-                .is_some_and(|end| end <= self.len_bytes)
-        );
+        assert!(done.checked_add(bytes.len()).is_some_and(|end| end <= self.len_bytes));
         let Some(entered) = self.region.enter() else {
             return false;
         };
@@ -323,10 +309,7 @@ impl Piece {
     /// # Panics
     /// If they are not all inside.
     pub(crate) fn copy_out(&self, done: usize, len_bytes: usize) -> Option<Vec<u8>> {
-        assert!(
-            done.checked_add(len_bytes)
-                .is_some_and(|end| end <= self.len_bytes)
-        );
+        assert!(done.checked_add(len_bytes).is_some_and(|end| end <= self.len_bytes));
         let entered = self.region.enter()?;
         let mut bytes = vec![0; len_bytes];
         // SAFETY: just checked to be inside the piece, and `entered` keeps it mapped.
@@ -363,9 +346,7 @@ mod tests {
     fn regions(access: Access) -> (Regions, Arc<HeapRegion>) {
         let regions = Regions::default();
         let memory = Arc::new(HeapRegion::new(4096));
-        regions
-            .register(SegmentId(1), RemoteKey(7), Arc::clone(&memory) as _, access)
-            .expect("register");
+        regions.register(SegmentId(1), RemoteKey(7), Arc::clone(&memory) as _, access).expect("register");
         (regions, memory)
     }
 
@@ -373,39 +354,19 @@ mod tests {
     fn nothing_outside_is_reached() {
         let (regions, _memory) = regions(Access::RemoteRead);
         for (offset, len_bytes) in [(0, 4097), (4096, 1), (u64::MAX, 1), (1, u64::MAX)] {
-            let remote = RemoteExtent {
-                key: RemoteKey(7),
-                offset,
-                len_bytes,
-            };
+            let remote = RemoteExtent { key: RemoteKey(7), offset, len_bytes };
             let error = regions.remote(remote).err().expect("outside");
             assert!(error.to_string().contains("4096 bytes"), "{error}");
-            let local = Extent {
-                segment: SegmentId(1),
-                offset,
-                len_bytes,
-            };
+            let local = Extent { segment: SegmentId(1), offset, len_bytes };
             assert!(regions.local("send", local).is_err());
         }
-        assert!(
-            regions
-                .remote(RemoteExtent {
-                    key: RemoteKey(7),
-                    offset: 4096,
-                    len_bytes: 0
-                })
-                .is_ok()
-        );
+        assert!(regions.remote(RemoteExtent { key: RemoteKey(7), offset: 4096, len_bytes: 0 }).is_ok());
     }
 
     #[test]
     fn a_closed_region_is_not_touched() {
         let (regions, memory) = regions(Access::RemoteRead);
-        let extent = RemoteExtent {
-            key: RemoteKey(7),
-            offset: 8,
-            len_bytes: 8,
-        };
+        let extent = RemoteExtent { key: RemoteKey(7), offset: 8, len_bytes: 8 };
         let piece = regions.remote(extent).expect("inside");
         memory.write(8, &7_u64.to_ne_bytes());
         assert_eq!(piece.word(), Some(7_u64.to_ne_bytes()));

@@ -15,11 +15,7 @@ impl Bench for Simulated {
         let net = SimNet::new(self.seed, self.faults.clone());
         let a = net.fabric("a", a).expect("a free name");
         let b = net.fabric("b", b).expect("a free name");
-        Pair {
-            a,
-            b,
-            kill_b: Box::new(move || net.kill("b")),
-        }
+        Pair { a, b, kill_b: Box::new(move || net.kill("b")) }
     }
 
     fn nobody(&self) -> String {
@@ -30,17 +26,11 @@ impl Bench for Simulated {
 mod calm {
     use super::*;
 
-    conformance_suite!(Simulated {
-        seed: 1,
-        faults: SimFaults::none()
-    });
+    conformance_suite!(Simulated { seed: 1, faults: SimFaults::none() });
 }
 
 mod stormy {
     use super::*;
 
-    conformance_suite!(Simulated {
-        seed: 2,
-        faults: SimFaults::default()
-    });
+    conformance_suite!(Simulated { seed: 2, faults: SimFaults::default() });
 }

@@ -22,17 +22,11 @@ struct Sink {
 
 impl FabricSink for Sink {
     fn message(&self, link: LinkId, header: FrameHeader, _body: &[u8]) -> Landing {
-        self.heard
-            .lock()
-            .push(format!("{} message {} on {link}", self.net.now(), header.request));
+        self.heard.lock().push(format!("{} message {} on {link}", self.net.now(), header.request));
         match header.payload_len {
             0 => Landing::Discard,
             len_bytes => Landing::Into {
-                extent: Extent {
-                    segment: SEGMENT,
-                    offset: 0,
-                    len_bytes,
-                },
+                extent: Extent { segment: SEGMENT, offset: 0, len_bytes },
                 token: LandingToken(header.request),
             },
         }
@@ -54,34 +48,15 @@ struct Node {
 }
 
 fn node(net: &SimNet, name: &str) -> Node {
-    let sink = Arc::new(Sink {
-        net: net.clone(),
-        heard: Mutex::default(),
-        links: Mutex::default(),
-    });
+    let sink = Arc::new(Sink { net: net.clone(), heard: Mutex::default(), links: Mutex::default() });
     let fabric = net.fabric(name, Arc::clone(&sink) as _).expect("a free name");
     let memory = Arc::new(HeapRegion::new(LEN));
-    let key = fabric
-        .register(SEGMENT, Arc::clone(&memory) as _, Access::RemoteRead)
-        .expect("register");
-    Node {
-        fabric,
-        sink,
-        memory,
-        remote: RemoteExtent {
-            key,
-            offset: 0,
-            len_bytes: LEN as u64,
-        },
-    }
+    let key = fabric.register(SEGMENT, Arc::clone(&memory) as _, Access::RemoteRead).expect("register");
+    Node { fabric, sink, memory, remote: RemoteExtent { key, offset: 0, len_bytes: LEN as u64 } }
 }
 
 fn whole() -> Extent {
-    Extent {
-        segment: SEGMENT,
-        offset: 0,
-        len_bytes: LEN as u64,
-    }
+    Extent { segment: SEGMENT, offset: 0, len_bytes: LEN as u64 }
 }
 
 fn frame(number: u64, payload_len: u64) -> Frame {
@@ -109,9 +84,7 @@ fn history(seed: u64) -> Vec<String> {
         let payload = (number % 3 == 0).then(whole);
         let frame = frame(number, payload.map_or(0, |extent| extent.len_bytes));
         let _ = a.fabric.send(link, frame, payload, SendToken(number));
-        a.fabric
-            .read(link, TransferId(number), b.remote, whole())
-            .expect("read");
+        a.fabric.read(link, TransferId(number), b.remote, whole()).expect("read");
         if number % 5 == 0 {
             a.fabric.cancel(TransferId(number));
         }
@@ -139,9 +112,7 @@ fn reads_are_torn() {
         let net = SimNet::new(seed, SimFaults::default());
         let (a, b, link) = connected(&net);
         b.memory.write(0, &[1; LEN]);
-        a.fabric
-            .read(link, TransferId(1), b.remote, whole())
-            .expect("read");
+        a.fabric.read(link, TransferId(1), b.remote, whole()).expect("read");
         for _ in 0..4 {
             net.step();
         }
@@ -160,27 +131,15 @@ fn reads_are_torn() {
 fn payloads_are_taken_over_late() {
     let mut mixed = 0;
     for seed in 0..50 {
-        let net = SimNet::new(
-            seed,
-            SimFaults {
-                busy_chance: 0,
-                ..SimFaults::default()
-            },
-        );
+        let net = SimNet::new(seed, SimFaults { busy_chance: 0, ..SimFaults::default() });
         let (a, b, link) = connected(&net);
         a.memory.write(0, &[1; LEN]);
-        let sent = a
-            .fabric
-            .send(link, frame(1, LEN as u64), Some(whole()), SendToken(1))
-            .expect("send");
+        let sent = a.fabric.send(link, frame(1, LEN as u64), Some(whole()), SendToken(1)).expect("send");
         net.step();
         a.memory.write(0, &[2; LEN]);
         run(&net);
         let late = b.memory.read(0, LEN).contains(&2);
-        assert!(
-            !late || sent == hetmem_transport::Sent::Pending,
-            "what is done is taken over"
-        );
+        assert!(!late || sent == hetmem_transport::Sent::Pending, "what is done is taken over");
         mixed += u32::from(late);
     }
     assert!(mixed > 5, "{mixed} of 50 payloads were taken over late");
@@ -188,34 +147,17 @@ fn payloads_are_taken_over_late() {
 
 #[test]
 fn a_partition_holds_back_and_heals() {
-    let net = SimNet::new(
-        3,
-        SimFaults {
-            busy_chance: 0,
-            ..SimFaults::default()
-        },
-    );
+    let net = SimNet::new(3, SimFaults { busy_chance: 0, ..SimFaults::default() });
     let (a, b, link) = connected(&net);
     net.partition("b", "a");
     b.memory.write(0, &[5; LEN]);
     for number in 0..5 {
-        let _ = a
-            .fabric
-            .send(link, frame(number, 0), None, SendToken(number))
-            .expect("send");
+        let _ = a.fabric.send(link, frame(number, 0), None, SendToken(number)).expect("send");
     }
-    a.fabric
-        .read(link, TransferId(1), b.remote, whole())
-        .expect("read");
+    a.fabric.read(link, TransferId(1), b.remote, whole()).expect("read");
     run(&net);
-    let heard = |node: &Node, word: &str| {
-        node.sink
-            .heard
-            .lock()
-            .iter()
-            .filter(|line| line.contains(word))
-            .count()
-    };
+    let heard =
+        |node: &Node, word: &str| node.sink.heard.lock().iter().filter(|line| line.contains(word)).count();
     assert_eq!((heard(&b, "message"), heard(&a, "ReadDone")), (0, 0));
     net.heal("a", "b");
     run(&net);
@@ -231,10 +173,7 @@ fn connecting_through_a_partition_times_out() {
     a.fabric.connect("b").expect("connect");
     run(&net);
     let heard = a.sink.heard.lock();
-    assert!(
-        heard.len() == 1 && heard[0].contains("LinkDown") && heard[0].contains("TimedOut"),
-        "{heard:?}"
-    );
+    assert!(heard.len() == 1 && heard[0].contains("LinkDown") && heard[0].contains("TimedOut"), "{heard:?}");
 }
 
 #[test]
@@ -245,24 +184,17 @@ fn a_name_comes_back_as_another_node() {
     net.kill("b");
     let again = node(&net, "b");
     run(&net);
-    assert!(
-        a.fabric.send(link, frame(1, 0), None, SendToken(1)).is_err(),
-        "the old link is down"
-    );
+    assert!(a.fabric.send(link, frame(1, 0), None, SendToken(1)).is_err(), "the old link is down");
     assert!(b.fabric.connect("a").is_err(), "the dead do nothing");
     let link = a.fabric.connect("b").expect("connect");
     run(&net);
     assert!(a.sink.links.lock().contains(&link));
     assert_eq!(again.sink.links.lock().len(), 1);
-    a.fabric
-        .read(link, TransferId(9), b.remote, whole())
-        .expect("read");
+    a.fabric.read(link, TransferId(9), b.remote, whole()).expect("read");
     run(&net);
     let heard = a.sink.heard.lock();
     assert!(
-        heard
-            .iter()
-            .any(|line| line.contains("ReadDone") && line.contains("Stale")),
+        heard.iter().any(|line| line.contains("ReadDone") && line.contains("Stale")),
         "a key of the dead one"
     );
 }

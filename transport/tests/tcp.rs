@@ -17,18 +17,11 @@ struct Loopback {
 
 impl Bench for Loopback {
     fn pair(&self, a: Arc<dyn FabricSink>, b: Arc<dyn FabricSink>) -> Pair {
-        let config = TcpConfig {
-            streams: self.streams,
-            ..TcpConfig::default()
-        };
+        let config = TcpConfig { streams: self.streams, ..TcpConfig::default() };
         let a = TcpFabric::start(config.clone(), a).expect("listen");
         let b = TcpFabric::start(config, b).expect("listen");
         let killed = Arc::clone(&b);
-        Pair {
-            a,
-            b,
-            kill_b: Box::new(move || killed.stop()),
-        }
+        Pair { a, b, kill_b: Box::new(move || killed.stop()) }
     }
 
     fn nobody(&self) -> String {
@@ -156,11 +149,7 @@ fn a_host_name_is_looked_up() {
     let (sink, peer) = (Arc::<Echo>::default(), Arc::<Echo>::default());
     let fabric = TcpFabric::start(TcpConfig::default(), Arc::clone(&sink) as _).expect("listen");
     let other = TcpFabric::start(TcpConfig::default(), peer).expect("listen");
-    let port = other
-        .address()
-        .rsplit_once(':')
-        .map(|(_, port)| port.to_owned())
-        .expect("a port");
+    let port = other.address().rsplit_once(':').map(|(_, port)| port.to_owned()).expect("a port");
     fabric.connect(&format!("localhost:{port}")).expect("connect");
     assert!(fabric.progress(Duration::from_secs(60), &|| sink.ups.load(Ordering::SeqCst) == 1));
 }

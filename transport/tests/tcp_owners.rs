@@ -29,13 +29,7 @@ impl RawOwner {
         let Handshake::Open { version_max: 1, .. } = hear(&mut control) else {
             panic!("not an open");
         };
-        say(
-            &mut control,
-            &Handshake::Opened {
-                version: 1,
-                token: [8; 16],
-            },
-        );
+        say(&mut control, &Handshake::Opened { version: 1, token: [8; 16] });
         node.wait("LinkUp", |sink| sink.ups.lock().contains(&link));
         (Self { listener, control }, link)
     }
@@ -57,10 +51,7 @@ fn next_request(stream: &mut TcpStream) -> (u32, u64) {
     stream.read_exact(&mut bytes).expect("a request");
     assert_eq!(&bytes[..4], b"HTMR");
     let number = u32::from_le_bytes(bytes[4..8].try_into().expect("4 bytes"));
-    (
-        number,
-        u64::from_le_bytes(bytes[24..].try_into().expect("8 bytes")),
-    )
+    (number, u64::from_le_bytes(bytes[24..].try_into().expect("8 bytes")))
 }
 
 #[test]
@@ -76,10 +67,7 @@ fn an_owner_that_dies_in_the_middle_of_an_answer_is_named() {
     drop((stream, owner));
     let error = node.read_result().expect_err("dead");
     assert_eq!(error.kind(), ErrorKind::PeerLost, "{error}");
-    assert!(
-        error.to_string().contains(&address) && error.to_string().contains("read"),
-        "{error}"
-    );
+    assert!(error.to_string().contains(&address) && error.to_string().contains("read"), "{error}");
     node.wait("LinkDown", |sink| sink.downs.lock().len() == 1);
 }
 
@@ -109,11 +97,8 @@ fn an_owner_that_answers_nonsense_is_given_up() {
     let (owner, link) = RawOwner::connected(&node);
     node.read(link, 1, 1000);
     type Lie = fn(u32, u64) -> Vec<u8>;
-    let lies: [Lie; 3] = [
-        |_, _| vec![0xee; 16],
-        |number, len| answer(number + 1, len),
-        |number, len| answer(number, len + 1),
-    ];
+    let lies: [Lie; 3] =
+        [|_, _| vec![0xee; 16], |number, len| answer(number + 1, len), |number, len| answer(number, len + 1)];
     for lie in lies {
         let mut stream = owner.stream();
         let (number, len) = next_request(&mut stream);
@@ -123,10 +108,7 @@ fn an_owner_that_answers_nonsense_is_given_up() {
     let error = node.read_result().expect_err("nonsense");
     assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
     assert_eq!(node.fabric.refused(), 3);
-    assert!(
-        node.sink.downs.lock().is_empty(),
-        "the link itself did nothing wrong"
-    );
+    assert!(node.sink.downs.lock().is_empty(), "the link itself did nothing wrong");
 }
 
 #[test]
@@ -154,15 +136,8 @@ fn a_landing_ends_when_the_link_does() {
     impl FabricSink for IntoMemory {
         fn message(&self, link: LinkId, header: FrameHeader, body: &[u8]) -> Landing {
             self.0.message(link, header, body);
-            let extent = Extent {
-                segment: SEGMENT,
-                offset: 0,
-                len_bytes: header.payload_len,
-            };
-            Landing::Into {
-                extent,
-                token: hetmem_transport::LandingToken(1),
-            }
+            let extent = Extent { segment: SEGMENT, offset: 0, len_bytes: header.payload_len };
+            Landing::Into { extent, token: hetmem_transport::LandingToken(1) }
         }
         fn event(&self, event: FabricEvent) {
             match event {
@@ -173,35 +148,16 @@ fn a_landing_ends_when_the_link_does() {
     }
     let sink = Arc::new(IntoMemory(Sink::default(), Mutex::default()));
     let fabric = TcpFabric::start(TcpConfig::default(), Arc::clone(&sink) as _).expect("listen");
-    fabric
-        .register(SEGMENT, Arc::new(HeapRegion::new(REGION_LEN)), Access::Local)
-        .expect("register");
+    fabric.register(SEGMENT, Arc::new(HeapRegion::new(REGION_LEN)), Access::Local).expect("register");
     let mut stream = TcpStream::connect(fabric.address()).expect("connect");
-    say(
-        &mut stream,
-        &Handshake::Open {
-            version_min: 1,
-            version_max: 1,
-            listen_port: 9,
-            token: [1; 16],
-        },
-    );
+    say(&mut stream, &Handshake::Open { version_min: 1, version_max: 1, listen_port: 9, token: [1; 16] });
     hear(&mut stream);
-    stream
-        .write_all(
-            encode(FrameKind::Peer, 1, &1_u64, 1 << 20)
-                .expect("small")
-                .as_bytes(),
-        )
-        .expect("write");
+    stream.write_all(encode(FrameKind::Peer, 1, &1_u64, 1 << 20).expect("small").as_bytes()).expect("write");
     stream.write_all(&vec![1; 100_000]).expect("write");
     assert!(fabric.progress(PATIENCE, &|| sink.0.messages.load(Ordering::SeqCst) == 1));
     drop(stream);
     assert!(fabric.progress(PATIENCE, &|| sink.0.downs.lock().len() == 1));
     let landed = sink.1.lock();
     assert_eq!(landed.len(), 1);
-    assert_eq!(
-        landed[0].clone().expect_err("cut off").kind(),
-        ErrorKind::PeerLost
-    );
+    assert_eq!(landed[0].clone().expect_err("cut off").kind(), ErrorKind::PeerLost);
 }

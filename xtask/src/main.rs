@@ -54,10 +54,7 @@ fn main() -> ExitCode {
 /// The steps of a comma-separated list, in their own order.
 fn select(names: &str) -> Result<Vec<Step>, String> {
     let wanted: Vec<&str> = names.split(',').collect();
-    if let Some(unknown) = wanted
-        .iter()
-        .find(|name| !STEPS.iter().any(|step| step.name == **name))
-    {
+    if let Some(unknown) = wanted.iter().find(|name| !STEPS.iter().any(|step| step.name == **name)) {
         let known: Vec<&str> = STEPS.iter().map(|step| step.name).collect();
         return Err(format!("no step {unknown:?}; there are {}", known.join(", ")));
     }
@@ -72,9 +69,8 @@ fn seeds(options: &[&str]) -> Result<(u64, u64), String> {
         let &[name, value] = pair else {
             return Err(USAGE.to_owned());
         };
-        let number = value
-            .parse()
-            .map_err(|error| format!("{name} {value:?}: {error}; a whole number is needed"))?;
+        let number =
+            value.parse().map_err(|error| format!("{name} {value:?}: {error}; a whole number is needed"))?;
         match name {
             "--seeds" => count = Some(number),
             "--from" => from = number,

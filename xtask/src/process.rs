@@ -9,19 +9,13 @@ use crate::tally::{Report, Tally, TestOutput};
 /// Runs a program to its end with its output on this terminal. `Err` says why it did not succeed.
 pub(crate) fn run(command: &mut Command) -> Result<(), String> {
     println!("$ {}", words(command));
-    let status = command
-        .status()
-        .map_err(|error| format!("{}: {error}", words(command)))?;
+    let status = command.status().map_err(|error| format!("{}: {error}", words(command)))?;
     ended(command, status)
 }
 
 /// Whether a program can be started and succeeds, without a word on the terminal.
 pub(crate) fn succeeds(command: &mut Command) -> bool {
-    let status = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status();
+    let status = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
     status.is_ok_and(|status| status.success())
 }
 
@@ -48,10 +42,7 @@ pub(crate) fn run_counting(command: &mut Command) -> Report {
 
 /// A report of tests; something is wrong too if a program failed without a failed test, or if there were no tests.
 fn counted(tally: Tally, succeeded: Result<(), String>) -> Report {
-    let mut report = Report {
-        tally,
-        note: tally.to_string(),
-    };
+    let mut report = Report { tally, note: tally.to_string() };
     match succeeded {
         Err(why) if tally.failed == 0 => {
             report.tally.failed = 1;
@@ -79,11 +70,7 @@ fn for_each_line(command: &mut Command, mut take: impl FnMut(&str)) -> Result<()
 }
 
 fn ended(command: &Command, status: ExitStatus) -> Result<(), String> {
-    if status.success() {
-        Ok(())
-    } else {
-        Err(format!("`{}` ended with {status}", words(command)))
-    }
+    if status.success() { Ok(()) } else { Err(format!("`{}` ended with {status}", words(command))) }
 }
 
 fn words(command: &Command) -> String {

@@ -23,18 +23,11 @@ pub(crate) fn with_packages(target: &Path, packages: &[&str]) -> Result<PathBuf,
     })?;
     let mut pip = Command::new(&interpreter);
     pip.args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]);
-    run(pip.args(packages)).map_err(|why| {
-        format!(
-            "pip cannot install {} (no network?): {why}",
-            packages.join(" and ")
-        )
-    })?;
+    run(pip.args(packages))
+        .map_err(|why| format!("pip cannot install {} (no network?): {why}", packages.join(" and ")))?;
     if complete() {
         Ok(interpreter)
     } else {
-        Err(format!(
-            "pip installed {}, but Python cannot import it",
-            packages.join(" and ")
-        ))
+        Err(format!("pip installed {}, but Python cannot import it", packages.join(" and ")))
     }
 }

@@ -25,51 +25,19 @@ pub(crate) struct Step {
 
 /// Cheap ones first; what is built by one is used by the next.
 pub(crate) const STEPS: &[Step] = &[
-    Step {
-        name: "fmt",
-        what: "every file is formatted",
-        run: fmt,
-    },
-    Step {
-        name: "deny",
-        what: "bans and licences of all dependencies (cargo-deny)",
-        run: deny,
-    },
-    Step {
-        name: "clippy",
-        what: "no warning in any target",
-        run: clippy,
-    },
-    Step {
-        name: "docs",
-        what: "no warning in the documentation",
-        run: docs,
-    },
+    Step { name: "fmt", what: "every file is formatted", run: fmt },
+    Step { name: "deny", what: "bans and licences of all dependencies (cargo-deny)", run: deny },
+    Step { name: "clippy", what: "no warning in any target", run: clippy },
+    Step { name: "docs", what: "no warning in the documentation", run: docs },
     Step {
         name: "test",
         what: "unit, property, conformance and process tests, documentation examples",
         run: test,
     },
-    Step {
-        name: "loom",
-        what: "index and pins under every interleaving",
-        run: loom,
-    },
-    Step {
-        name: "simulation",
-        what: "many nodes in one thread, 2000 seeds",
-        run: simulation,
-    },
-    Step {
-        name: "demo",
-        what: "two real nodes, a state dict of 64 MiB from one to the other",
-        run: demo,
-    },
-    Step {
-        name: "safetensors",
-        what: "round trips against the official Python package",
-        run: safetensors,
-    },
+    Step { name: "loom", what: "index and pins under every interleaving", run: loom },
+    Step { name: "simulation", what: "many nodes in one thread, 2000 seeds", run: simulation },
+    Step { name: "demo", what: "two real nodes, a state dict of 64 MiB from one to the other", run: demo },
+    Step { name: "safetensors", what: "round trips against the official Python package", run: safetensors },
 ];
 
 /// Runs the simulation. Returns whether every seed passed; `Err` if there is nothing to run.
@@ -78,14 +46,7 @@ pub(crate) fn simulate(workspace: &Workspace, count: u64, from: u64) -> Result<b
         return Err("hetmem-tests has no program `simulate`".to_owned());
     }
     let (count, from) = (count.to_string(), from.to_string());
-    let mut command = workspace.cargo([
-        "run",
-        "--release",
-        "--package",
-        "hetmem-tests",
-        "--bin",
-        "simulate",
-    ]);
+    let mut command = workspace.cargo(["run", "--release", "--package", "hetmem-tests", "--bin", "simulate"]);
     command.args(["--", "--seeds", &count, "--from", &from]);
     Ok(run(&mut command).inspect_err(|why| eprintln!("{why}")).is_ok())
 }
@@ -110,14 +71,7 @@ fn deny(workspace: &Workspace) -> Report {
 
 fn clippy(workspace: &Workspace) -> Report {
     with_component(workspace, "clippy", "clippy", || {
-        report(run(&mut workspace.cargo([
-            "clippy",
-            "--workspace",
-            "--all-targets",
-            "--",
-            "-D",
-            "warnings",
-        ])))
+        report(run(&mut workspace.cargo(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])))
     })
 }
 
@@ -134,9 +88,7 @@ fn test(workspace: &Workspace) -> Report {
 fn loom(workspace: &Workspace) -> Report {
     let mut command = workspace.cargo(["test", "--release", "--package", "hetmem-host-mem", "--lib"]);
     command.args(["loom", "--", "--show-output"]);
-    command
-        .env("RUSTFLAGS", "--cfg loom")
-        .env("CARGO_TARGET_DIR", workspace.target.join("loom"));
+    command.env("RUSTFLAGS", "--cfg loom").env("CARGO_TARGET_DIR", workspace.target.join("loom"));
     run_tests(&mut command)
 }
 
@@ -185,17 +137,13 @@ fn with_component(
     if !present {
         println!("the toolchain has no {component}: adding it with rustup");
         let mut rustup = Command::new("rustup");
-        rustup
-            .args(["component", "add", component])
-            .current_dir(&workspace.root);
+        rustup.args(["component", "add", component]).current_dir(&workspace.root);
         present = run(&mut rustup).inspect_err(|why| println!("{why}")).is_ok();
     }
     if present {
         step()
     } else {
-        Report::skipped(format!(
-            "no `cargo {subcommand}`, and rustup could not add {component}"
-        ))
+        Report::skipped(format!("no `cargo {subcommand}`, and rustup could not add {component}"))
     }
 }
 

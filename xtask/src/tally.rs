@@ -36,11 +36,7 @@ impl AddAssign for Tally {
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            passed,
-            failed,
-            skipped,
-        } = self;
+        let Self { passed, failed, skipped } = self;
         write!(f, "{passed} passed, {failed} failed, {skipped} skipped")
     }
 }
@@ -56,36 +52,18 @@ pub(crate) struct Report {
 impl Report {
     /// One step that is no test and succeeded.
     pub(crate) fn passed() -> Self {
-        let passed = Tally {
-            passed: 1,
-            ..Tally::default()
-        };
-        Self {
-            tally: passed,
-            note: String::new(),
-        }
+        let passed = Tally { passed: 1, ..Tally::default() };
+        Self { tally: passed, note: String::new() }
     }
 
     pub(crate) fn failed(why: impl Into<String>) -> Self {
-        let failed = Tally {
-            failed: 1,
-            ..Tally::default()
-        };
-        Self {
-            tally: failed,
-            note: why.into(),
-        }
+        let failed = Tally { failed: 1, ..Tally::default() };
+        Self { tally: failed, note: why.into() }
     }
 
     pub(crate) fn skipped(why: impl fmt::Display) -> Self {
-        let skipped = Tally {
-            skipped: 1,
-            ..Tally::default()
-        };
-        Self {
-            tally: skipped,
-            note: format!("skipped: {why}"),
-        }
+        let skipped = Tally { skipped: 1, ..Tally::default() };
+        Self { tally: skipped, note: format!("skipped: {why}") }
     }
 
     /// The same, where a skip is not accepted.
@@ -100,11 +78,7 @@ impl Report {
     pub(crate) fn word(&self) -> &'static str {
         match self.tally {
             Tally { failed: 1.., .. } => "FAILED",
-            Tally {
-                passed: 0,
-                skipped: 1..,
-                ..
-            } => "skipped",
+            Tally { passed: 0, skipped: 1.., .. } => "skipped",
             _ => "ok",
         }
     }
@@ -152,9 +126,7 @@ impl TestOutput {
     /// `ok. 7 passed; 0 failed; 1 ignored; 0 measured; 2 filtered out; finished in 0.02s`
     fn result(&mut self, result: &str) {
         let count = |word: &str| {
-            let part = result
-                .split([';', '.'])
-                .find_map(|part| part.trim().strip_suffix(word));
+            let part = result.split([';', '.']).find_map(|part| part.trim().strip_suffix(word));
             part.and_then(|number| number.trim().parse().ok()).unwrap_or(0)
         };
         let passed: usize = count(" passed");
@@ -175,11 +147,7 @@ mod tests {
     use super::*;
 
     fn tally(passed: usize, failed: usize, skipped: usize) -> Tally {
-        Tally {
-            passed,
-            failed,
-            skipped,
-        }
+        Tally { passed, failed, skipped }
     }
 
     #[test]
@@ -253,10 +221,7 @@ test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; 
         assert_eq!(Report::passed().word(), "ok");
         assert_eq!(Report::failed("x").word(), "FAILED");
         let skipped = Report::skipped("no pip");
-        assert_eq!(
-            (skipped.word(), skipped.note.as_str()),
-            ("skipped", "skipped: no pip")
-        );
+        assert_eq!((skipped.word(), skipped.note.as_str()), ("skipped", "skipped: no pip"));
         let required = skipped.with_skips_failed();
         assert_eq!((required.word(), required.tally), ("FAILED", tally(0, 1, 0)));
     }

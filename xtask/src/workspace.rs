@@ -21,24 +21,15 @@ impl Workspace {
         let mut command = Command::new(cargo_program());
         command.args(["metadata", "--format-version", "1", "--no-deps"]);
         command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")));
-        let output = command
-            .output()
-            .map_err(|error| format!("cargo metadata: {error}"))?;
+        let output = command.output().map_err(|error| format!("cargo metadata: {error}"))?;
         if !output.status.success() {
-            return Err(format!(
-                "cargo metadata: {}",
-                String::from_utf8_lossy(&output.stderr)
-            ));
+            return Err(format!("cargo metadata: {}", String::from_utf8_lossy(&output.stderr)));
         }
         let metadata: Value =
             serde_json::from_slice(&output.stdout).map_err(|error| format!("cargo metadata: {error}"))?;
         let path = |field: &str| metadata[field].as_str().map(PathBuf::from);
         match (path("workspace_root"), path("target_directory")) {
-            (Some(root), Some(target)) => Ok(Self {
-                root,
-                target,
-                metadata,
-            }),
+            (Some(root), Some(target)) => Ok(Self { root, target, metadata }),
             _ => Err("cargo metadata: no workspace_root or target_directory in its answer".to_owned()),
         }
     }

@@ -30,11 +30,7 @@ enum Peer {
     /// Answers each question with as many bytes as it asks for
     Tcp { len_max: usize },
     /// Gets one object again and again, and prints how often
-    Get {
-        socket: PathBuf,
-        key: String,
-        millis: u64,
-    },
+    Get { socket: PathBuf, key: String, millis: u64 },
 }
 
 /// Runs as the other end, until this end goes.
@@ -121,14 +117,8 @@ impl Process {
             .stdout(Stdio::piped())
             .spawn()
             .map_err(os)?;
-        let stdout = child
-            .stdout
-            .take()
-            .ok_or_else(|| os(std::io::ErrorKind::BrokenPipe.into()))?;
-        let mut process = Self {
-            child,
-            stdout: BufReader::new(stdout),
-        };
+        let stdout = child.stdout.take().ok_or_else(|| os(std::io::ErrorKind::BrokenPipe.into()))?;
+        let mut process = Self { child, stdout: BufReader::new(stdout) };
         let line = process.line()?;
         Ok((process, line))
     }
@@ -136,10 +126,7 @@ impl Process {
     fn line(&mut self) -> Result<String, StoreError> {
         let mut line = String::new();
         match self.stdout.read_line(&mut line) {
-            Ok(0) => Err(StoreError::unavailable(
-                "the other end of a measurement",
-                "it has stopped",
-            )),
+            Ok(0) => Err(StoreError::unavailable("the other end of a measurement", "it has stopped")),
             Ok(_) => Ok(line.trim().to_owned()),
             Err(error) => Err(StoreError::os("hear the other end of a measurement", error)),
         }
@@ -193,11 +180,7 @@ impl TcpLoop {
         let (process, address) = Process::start(&["tcp", &len_max.to_string()])?;
         let stream = TcpStream::connect(address).map_err(os)?;
         stream.set_nodelay(true).map_err(os)?;
-        Ok(Self {
-            stream,
-            memory: vec![1; len_max],
-            _process: process,
-        })
+        Ok(Self { stream, memory: vec![1; len_max], _process: process })
     }
 
     pub(super) fn fetch(&mut self, len: usize) -> Result<(), StoreError> {
@@ -230,9 +213,8 @@ impl Readers {
         let mut rate = 0.0;
         for process in &mut self.0 {
             let line = process.line()?;
-            rate += line
-                .parse::<f64>()
-                .map_err(|error| StoreError::corrupt(line.clone(), error.to_string()))?;
+            rate +=
+                line.parse::<f64>().map_err(|error| StoreError::corrupt(line.clone(), error.to_string()))?;
         }
         Ok(rate)
     }
@@ -252,12 +234,8 @@ pub(super) fn iperf3() -> Result<f64, String> {
         .map_err(|error| format!("iperf3 is not installed ({error})"))?;
     let mut answer = Err("iperf3 gave no figure".to_owned());
     for _ in 0..50 {
-        let ran = Command::new("iperf3")
-            .args(["-c", "127.0.0.1", "-p", &port, "-t", "1", "-J"])
-            .output();
-        let report = ran
-            .ok()
-            .and_then(|o| serde_json::from_slice::<serde_json::Value>(&o.stdout).ok());
+        let ran = Command::new("iperf3").args(["-c", "127.0.0.1", "-p", &port, "-t", "1", "-J"]).output();
+        let report = ran.ok().and_then(|o| serde_json::from_slice::<serde_json::Value>(&o.stdout).ok());
         if let Some(bits) = report.and_then(|r| r["end"]["sum_received"]["bits_per_second"].as_f64()) {
             answer = Ok(bits / 8.0 / (1_u64 << 30) as f64);
             break;

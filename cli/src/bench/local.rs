@@ -67,9 +67,7 @@ fn get(size: Size, store: &Store, echo: &mut UnixEcho, len: u64) -> Result<Row, 
     let mut reservation = match store.reserve(&name, ObjectMeta::bytes(len)?, &PutOptions::default())? {
         hetmem_client::Reserved::Open(reservation) => reservation,
         hetmem_client::Reserved::Kept(_) => {
-            return Err(StoreError::AlreadyExists {
-                key: name.to_string(),
-            });
+            return Err(StoreError::AlreadyExists { key: name.to_string() });
         }
     };
     reservation.bytes_mut().fill(0x5a);
@@ -133,10 +131,8 @@ fn large_put(size: Size, store: &Store, checksum: bool) -> Result<Row, StoreErro
     let len = 64 * MIB;
     let bytes: Vec<u8> = (0..len).map(|at| (at % 251) as u8).collect();
     let target = Segment::create(SegmentId(1), len, SegmentOwner::Client, PagePolicy::Auto)?;
-    let descriptor = target
-        .descriptor()
-        .try_clone_to_owned()
-        .map_err(|error| StoreError::os("bench", error))?;
+    let descriptor =
+        target.descriptor().try_clone_to_owned().map_err(|error| StoreError::os("bench", error))?;
     let mapping = Arc::new(WriteMapping::map(descriptor, len)?);
     let mut warm = mapping.extent_mut(0, len)?;
     let pair = Pair {
@@ -150,10 +146,7 @@ fn large_put(size: Size, store: &Store, checksum: bool) -> Result<Row, StoreErro
         samples: 5,
     };
     let name = key("bench/put/large")?;
-    let options = PutOptions {
-        checksum,
-        ..PutOptions::default()
-    };
+    let options = PutOptions { checksum, ..PutOptions::default() };
     let meta = ObjectMeta::bytes(len)?;
     let row = pair.measure(
         &mut || {
@@ -188,10 +181,9 @@ fn two_readers(size: Size, store: &Store, socket: &std::path::Path) -> Result<Ro
         rounds: size.rounds(),
         samples: 1,
     };
-    pair.measure(
-        &mut || Ok(1e6 / Readers::start(socket, &names[..1], time)?.run()?),
-        &mut || Ok(1e6 / Readers::start(socket, &names, time)?.run()?),
-    )
+    pair.measure(&mut || Ok(1e6 / Readers::start(socket, &names[..1], time)?.run()?), &mut || {
+        Ok(1e6 / Readers::start(socket, &names, time)?.run()?)
+    })
 }
 
 /// Which keys are read.
@@ -208,15 +200,8 @@ const MANY: usize = 1_000_000;
 
 fn filled(folder: &Folder, name: &str, count: usize) -> Result<(Node, Store, Vec<Key>), StoreError> {
     let socket = folder.path().join(name).display().to_string();
-    let settings = [
-        ("socket", socket.as_str()),
-        ("listen", "127.0.0.1:0"),
-        ("host", "512MiB"),
-    ];
-    let settings = settings
-        .iter()
-        .map(|(key, value)| ((*key).to_owned(), (*value).to_owned()))
-        .collect();
+    let settings = [("socket", socket.as_str()), ("listen", "127.0.0.1:0"), ("host", "512MiB")];
+    let settings = settings.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
     let node = Node::start(Config::load(None, settings)?)?;
     let store = Store::over(node.session()?)?;
     let mut keys = Vec::with_capacity(count);
@@ -238,9 +223,7 @@ fn many_objects(size: Size, folder: &Folder, pick: Pick) -> Result<Row, StoreErr
         }
         Pick::All => {
             // A multiplicative step that is prime to the count visits every key once, far from the last.
-            many_keys = (0..MANY)
-                .map(|at| many_keys[at * 611_953 % MANY].clone())
-                .collect();
+            many_keys = (0..MANY).map(|at| many_keys[at * 611_953 % MANY].clone()).collect();
             "get and release, all of 1,000,000 keys"
         }
     };

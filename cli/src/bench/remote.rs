@@ -35,10 +35,7 @@ pub(super) fn run(size: Size) -> Result<Vec<Row>, StoreError> {
         ("host", "2GiB".to_owned()),
         ("join", owner.address.clone()),
     ];
-    let here = here
-        .iter()
-        .map(|(key, value)| ((*key).to_owned(), value.clone()))
-        .collect();
+    let here = here.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
     let node = Node::start(Config::load(None, here)?)?;
     let inside = Store::over(node.session()?)?;
     let outside = Store::connect(Some(node.socket()))?;
@@ -52,22 +49,8 @@ pub(super) fn run(size: Size) -> Result<Vec<Row>, StoreError> {
     ] {
         let key = Key::new(&format!("bench/remote/{len}"))?;
         put.put_bytes(&key, &vec![9; len])?;
-        rows.push(get(
-            size,
-            "get",
-            &inside,
-            &key,
-            &mut bare,
-            (len, samples, target),
-        )?);
-        rows.push(get(
-            size,
-            "get through a daemon",
-            &outside,
-            &key,
-            &mut bare,
-            (len, samples, target),
-        )?);
+        rows.push(get(size, "get", &inside, &key, &mut bare, (len, samples, target))?);
+        rows.push(get(size, "get through a daemon", &outside, &key, &mut bare, (len, samples, target))?);
     }
     match iperf3() {
         Ok(rate) => rows.push(beside_iperf3(size, &inside)?.into_row(rate)),
@@ -81,16 +64,10 @@ pub(super) fn run(size: Size) -> Result<Vec<Row>, StoreError> {
 }
 
 fn fetch(store: &Store, key: &Key, len: usize) -> Result<Path, StoreError> {
-    let options = GetOptions {
-        keep: false,
-        ..GetOptions::default()
-    };
+    let options = GetOptions { keep: false, ..GetOptions::default() };
     let object = store.get_with(key, &options)?;
     if object.len() != len {
-        return Err(StoreError::corrupt(
-            key,
-            format!("{} bytes came, {len} were put", object.len()),
-        ));
+        return Err(StoreError::corrupt(key, format!("{} bytes came, {len} were put", object.len())));
     }
     black_box(&object[len - 1]);
     Ok(object.path())
@@ -150,9 +127,7 @@ fn beside_iperf3(size: Size, store: &Store) -> Result<Rate, StoreError> {
         samples: 3,
     };
     let mut same = || Ok(1.0);
-    Ok(Rate {
-        row: pair.measure(&mut same, &mut own)?,
-    })
+    Ok(Rate { row: pair.measure(&mut same, &mut own)? })
 }
 
 impl Rate {

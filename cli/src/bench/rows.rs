@@ -142,8 +142,7 @@ pub(super) fn print(rows: &[Row], out: Output) -> Result<(), Failure> {
             bytes(row.size_bytes),
             format!("{:.3}", row.p50_us),
             format!("{:.3}", row.p99_us),
-            row.gib_per_s
-                .map_or_else(String::new, |rate| format!("{rate:.2}")),
+            row.gib_per_s.map_or_else(String::new, |rate| format!("{rate:.2}")),
             row.ceiling_name.clone(),
             format!("{:.3}", row.ceiling_p50_us),
             format!("{:.4}", row.ratio_to_ceiling),
@@ -171,13 +170,9 @@ mod tests {
             samples: 2,
         };
         let (mut ceiling, mut ours) = (|| Ok(10.0), || Ok(20.0));
-        let row = pair(Target::AtMost(1.5))
-            .measure(&mut ceiling, &mut ours)
-            .expect("measured");
+        let row = pair(Target::AtMost(1.5)).measure(&mut ceiling, &mut ours).expect("measured");
         assert!((row.ratio_to_ceiling - 2.0).abs() < 1e-9);
-        let row = pair(Target::AtLeast(0.9))
-            .measure(&mut ceiling, &mut ours)
-            .expect("measured");
+        let row = pair(Target::AtLeast(0.9)).measure(&mut ceiling, &mut ours).expect("measured");
         assert!((row.ratio_to_ceiling - 0.5).abs() < 1e-9);
         assert!((row.gib_per_s.expect("a rate") - 5e4).abs() < 1.0);
     }

@@ -48,13 +48,7 @@ impl Check {
 }
 
 pub(crate) fn run(socket: Option<&Path>, out: Output) -> Result<(), Failure> {
-    let mut checks = vec![
-        shared_memory(),
-        memory(),
-        huge_pages(),
-        open_files(),
-        locked_memory(),
-    ];
+    let mut checks = vec![shared_memory(), memory(), huge_pages(), open_files(), locked_memory()];
     checks.extend(gpus(&hetmem_gpu_mem::probe()));
     checks.push(rdma());
     checks.push(node(socket));
@@ -67,11 +61,7 @@ pub(crate) fn run(socket: Option<&Path>, out: Output) -> Result<(), Failure> {
     out.print(
         || checks.iter().map(row).collect::<Value>(),
         |text| {
-            let width = checks
-                .iter()
-                .map(|check| check.capability.chars().count())
-                .max()
-                .unwrap_or(0);
+            let width = checks.iter().map(|check| check.capability.chars().count()).max().unwrap_or(0);
             for check in &checks {
                 let mark = if check.has { "yes" } else { "no " };
                 writeln!(text, "{mark}  {:<width$}  {}", check.capability, check.why)?;
@@ -96,25 +86,14 @@ fn shared_memory() -> Check {
     let name = "shared memory";
     match Segment::create(SegmentId(0), 2 << 20, SegmentOwner::Client, PagePolicy::Off) {
         Ok(segment) => match segment.close_to_writers() {
-            Ok(()) => Check::new(
-                name,
-                true,
-                "memfd with SHRINK, GROW and FUTURE_WRITE seals works",
-                "",
-            ),
-            Err(error) => Check::new(
-                name,
-                false,
-                error.to_string(),
-                "Linux 5.1 or newer has the FUTURE_WRITE seal",
-            ),
+            Ok(()) => Check::new(name, true, "memfd with SHRINK, GROW and FUTURE_WRITE seals works", ""),
+            Err(error) => {
+                Check::new(name, false, error.to_string(), "Linux 5.1 or newer has the FUTURE_WRITE seal")
+            }
         },
-        Err(error) => Check::new(
-            name,
-            false,
-            error.to_string(),
-            "a sandbox may forbid memfd_create: allow it",
-        ),
+        Err(error) => {
+            Check::new(name, false, error.to_string(), "a sandbox may forbid memfd_create: allow it")
+        }
     }
     .required()
 }
@@ -122,12 +101,7 @@ fn shared_memory() -> Check {
 fn memory() -> Check {
     let name = "memory";
     let Some(available) = mem_available() else {
-        return Check::new(
-            name,
-            false,
-            "/proc/meminfo does not say MemAvailable",
-            "mount /proc",
-        );
+        return Check::new(name, false, "/proc/meminfo does not say MemAvailable", "mount /proc");
     };
     let why = format!("{} can be had without swapping", bytes(available));
     if available < MEMORY_WANTED {
@@ -156,11 +130,7 @@ fn open_files() -> Check {
         None => "any number of files may be open at once".to_owned(),
     };
     let enough = limit.is_none_or(|limit| limit >= FILES_WANTED);
-    let remedy = if enough {
-        String::new()
-    } else {
-        format!("ulimit -n {FILES_WANTED}, for many segments")
-    };
+    let remedy = if enough { String::new() } else { format!("ulimit -n {FILES_WANTED}, for many segments") };
     Check::new("open files", enough, why, remedy)
 }
 
@@ -171,10 +141,7 @@ fn locked_memory() -> Check {
         Some(limit) => Check::new(
             name,
             false,
-            format!(
-                "{} may be locked (RLIMIT_MEMLOCK); TCP needs none, RDMA would",
-                bytes(limit)
-            ),
+            format!("{} may be locked (RLIMIT_MEMLOCK); TCP needs none, RDMA would", bytes(limit)),
             "ulimit -l unlimited, once RDMA is there",
         ),
     }

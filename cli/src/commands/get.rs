@@ -70,23 +70,15 @@ pub(crate) fn run(args: &Args, socket: Option<&Path>, out: Output) -> Result<(),
 
 fn single(object: &Object, file: &mut NewFile) -> Result<Done, StoreError> {
     file.write(object)?;
-    Ok(Done {
-        objects: 1,
-        len_bytes: object.len() as u64,
-    })
+    Ok(Done { objects: 1, len_bytes: object.len() as u64 })
 }
 
 /// All tensors under a prefix; if there are none, the one object of that key.
 fn tensors(store: &Store, key: &str, options: &GetOptions, file: &mut NewFile) -> Result<Done, Failure> {
     let under = all_under(key);
-    let mut keys = store
-        .list(&under)
-        .map(|listed| Ok(listed?.key))
-        .collect::<Result<Vec<_>, StoreError>>()?;
-    let metadata = match keys
-        .iter()
-        .position(|found| found.as_str() == format!("{under}{METADATA}"))
-    {
+    let mut keys =
+        store.list(&under).map(|listed| Ok(listed?.key)).collect::<Result<Vec<_>, StoreError>>()?;
+    let metadata = match keys.iter().position(|found| found.as_str() == format!("{under}{METADATA}")) {
         Some(at) => {
             keys.remove(at);
             Some(metadata_of(store, key, options)?)
@@ -111,10 +103,7 @@ fn tensors(store: &Store, key: &str, options: &GetOptions, file: &mut NewFile) -
     safetensors::write_header(&mut file.out, &parts, metadata.as_ref())?;
     let mut done = Done::default();
     for batch in parts.chunks(BATCH) {
-        let wanted: Vec<Key> = batch
-            .iter()
-            .filter_map(|(name, _)| keys.get(name).cloned())
-            .collect();
+        let wanted: Vec<Key> = batch.iter().filter_map(|(name, _)| keys.get(name).cloned()).collect();
         for ((_, meta), object) in batch.iter().zip(store.get_many_with(&wanted, options)) {
             let object = object?;
             check_unchanged(&object, meta)?;
@@ -141,11 +130,7 @@ fn check_unchanged(object: &Object, meta: &ObjectMeta) -> Result<(), StoreError>
     if object.meta() == meta {
         return Ok(());
     }
-    Err(StoreError::stale(
-        "get",
-        object.key(),
-        "another object took this key meanwhile: get it again",
-    ))
+    Err(StoreError::stale("get", object.key(), "another object took this key meanwhile: get it again"))
 }
 
 fn metadata_of(store: &Store, prefix: &str, options: &GetOptions) -> Result<Metadata, StoreError> {
@@ -169,10 +154,7 @@ struct NewFile {
 impl NewFile {
     fn create(path: &Path) -> Result<Self, StoreError> {
         let Some(name) = path.file_name() else {
-            return Err(StoreError::invalid(
-                "output",
-                format!("{} is no file name", path.display()),
-            ));
+            return Err(StoreError::invalid("output", format!("{} is no file name", path.display())));
         };
         let name = format!(".{}.{}.partial", name.to_string_lossy(), std::process::id());
         let partial = path.with_file_name(name);
@@ -186,16 +168,11 @@ impl NewFile {
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
-        self.out
-            .write_all(bytes)
-            .map_err(|error| file_error("write", &self.path, &error))
+        self.out.write_all(bytes).map_err(|error| file_error("write", &self.path, &error))
     }
 
     fn finish(mut self) -> Result<(), StoreError> {
-        let flushed = self
-            .out
-            .flush()
-            .and_then(|()| fs::rename(&self.partial, &self.path));
+        let flushed = self.out.flush().and_then(|()| fs::rename(&self.partial, &self.path));
         self.complete = flushed.is_ok();
         flushed.map_err(|error| file_error("write", &self.path, &error))
     }
@@ -225,11 +202,7 @@ fn report(args: &Args, done: &Done, took: Duration, out: Output) -> Result<(), F
         |text| {
             let len = bytes(done.len_bytes);
             let file = args.output.display();
-            writeln!(
-                text,
-                "{}: {} objects, {len} in {seconds:.3} s",
-                file, done.objects
-            )
+            writeln!(text, "{}: {} objects, {len} in {seconds:.3} s", file, done.objects)
         },
     )?;
     Ok(())

@@ -55,31 +55,15 @@ pub(crate) fn ls(args: &LsArgs, socket: Option<&Path>, out: Output) -> Result<()
         rows.iter().map(row).collect::<Value>()
     };
     out.print(json, |text| {
-        let mut columns = vec![
-            ("bytes", Align::Right),
-            ("key", Align::Left),
-            ("nodes", Align::Left),
-        ];
+        let mut columns = vec![("bytes", Align::Right), ("key", Align::Left), ("nodes", Align::Left)];
         if args.long {
-            columns.extend([
-                ("dtype", Align::Left),
-                ("shape", Align::Left),
-                ("checksum", Align::Left),
-            ]);
+            columns.extend([("dtype", Align::Left), ("shape", Align::Left), ("checksum", Align::Left)]);
         }
         let mut table = Table::new(&columns);
         for (listed, stat) in &rows {
-            let mut cells = vec![
-                bytes(listed.len_bytes),
-                listed.key.to_string(),
-                listed.holders.join(","),
-            ];
+            let mut cells = vec![bytes(listed.len_bytes), listed.key.to_string(), listed.holders.join(",")];
             if let Some(stat) = stat {
-                cells.extend([
-                    stat.meta.dtype.to_string(),
-                    format!("{:?}", stat.meta.shape),
-                    checksum(stat),
-                ]);
+                cells.extend([stat.meta.dtype.to_string(), format!("{:?}", stat.meta.shape), checksum(stat)]);
             }
             table.row(cells);
         }
@@ -104,10 +88,7 @@ pub(crate) fn stat(args: &StatArgs, socket: Option<&Path>, out: Output) -> Resul
                 ("shape", format!("{:?}", stat.meta.shape)),
                 ("bytes", stat.meta.len_bytes.to_string()),
                 ("checksum", checksum(&stat)),
-                (
-                    "tier here",
-                    stat.tier.map_or("not here".to_owned(), |tier| tier.to_string()),
-                ),
+                ("tier here", stat.tier.map_or("not here".to_owned(), |tier| tier.to_string())),
                 ("pinned here", yes(stat.pinned).to_owned()),
                 ("nodes", stat.holders.join(", ")),
             ] {
@@ -171,9 +152,7 @@ fn each(
     }
     out.print(
         || {
-            let failed = failed
-                .iter()
-                .map(|(key, error)| json!({"key": key, "error": error.to_string()}));
+            let failed = failed.iter().map(|(key, error)| json!({"key": key, "error": error.to_string()}));
             json!({what: done, "failed": failed.collect::<Value>()})
         },
         |text| {

@@ -46,12 +46,7 @@ mod tests {
 
     #[test]
     fn keys_and_prefixes_agree() {
-        for (prefix, key) in [
-            ("gpt2", "gpt2/h.0.w"),
-            ("a/b/", "a/b/h.0.w"),
-            ("", "h.0.w"),
-            ("/", "h.0.w"),
-        ] {
+        for (prefix, key) in [("gpt2", "gpt2/h.0.w"), ("a/b/", "a/b/h.0.w"), ("", "h.0.w"), ("/", "h.0.w")] {
             let made = key_under(prefix, "h.0.w").expect("a key");
             assert_eq!(made.as_str(), key);
             assert_eq!(made.as_str().strip_prefix(&all_under(prefix)), Some("h.0.w"));

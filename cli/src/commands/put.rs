@@ -78,11 +78,7 @@ pub(crate) fn run(args: &Args, socket: Option<&Path>, out: Output) -> Result<(),
 impl Args {
     fn options(&self) -> PutOptions {
         PutOptions {
-            if_exists: if self.error_if_exists {
-                IfExists::Error
-            } else {
-                IfExists::Keep
-            },
+            if_exists: if self.error_if_exists { IfExists::Error } else { IfExists::Keep },
             pin: self.pin,
             cache: self.cache,
             ttl: self.ttl_ms.map(Duration::from_millis),
@@ -186,11 +182,7 @@ fn report(file: &str, done: &Done, took: Duration, out: Output) -> Result<(), Fa
         |text| {
             let speed = done.len_bytes as f64 / seconds.max(1e-9) / f64::from(1 << 30);
             let len = bytes(done.len_bytes);
-            writeln!(
-                text,
-                "{} objects, {len} in {seconds:.3} s ({speed:.2} GiB/s)",
-                done.objects
-            )?;
+            writeln!(text, "{} objects, {len} in {seconds:.3} s ({speed:.2} GiB/s)", done.objects)?;
             if done.kept > 0 {
                 writeln!(
                     text,

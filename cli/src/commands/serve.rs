@@ -81,9 +81,7 @@ impl Args {
             ("streams", &self.streams),
             ("fabric", &self.fabric),
         ];
-        let given = given
-            .into_iter()
-            .filter_map(|(key, value)| Some((key.to_owned(), value.clone()?)));
+        let given = given.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value.clone()?)));
         Ok(given.collect())
     }
 }
@@ -91,11 +89,7 @@ impl Args {
 pub(crate) fn run(args: &Args, socket: Option<&Path>) -> Result<(), Failure> {
     let filter = EnvFilter::try_from_env("HETMEM_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
     let colours = io::stderr().is_terminal();
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(colours)
-        .with_writer(io::stderr)
-        .init();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(io::stderr).init();
     let config = Config::load(args.config.as_deref(), args.overrides(socket)?)?;
     let node = Node::start(config)?;
     if node.is_exposed() {
@@ -128,9 +122,7 @@ fn stop_with_stdin() -> Result<(), StoreError> {
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::TERM);
     };
     let spawned = std::thread::Builder::new().name("stdin".to_owned()).spawn(watch);
-    spawned
-        .map(drop)
-        .map_err(|error| StoreError::os("start a thread", error))
+    spawned.map(drop).map_err(|error| StoreError::os("start a thread", error))
 }
 
 #[cfg(test)]
@@ -139,10 +131,7 @@ mod tests {
 
     #[test]
     fn flags_become_keys_of_the_same_name() {
-        let args = Args {
-            lease_ms: Some("7".to_owned()),
-            ..Args::default()
-        };
+        let args = Args { lease_ms: Some("7".to_owned()), ..Args::default() };
         let overrides = args.overrides(Some(Path::new("/s"))).expect("UTF-8");
         let pair = |key: &str, value: &str| (key.to_owned(), value.to_owned());
         assert_eq!(overrides, [pair("socket", "/s"), pair("lease_ms", "7")]);

@@ -56,31 +56,15 @@ fn counters(status: &Status) -> [(&'static str, &'static str, u64); 10] {
         ("read", "of them: by Read from a peer", counted.read),
         ("failed", "of them: failed", counted.failed),
         ("evicted", "objects evicted", counted.evicted),
-        (
-            "served_eager",
-            "objects sent to peers inside an answer",
-            counted.served_eager,
-        ),
-        (
-            "served_grants",
-            "objects granted to peers for Read",
-            counted.served_grants,
-        ),
+        ("served_eager", "objects sent to peers inside an answer", counted.served_eager),
+        ("served_grants", "objects granted to peers for Read", counted.served_grants),
         ("refused", "frames or sessions refused", counted.refused),
     ]
 }
 
 fn write(status: &Status, text: &mut dyn Write) -> io::Result<()> {
-    let directory = if status.keeps_directory {
-        ", keeps the directory"
-    } else {
-        ""
-    };
-    writeln!(
-        text,
-        "node {} at {}{directory} (epoch {})",
-        status.name, status.address, status.epoch
-    )?;
+    let directory = if status.keeps_directory { ", keeps the directory" } else { "" };
+    writeln!(text, "node {} at {}{directory} (epoch {})", status.name, status.address, status.epoch)?;
     writeln!(
         text,
         "{} objects, {} draining, {} reservations, {} leases, {} clients\n",
@@ -89,11 +73,7 @@ fn write(status: &Status, text: &mut dyn Write) -> io::Result<()> {
     tiers(status).write(text)?;
     writeln!(text)?;
     if status.peers.is_empty() {
-        writeln!(
-            text,
-            "no peers (another node joins with: hetmem serve --join {})",
-            status.address
-        )?;
+        writeln!(text, "no peers (another node joins with: hetmem serve --join {})", status.address)?;
     } else {
         peers(status).write(text)?;
     }

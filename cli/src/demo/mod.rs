@@ -35,11 +35,15 @@ pub(crate) struct Args {
     #[arg(conflicts_with = "size")]
     file: Option<PathBuf>,
     /// About how many bytes to make up
-    #[arg(long, value_name = "BYTES")]
+    #[arg(long, value_name = "BYTES", value_parser = size)]
     size: Option<u64>,
     /// What carries bytes between the nodes
     #[arg(long, value_enum, default_value_t = Fabric::Auto)]
     fabric: Fabric,
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    hetmem_node::parse_bytes(text).ok_or_else(|| "bytes or a size such as 64MiB are accepted".to_owned())
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -86,11 +90,7 @@ impl Tensor<'_> {
     /// What is wrong with an object that should be this tensor.
     fn fault(&self, meta: &ObjectMeta, bytes: &[u8]) -> Option<String> {
         if bytes.len() as u64 != self.meta.len_bytes {
-            return Some(format!(
-                "{} bytes where {} belong",
-                bytes.len(),
-                self.meta.len_bytes
-            ));
+            return Some(format!("{} bytes where {} belong", bytes.len(), self.meta.len_bytes));
         }
         if (meta.dtype, meta.shape) != (self.meta.dtype, self.meta.shape) {
             return Some(format!(
@@ -144,10 +144,7 @@ pub(crate) fn run(args: &Args, out: Output) -> Result<(), Failure> {
     let fabric = if args.fabric == Fabric::Tcp { "tcp" } else { "auto" };
     let flags = |name: &str, join: Option<&str>| {
         let mut flags = vec![
-            (
-                "socket",
-                folder.path().join(format!("{name}.sock")).display().to_string(),
-            ),
+            ("socket", folder.path().join(format!("{name}.sock")).display().to_string()),
             ("listen", "127.0.0.1:0".to_owned()),
             ("host", (total + total / 4 + HOST_SLACK).to_string()),
             ("fabric", fabric.to_owned()),
@@ -174,33 +171,22 @@ pub(crate) fn run(args: &Args, out: Output) -> Result<(), Failure> {
 
 fn read<'a>(path: &Path, file: &'a [u8]) -> Result<SafeTensors<'a>, Failure> {
     if Format::of(path) != Format::Safetensors {
-        let why = format!(
-            "{} is no .safetensors file, which is what demo takes",
-            path.display()
-        );
+        let why = format!("{} is no .safetensors file, which is what demo takes", path.display());
         return Err(Failure::Usage(why));
     }
     Ok(SafeTensors::parse(&path.display().to_string(), file)?)
 }
 
 fn tensors<'a>(source: &Source<'a>) -> Result<Vec<Tensor<'a>>, StoreError> {
-    let tensor = |name: &str, meta, content| {
-        Ok(Tensor {
-            key: key_under("demo", name)?,
-            meta,
-            content,
-        })
-    };
+    let tensor = |name: &str, meta, content| Ok(Tensor { key: key_under("demo", name)?, meta, content });
     match source {
         Source::Made(made) => {
             let all = made.iter();
-            all.map(|one| tensor(&one.name, one.meta, Content::Made(Values::of(&one.name))))
-                .collect()
+            all.map(|one| tensor(&one.name, one.meta, Content::Made(Values::of(&one.name)))).collect()
         }
         Source::File(file) => {
             let all = file.tensors.iter();
-            all.map(|one| tensor(&one.name, one.meta, Content::File(file.bytes_of(one))))
-                .collect()
+            all.map(|one| tensor(&one.name, one.meta, Content::File(file.bytes_of(one)))).collect()
         }
     }
 }
@@ -226,9 +212,7 @@ fn fetch(store: &Store, tensors: &[Tensor<'_>], findings: &mut Findings) -> Resu
         let started = Instant::now();
         let object = store.get(&tensor.key)?;
         let took = nanos_since(started);
-        findings
-            .samples
-            .add(Step::Fetch, tensor.meta.len_bytes, Some(object.path()), took);
+        findings.samples.add(Step::Fetch, tensor.meta.len_bytes, Some(object.path()), took);
         if object.path() == BytesPath::Local {
             findings.fault(&tensor.key, "fetch on B", "it was on B before it was fetched");
         }
@@ -246,24 +230,14 @@ fn get_in_place(
 ) -> Result<(), StoreError> {
     for tensor in tensors {
         let object = store.get(&tensor.key)?;
-        findings.compare(
-            tensor,
-            &object,
-            if step == Step::GetA {
-                "get on A"
-            } else {
-                "get on B"
-            },
-        );
+        findings.compare(tensor, &object, if step == Step::GetA { "get on A" } else { "get on B" });
         drop(object);
         for _ in 0..LOCAL_ROUNDS {
             let started = Instant::now();
             let object = store.get(&tensor.key)?;
             let path = object.path();
             drop(object);
-            findings
-                .samples
-                .add(step, tensor.meta.len_bytes, Some(path), nanos_since(started));
+            findings.samples.add(step, tensor.meta.len_bytes, Some(path), nanos_since(started));
         }
     }
     Ok(())
@@ -287,15 +261,9 @@ fn nanos_since(started: Instant) -> u64 {
 }
 
 fn conclude(tensors: &[Tensor<'_>], total: u64, findings: Findings, out: Output) -> Result<(), Failure> {
-    let Findings {
-        samples,
-        compared,
-        faults,
-    } = findings;
-    let (eager, read) = (
-        samples.count(Step::Fetch, BytesPath::Eager),
-        samples.count(Step::Fetch, BytesPath::Read),
-    );
+    let Findings { samples, compared, faults } = findings;
+    let (eager, read) =
+        (samples.count(Step::Fetch, BytesPath::Eager), samples.count(Step::Fetch, BytesPath::Read));
     out.print(
         || {
             json!({
@@ -326,11 +294,7 @@ fn conclude(tensors: &[Tensor<'_>], total: u64, findings: Findings, out: Output)
     if faults.is_empty() {
         return Ok(());
     }
-    Err(Failure::Differs(format!(
-        "demo: {} faults, the first: {}",
-        faults.len(),
-        faults[0]
-    )))
+    Err(Failure::Differs(format!("demo: {} faults, the first: {}", faults.len(), faults[0])))
 }
 
 #[cfg(test)]
@@ -359,11 +323,7 @@ mod tests {
                 (&good, &bytes[..15], "15 bytes"),
                 (&other_shape, &bytes[..], "[2, 2]"),
                 (&meta, &bytes[..], "no checksum"),
-                (
-                    &meta.with_checksum(Checksum::Xxh3Blocks(1)),
-                    &bytes[..],
-                    "checksum",
-                ),
+                (&meta.with_checksum(Checksum::Xxh3Blocks(1)), &bytes[..], "checksum"),
             ] {
                 let fault = tensor.fault(meta, bytes).expect(word);
                 assert!(fault.contains(word), "{fault} should say {word}");

@@ -81,27 +81,15 @@ impl Process {
         if std::env::var_os("HETMEM_LOG").is_none() {
             command.env("HETMEM_LOG", "warn");
         }
-        command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        let mut child = command
-            .spawn()
-            .map_err(|error| StoreError::os(format!("start node {name}"), error))?;
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child =
+            command.spawn().map_err(|error| StoreError::os(format!("start node {name}"), error))?;
         let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         // From here on every way out stops the node.
-        let mut process = Self {
-            child,
-            stdin,
-            quiet: Arc::clone(quiet),
-            socket: PathBuf::new(),
-            address: String::new(),
-        };
+        let mut process =
+            Self { child, stdin, quiet: Arc::clone(quiet), socket: PathBuf::new(), address: String::new() };
         let (Some(stdout), Some(stderr)) = (stdout, stderr) else {
-            return Err(StoreError::os(
-                format!("start node {name}"),
-                "its output cannot be read",
-            ));
+            return Err(StoreError::os(format!("start node {name}"), "its output cannot be read"));
         };
         let words = forward(name, stderr, Arc::clone(quiet));
         let ready = first_line(stdout)

@@ -10,12 +10,8 @@ use serde_json::{Value, json};
 use crate::output::{Align, Table, bytes, nanos};
 
 /// The largest length of each size class; the last class has none.
-const CLASSES: [(u64, &str); 4] = [
-    (4 << 10, "<= 4 KiB"),
-    (64 << 10, "<= 64 KiB"),
-    (1 << 20, "<= 1 MiB"),
-    (16 << 20, "<= 16 MiB"),
-];
+const CLASSES: [(u64, &str); 4] =
+    [(4 << 10, "<= 4 KiB"), (64 << 10, "<= 64 KiB"), (1 << 20, "<= 1 MiB"), (16 << 20, "<= 16 MiB")];
 const LARGEST: &str = "larger";
 
 /// What the demo does, in order.
@@ -61,10 +57,7 @@ struct Series {
 impl Samples {
     /// Adds one call: how many bytes it was about, how they came (none for a put), how long it took.
     pub(crate) fn add(&mut self, step: Step, len_bytes: u64, path: Option<Path>, nanos: u64) {
-        let class = CLASSES
-            .iter()
-            .position(|(most, _)| len_bytes <= *most)
-            .unwrap_or(CLASSES.len());
+        let class = CLASSES.iter().position(|(most, _)| len_bytes <= *most).unwrap_or(CLASSES.len());
         let how = match path {
             None => "copy",
             Some(Path::Local) => "local",
@@ -79,18 +72,12 @@ impl Samples {
     /// Calls of a step that went this way.
     pub(crate) fn count(&self, step: Step, path: Path) -> usize {
         let name = path.to_string();
-        let of = self
-            .groups
-            .iter()
-            .filter(|((at, _, how), _)| *at == step && *how == name);
+        let of = self.groups.iter().filter(|((at, _, how), _)| *at == step && *how == name);
         of.map(|(_, group)| group.nanos.len()).sum()
     }
 
     fn rows(&self) -> Vec<Row> {
-        self.groups
-            .iter()
-            .map(|(group, samples)| Row::new(*group, samples))
-            .collect()
+        self.groups.iter().map(|(group, samples)| Row::new(*group, samples)).collect()
     }
 
     pub(crate) fn to_json(&self) -> Value {
@@ -117,8 +104,7 @@ impl Samples {
                 bytes(row.len_bytes),
                 nanos(row.p50),
                 nanos(row.p99),
-                row.gib_per_s
-                    .map_or("in place".to_owned(), |speed| format!("{speed:.2}")),
+                row.gib_per_s.map_or("in place".to_owned(), |speed| format!("{speed:.2}")),
             ]);
         }
         table.write(text)
@@ -179,10 +165,7 @@ mod tests {
     fn percentiles_are_samples() {
         let samples: Vec<u64> = (1..=200).collect();
         assert_eq!((percentile(&samples, 50), percentile(&samples, 99)), (100, 198));
-        assert_eq!(
-            (percentile(&[7], 50), percentile(&[7], 99), percentile(&[], 50)),
-            (7, 7, 0)
-        );
+        assert_eq!((percentile(&[7], 50), percentile(&[7], 99), percentile(&[], 50)), (7, 7, 0));
     }
 
     #[test]
@@ -197,9 +180,7 @@ mod tests {
         let rows = samples.to_json();
         let rows = rows.as_array().expect("rows");
         let row = |step: &str, class: &str| {
-            let found = rows
-                .iter()
-                .find(|row| row["step"] == step && row["size_class"] == class);
+            let found = rows.iter().find(|row| row["step"] == step && row["size_class"] == class);
             found.expect("a row").clone()
         };
         assert_eq!(rows.len(), 4);

@@ -60,10 +60,7 @@ fn layer_parts() -> [(&'static str, Vec<u64>); 6] {
 fn scaled(size_bytes: u64) -> Result<(u64, u64), StoreError> {
     let element = 4;
     let weights = |shape: &[u64]| shape.iter().product::<u64>() + shape.last().copied().unwrap_or_default();
-    let layer: u64 = layer_parts()
-        .iter()
-        .map(|(_, shape)| weights(shape) * element)
-        .sum();
+    let layer: u64 = layer_parts().iter().map(|(_, shape)| weights(shape) * element).sum();
     let fixed = (POSITIONS + 2) * WIDTH * element;
     let full = fixed + LAYERS * layer + VOCABULARY * WIDTH * element;
     let most = full * 64;
@@ -85,9 +82,7 @@ pub(crate) struct Values {
 impl Values {
     /// The values of the tensor of this name.
     pub(crate) fn of(name: &str) -> Self {
-        Self {
-            seed: hetmem_core::fingerprint(name.as_bytes()),
-        }
+        Self { seed: hetmem_core::fingerprint(name.as_bytes()) }
     }
 
     /// Writes the bytes from `start`, a multiple of 8, on.
@@ -111,10 +106,7 @@ impl Values {
             let expected = &mut expected[..part.len()];
             self.fill(from, expected);
             if part != expected {
-                let at = part
-                    .iter()
-                    .zip(&*expected)
-                    .position(|(left, right)| left != right);
+                let at = part.iter().zip(&*expected).position(|(left, right)| left != right);
                 return Some(from + at.unwrap_or_default() as u64);
             }
         }
@@ -147,10 +139,7 @@ mod tests {
     fn gpt2_small_is_what_it_is_elsewhere() {
         let tensors = gpt2(None).expect("GPT-2");
         assert_eq!(tensors.len(), 148);
-        assert_eq!(
-            tensors.iter().map(|tensor| tensor.meta.len_bytes).sum::<u64>(),
-            497_759_232
-        );
+        assert_eq!(tensors.iter().map(|tensor| tensor.meta.len_bytes).sum::<u64>(), 497_759_232);
         let shape = |name: &str| {
             let tensor = tensors.iter().find(|tensor| tensor.name == name).expect(name);
             tensor.meta.shape.dims().to_vec()
@@ -166,11 +155,8 @@ mod tests {
     #[test]
     fn sizes_come_near_what_was_asked() {
         for size in [64_u64 << 20, 200 << 20, 497_759_232, 1 << 30] {
-            let made: u64 = gpt2(Some(size))
-                .expect("scaled")
-                .iter()
-                .map(|tensor| tensor.meta.len_bytes)
-                .sum();
+            let made: u64 =
+                gpt2(Some(size)).expect("scaled").iter().map(|tensor| tensor.meta.len_bytes).sum();
             assert!(made.abs_diff(size) < 16 << 20, "{size} asked, {made} made");
         }
         assert!(gpt2(Some(0)).expect("the smallest").len() >= 16);

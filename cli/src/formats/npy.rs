@@ -98,15 +98,11 @@ fn split(file: &[u8]) -> Result<(&str, &[u8]), String> {
             (usize::try_from(len).unwrap_or(usize::MAX), rest)
         }
         _ => {
-            return Err(format!(
-                "npy version {major}.{minor} is unknown, 1.0 to 3.0 are read"
-            ));
+            return Err(format!("npy version {major}.{minor} is unknown, 1.0 to 3.0 are read"));
         }
     };
     if len > HEADER_LEN_MAX {
-        return Err(format!(
-            "the npy header should have {len} bytes, at most {HEADER_LEN_MAX} are read"
-        ));
+        return Err(format!("the npy header should have {len} bytes, at most {HEADER_LEN_MAX} are read"));
     }
     let Some((header, data)) = rest.split_at_checked(len) else {
         return Err(format!(
@@ -127,9 +123,7 @@ fn dtype_of(descr: &str) -> Result<DType, String> {
     let order = chars.next();
     let element = chars.as_str();
     // A type of one byte has no order, and a file may still say one.
-    let same = DESCRIPTIONS
-        .iter()
-        .find(|(_, known)| known.get(1..) == Some(element));
+    let same = DESCRIPTIONS.iter().find(|(_, known)| known.get(1..) == Some(element));
     match (order, same) {
         (Some('<' | '>' | '='), Some((dtype, known))) if known.starts_with('|') => Ok(*dtype),
         (Some('>'), Some((dtype, _))) => Err(format!(
@@ -181,11 +175,7 @@ impl Header {
             return Err("text follows the dictionary".to_owned());
         }
         match (descr, fortran_order, shape) {
-            (Some(descr), Some(fortran_order), Some(shape)) => Ok(Self {
-                descr,
-                fortran_order,
-                shape,
-            }),
+            (Some(descr), Some(fortran_order), Some(shape)) => Ok(Self { descr, fortran_order, shape }),
             _ => Err("descr, fortran_order or shape is missing".to_owned()),
         }
     }
@@ -234,7 +224,7 @@ impl<'a> Words<'a> {
     fn descr(&mut self) -> Result<String, String> {
         if self.trim().starts_with(['[', '(']) {
             return Err(
-                "the elements are records (a structured dtype); save each field as an array".to_owned(),
+                "the elements are records (a structured dtype); save each field as an array".to_owned()
             );
         }
         self.string().map(str::to_owned)
@@ -313,8 +303,7 @@ pub(crate) fn write_header(out: &mut impl Write, meta: &ObjectMeta) -> Result<()
     header.extend_from_slice(&[1, 0]);
     header.extend_from_slice(&len.to_le_bytes());
     header.extend_from_slice(text.as_bytes());
-    out.write_all(&header)
-        .map_err(|error| StoreError::os("write the npy header", error))
+    out.write_all(&header).map_err(|error| StoreError::os("write the npy header", error))
 }
 
 #[cfg(test)]
@@ -342,24 +331,13 @@ mod tests {
         for version in [1, 2, 3] {
             let bytes = file(version, header, &[7; 24]);
             let array = parse("a.npy", &bytes).expect("numpy's own form");
-            assert_eq!(
-                (array.meta.dtype, array.meta.shape.dims()),
-                (DType::F32, &[2_u64, 3][..])
-            );
+            assert_eq!((array.meta.dtype, array.meta.shape.dims()), (DType::F32, &[2_u64, 3][..]));
             assert_eq!(array.bytes, [7; 24]);
         }
         for (header, dims, len) in [
             ("{'shape': (), 'fortran_order': True, 'descr': '<i8'}", &[][..], 8),
-            (
-                "{\"descr\":'>u1','fortran_order':True,'shape':(1,5,1)}",
-                &[1, 5, 1][..],
-                5,
-            ),
-            (
-                "{'descr': '|b1', 'fortran_order': False, 'shape': (0L,), }\n",
-                &[0][..],
-                0,
-            ),
+            ("{\"descr\":'>u1','fortran_order':True,'shape':(1,5,1)}", &[1, 5, 1][..], 5),
+            ("{'descr': '|b1', 'fortran_order': False, 'shape': (0L,), }\n", &[0][..], 0),
         ] {
             let bytes = file(1, header, &vec![0; len]);
             let array = parse("a.npy", &bytes).expect(header);
@@ -387,49 +365,23 @@ mod tests {
             (file(1, &plain("''"), &[0; 16]), "no plain number"),
             (file(1, &plain("[('x', '<f4')]"), &[0; 8]), "records"),
             (
-                file(
-                    1,
-                    "{'descr': '<f4', 'fortran_order': True, 'shape': (2, 2), }",
-                    &[0; 16],
-                ),
+                file(1, "{'descr': '<f4', 'fortran_order': True, 'shape': (2, 2), }", &[0; 16]),
                 "ascontiguousarray",
             ),
             (
-                file(
-                    1,
-                    "{'descr': '<f4', 'fortran_order': False, 'shape': (1,1,1,1,1,1,1,1,1), }",
-                    &[0; 4],
-                ),
+                file(1, "{'descr': '<f4', 'fortran_order': False, 'shape': (1,1,1,1,1,1,1,1,1), }", &[0; 4]),
                 "9 dimensions",
             ),
+            (file(1, "{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }", &[0; 4]), "-1"),
             (
-                file(
-                    1,
-                    "{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }",
-                    &[0; 4],
-                ),
-                "-1",
-            ),
-            (
-                file(
-                    1,
-                    "{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999999999,), }",
-                    &[],
-                ),
+                file(1, "{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999999999,), }", &[]),
                 "dimension",
             ),
             (
-                file(
-                    1,
-                    "{'descr': '<f4', 'fortran_order': False, 'shape': (4294967296,4294967296), }",
-                    &[],
-                ),
+                file(1, "{'descr': '<f4', 'fortran_order': False, 'shape': (4294967296,4294967296), }", &[]),
                 "64-bit",
             ),
-            (
-                file(1, "{'descr': '<f4', 'fortran_order': False}", &[]),
-                "missing",
-            ),
+            (file(1, "{'descr': '<f4', 'fortran_order': False}", &[]), "missing"),
             (file(1, "{'descr': '<f4', 'descr': '<f4'}", &[]), "twice"),
             (file(1, "{'descr': '<f4'", &[]), "'}'"),
             (file(1, "{'descr': '<f4", &[]), "not closed"),
@@ -438,10 +390,7 @@ mod tests {
             (file(1, &format!("{f4} + f()"), &[0; 8]), "follows"),
         ] {
             let error = parse("hostile.npy", &bytes).expect_err(word);
-            assert!(
-                matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Invalid),
-                "{error}"
-            );
+            assert!(matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Invalid), "{error}");
             assert!(error.to_string().contains(word), "{error} should say {word:?}");
             assert!(error.to_string().contains("hostile.npy"), "{error}");
         }
@@ -461,11 +410,7 @@ mod tests {
                         assert_eq!(array.meta, meta);
                     }
                     Err(error) => {
-                        let word = if dtype.safetensors().is_some() {
-                            ".safetensors"
-                        } else {
-                            "as bytes"
-                        };
+                        let word = if dtype.safetensors().is_some() { ".safetensors" } else { "as bytes" };
                         assert!(error.to_string().contains(word), "{error}");
                         assert!(!DESCRIPTIONS.iter().any(|(known, _)| *known == dtype));
                     }

@@ -52,22 +52,15 @@ impl<'a> SafeTensors<'a> {
         let (header, data) = split(file).map_err(corrupt)?;
         let header = std::str::from_utf8(header)
             .map_err(|error| corrupt(format!("the safetensors header is not UTF-8: {error}")))?;
-        let header: Header = serde_json::from_str(header).map_err(|error| {
-            corrupt(format!(
-                "the safetensors header is not what it should be: {error}"
-            ))
-        })?;
+        let header: Header = serde_json::from_str(header)
+            .map_err(|error| corrupt(format!("the safetensors header is not what it should be: {error}")))?;
         let mut tensors = Vec::with_capacity(header.tensors.len());
         for (name, stated) in header.tensors {
             tensors.push(stated.check(name, data.len() as u64).map_err(corrupt)?);
         }
         tensors.sort_by_key(|tensor| (tensor.span.start, tensor.span.end));
         check_cover(&tensors, data.len()).map_err(corrupt)?;
-        Ok(Self {
-            tensors,
-            metadata: header.metadata,
-            data,
-        })
+        Ok(Self { tensors, metadata: header.metadata, data })
     }
 
     /// The bytes of one of this file's tensors; none for a tensor of another file.
@@ -91,9 +84,7 @@ fn split(file: &[u8]) -> Result<(&[u8], &[u8]), String> {
              safetensors file?)"
         ));
     }
-    let header_and_data = usize::try_from(len)
-        .ok()
-        .and_then(|len| rest.split_at_checked(len));
+    let header_and_data = usize::try_from(len).ok().and_then(|len| rest.split_at_checked(len));
     header_and_data.ok_or_else(|| {
         format!(
             "the safetensors header should have {len} bytes, the file has {} after its length (truncated?)",
@@ -118,9 +109,7 @@ struct Stated {
 
 impl Stated {
     fn check(self, name: String, data_len: u64) -> Result<Tensor, String> {
-        let dtype = DType::ALL
-            .iter()
-            .find(|dtype| dtype.safetensors() == Some(self.dtype.as_str()));
+        let dtype = DType::ALL.iter().find(|dtype| dtype.safetensors() == Some(self.dtype.as_str()));
         let Some(&dtype) = dtype else {
             return Err(format!("tensor {name:?} has the unknown dtype {:?}", self.dtype));
         };
@@ -140,17 +129,10 @@ impl Stated {
         let meta = ObjectMeta::new(dtype, &self.shape, end - start)
             .map_err(|error| format!("tensor {name:?}: {error}"))?;
         if !whole_bytes(&meta) {
-            return Err(format!(
-                "tensor {name:?}: shape {:?} of {dtype} ends inside a byte",
-                meta.shape
-            ));
+            return Err(format!("tensor {name:?}: shape {:?} of {dtype} ends inside a byte", meta.shape));
         }
         match (usize::try_from(start), usize::try_from(end)) {
-            (Ok(start), Ok(end)) => Ok(Tensor {
-                name,
-                meta,
-                span: start..end,
-            }),
+            (Ok(start), Ok(end)) => Ok(Tensor { name, meta, span: start..end }),
             _ => Err(format!("tensor {name:?} is beyond this machine's addresses")),
         }
     }
@@ -158,10 +140,7 @@ impl Stated {
 
 /// Whether the elements end where a byte ends, which the format asks for.
 fn whole_bytes(meta: &ObjectMeta) -> bool {
-    let bits = meta
-        .shape
-        .elements()
-        .and_then(|elements| elements.checked_mul(meta.dtype.bits()));
+    let bits = meta.shape.elements().and_then(|elements| elements.checked_mul(meta.dtype.bits()));
     bits.is_some_and(|bits| bits.is_multiple_of(8))
 }
 
@@ -183,9 +162,7 @@ fn check_cover(tensors: &[Tensor], data_len: usize) -> Result<(), String> {
         end = tensor.span.end;
     }
     if end != data_len {
-        return Err(format!(
-            "the tensors end at byte {end}, the file has {data_len} bytes of data"
-        ));
+        return Err(format!("the tensors end at byte {end}, the file has {data_len} bytes of data"));
     }
     Ok(())
 }
@@ -206,10 +183,7 @@ impl<'de> Visitor<'de> for HeaderVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
-        let mut header = Header {
-            tensors: Vec::new(),
-            metadata: None,
-        };
+        let mut header = Header { tensors: Vec::new(), metadata: None };
         let mut names = HashSet::new();
         while let Some(name) = map.next_key::<String>()? {
             if !names.insert(name.clone()) {
@@ -280,12 +254,7 @@ fn header_text(tensors: &[(String, ObjectMeta)], metadata: Option<&Metadata>) ->
     }
     if text.len() as u64 > HEADER_LEN_MAX {
         let len = text.len() as u64;
-        return Err(StoreError::too_large(
-            "write",
-            "safetensors header in bytes",
-            len,
-            HEADER_LEN_MAX,
-        ));
+        return Err(StoreError::too_large("write", "safetensors header in bytes", len, HEADER_LEN_MAX));
     }
     Ok(text)
 }
@@ -306,9 +275,7 @@ fn file_dtype(name: &str, meta: &ObjectMeta) -> Result<&'static str, StoreError>
     if !whole_bytes(meta) {
         return Err(refused("the format holds whole bytes only"));
     }
-    meta.dtype
-        .safetensors()
-        .ok_or_else(|| refused("the format has no such dtype"))
+    meta.dtype.safetensors().ok_or_else(|| refused("the format has no such dtype"))
 }
 
 #[cfg(test)]
@@ -343,10 +310,7 @@ mod tests {
         assert_eq!(read.tensors[1].meta.dtype, DType::BF16);
         assert_eq!(read.tensors[1].meta.shape.dims(), [1, 1]);
         assert!(read.bytes_of(&read.tensors[2]).is_empty());
-        assert_eq!(
-            read.metadata.as_ref().map(|map| map["format"].as_str()),
-            Some("pt")
-        );
+        assert_eq!(read.metadata.as_ref().map(|map| map["format"].as_str()), Some("pt"));
     }
 
     /// Each hostile file, and the word its error must say.
@@ -364,56 +328,23 @@ mod tests {
             (file("[]", b""), "a map of tensor names"),
             (file("{\"t\":7}", b""), "\"t\""),
             ([&2_u64.to_le_bytes()[..], &[0xff, 0xfe]].concat(), "UTF-8"),
-            (
-                one(r#"{"dtype":"F31","shape":[2],"data_offsets":[0,8]}"#),
-                "\"F31\"",
-            ),
-            (
-                one(r#"{"dtype":"float32","shape":[2],"data_offsets":[0,8]}"#),
-                "\"float32\"",
-            ),
-            (
-                one(r#"{"dtype":"F32","shape":[3],"data_offsets":[0,8]}"#),
-                "12 bytes",
-            ),
-            (
-                one(r#"{"dtype":"F32","shape":[2],"data_offsets":[8,0]}"#),
-                "8 to 0",
-            ),
-            (
-                one(r#"{"dtype":"F32","shape":[2],"data_offsets":[8,16]}"#),
-                "8 to 16",
-            ),
+            (one(r#"{"dtype":"F31","shape":[2],"data_offsets":[0,8]}"#), "\"F31\""),
+            (one(r#"{"dtype":"float32","shape":[2],"data_offsets":[0,8]}"#), "\"float32\""),
+            (one(r#"{"dtype":"F32","shape":[3],"data_offsets":[0,8]}"#), "12 bytes"),
+            (one(r#"{"dtype":"F32","shape":[2],"data_offsets":[8,0]}"#), "8 to 0"),
+            (one(r#"{"dtype":"F32","shape":[2],"data_offsets":[8,16]}"#), "8 to 16"),
             (
                 one(r#"{"dtype":"F32","shape":[2],"data_offsets":[0,18446744073709551615]}"#),
                 "8 bytes of data",
             ),
             (one(r#"{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}"#), "-2"),
-            (
-                one(r#"{"dtype":"F32","shape":[2.5],"data_offsets":[0,8]}"#),
-                "2.5",
-            ),
-            (
-                one(r#"{"dtype":"F32","shape":[4294967296,4294967296,2],"data_offsets":[0,8]}"#),
-                "64-bit",
-            ),
-            (
-                one(r#"{"dtype":"F32","shape":[1,1,1,1,1,1,1,1,2],"data_offsets":[0,8]}"#),
-                "9 dimensions",
-            ),
-            (
-                one(r#"{"dtype":"F4","shape":[15],"data_offsets":[0,8]}"#),
-                "inside a byte",
-            ),
-            (
-                one(r#"{"dtype":"F32","shape":[1],"data_offsets":[0,4]}"#),
-                "end at byte 4",
-            ),
+            (one(r#"{"dtype":"F32","shape":[2.5],"data_offsets":[0,8]}"#), "2.5"),
+            (one(r#"{"dtype":"F32","shape":[4294967296,4294967296,2],"data_offsets":[0,8]}"#), "64-bit"),
+            (one(r#"{"dtype":"F32","shape":[1,1,1,1,1,1,1,1,2],"data_offsets":[0,8]}"#), "9 dimensions"),
+            (one(r#"{"dtype":"F4","shape":[15],"data_offsets":[0,8]}"#), "inside a byte"),
+            (one(r#"{"dtype":"F32","shape":[1],"data_offsets":[0,4]}"#), "end at byte 4"),
             (one(r#"{"dtype":"F32","shape":[1],"data_offsets":[4,8]}"#), "gap"),
-            (
-                one(r#"{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}"#),
-                "duplicate",
-            ),
+            (one(r#"{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}"#), "duplicate"),
             (one(r#"{"dtype":"F32","shape":[2]}"#), "data_offsets"),
             (file("{\"__metadata__\":{\"a\":7}}", b""), "__metadata__"),
             (file("{\"__metadata__\":{},\"__metadata__\":{}}", b""), "twice"),
@@ -470,10 +401,7 @@ mod tests {
         for tensor in &read.tensors {
             let view = official.tensor(&tensor.name).expect("named alike");
             assert_eq!(view.data(), read.bytes_of(tensor));
-            assert_eq!(
-                Some(view.dtype().to_string().as_str()),
-                tensor.meta.dtype.safetensors()
-            );
+            assert_eq!(Some(view.dtype().to_string().as_str()), tensor.meta.dtype.safetensors());
         }
     }
 

@@ -66,11 +66,7 @@ struct Held {
 }
 
 fn object_id(generation: Generation) -> ObjectId {
-    ObjectId {
-        origin: NodeId(1),
-        epoch: Epoch(1),
-        number: generation.0,
-    }
+    ObjectId { origin: NodeId(1), epoch: Epoch(1), number: generation.0 }
 }
 
 impl StandIn {
@@ -133,10 +129,7 @@ impl StandIn {
     pub(crate) fn spoil(&self, key: &Key) {
         let state = self.state();
         let extent = state.objects[key].extent;
-        state
-            .segment(extent.segment)
-            .write(extent.offset, &[0xee])
-            .expect("inside");
+        state.segment(extent.segment).write(extent.offset, &[0xee]).expect("inside");
     }
 
     fn own_fds(&self) -> Vec<OwnedFd> {
@@ -166,19 +159,12 @@ impl State {
 
     fn add_remote(&mut self, key: &Key, bytes: &[u8]) {
         let checksum = Checksum::Xxh3Blocks(hetmem_core::checksum::of(bytes));
-        let meta = ObjectMeta::bytes(bytes.len() as u64)
-            .expect("short")
-            .with_checksum(checksum);
+        let meta = ObjectMeta::bytes(bytes.len() as u64).expect("short").with_checksum(checksum);
         let extent = self.allocate(OWN, meta.len_bytes);
         self.own.write(extent.offset, bytes).expect("inside");
         let generation = self.generation();
         let slot = SlotId(u32::MAX);
-        let held = Held {
-            meta,
-            extent,
-            generation,
-            slot,
-        };
+        let held = Held { meta, extent, generation, slot };
         self.objects.insert(key.clone(), held);
     }
 
@@ -192,26 +178,11 @@ impl State {
         let object = object_id(generation);
         let slot = SlotId(self.slots);
         self.slots += 1;
-        let entry = IndexEntry {
-            object,
-            meta,
-            generation,
-            extent,
-            tier: Tier::Host,
-        };
+        let entry = IndexEntry { object, meta, generation, extent, tier: Tier::Host };
         self.index.publish(slot, key, &entry).expect("room");
-        let held = Held {
-            meta,
-            extent,
-            generation,
-            slot,
-        };
+        let held = Held { meta, extent, generation, slot };
         self.objects.insert(key.clone(), held);
-        ClientReply::Sealed {
-            object,
-            kept: false,
-            slot: Some(slot),
-        }
+        ClientReply::Sealed { object, kept: false, slot: Some(slot) }
     }
 
     fn kept(&self, key: &Key, if_exists: IfExists) -> Result<Option<ClientReply>, StoreError> {
@@ -221,11 +192,7 @@ impl State {
         if if_exists == IfExists::Error {
             return Err(StoreError::AlreadyExists { key: key.to_string() });
         }
-        Ok(Some(ClientReply::Sealed {
-            object: object_id(held.generation),
-            kept: true,
-            slot: None,
-        }))
+        Ok(Some(ClientReply::Sealed { object: object_id(held.generation), kept: true, slot: None }))
     }
 
     fn reserve(&mut self, key: &Key, meta: ObjectMeta) -> (ClientReply, Vec<OwnedFd>) {
@@ -235,19 +202,9 @@ impl State {
         self.reservations.insert(reservation, (key.clone(), meta, extent));
         let mut fds = Vec::new();
         if self.grants && !self.mapped {
-            fds.push(
-                self.granted
-                    .descriptor()
-                    .as_fd()
-                    .try_clone_to_owned()
-                    .expect("a descriptor"),
-            );
+            fds.push(self.granted.descriptor().as_fd().try_clone_to_owned().expect("a descriptor"));
         }
-        let reply = ClientReply::Reserved {
-            reservation,
-            extent,
-            map: self.grants.then_some(SEGMENT_LEN),
-        };
+        let reply = ClientReply::Reserved { reservation, extent, map: self.grants.then_some(SEGMENT_LEN) };
         (reply, fds)
     }
 
@@ -267,10 +224,7 @@ impl State {
         range: Option<hetmem_client::Range>,
         page: &NodePage,
     ) -> Result<ClientReply, StoreError> {
-        let held = self
-            .objects
-            .get(key)
-            .ok_or_else(|| StoreError::not_found("get", key))?;
+        let held = self.objects.get(key).ok_or_else(|| StoreError::not_found("get", key))?;
         let mut extent = match range {
             None => held.extent,
             Some(range) => {
@@ -287,11 +241,7 @@ impl State {
             object: object_id(held.generation),
             meta: held.meta,
             extent,
-            tier: if self.fault == Fault::Gpu {
-                Tier::Gpu(0)
-            } else {
-                Tier::Host
-            },
+            tier: if self.fault == Fault::Gpu { Tier::Gpu(0) } else { Tier::Host },
             generation: held.generation,
             pin: page.pin_for_client(held.generation).expect("a pin"),
             path: Path::Read,
@@ -299,11 +249,7 @@ impl State {
     }
 
     fn list(&self, prefix: &str, after: Option<&Key>) -> ClientReply {
-        let after = if self.fault == Fault::SamePage {
-            None
-        } else {
-            after
-        };
+        let after = if self.fault == Fault::SamePage { None } else { after };
         let wanted = |key: &&Key| key.as_str().starts_with(prefix) && after.is_none_or(|after| *key > after);
         let mut keys: Vec<&Key> = self.objects.keys().filter(wanted).take(4).collect();
         let more = keys.len() == 4;
@@ -313,10 +259,7 @@ impl State {
             len_bytes: self.objects[key].meta.len_bytes,
             holders: vec!["stand-in".to_owned()],
         };
-        ClientReply::Listed {
-            objects: keys.into_iter().map(listed).collect(),
-            more,
-        }
+        ClientReply::Listed { objects: keys.into_iter().map(listed).collect(), more }
     }
 }
 
@@ -341,9 +284,7 @@ impl Session for StandIn {
                     inline_put_max: INLINE_PUT_MAX,
                 }
             }
-            ClientMessage::Put {
-                key, meta, if_exists, ..
-            } => match state.kept(key, *if_exists)? {
+            ClientMessage::Put { key, meta, if_exists, .. } => match state.kept(key, *if_exists)? {
                 Some(kept) => kept,
                 None => {
                     assert_eq!(payload.len() as u64, meta.len_bytes);
@@ -353,9 +294,7 @@ impl Session for StandIn {
                     state.publish(key, *meta, extent, generation)
                 }
             },
-            ClientMessage::Reserve {
-                key, meta, if_exists, ..
-            } => match state.kept(key, *if_exists)? {
+            ClientMessage::Reserve { key, meta, if_exists, .. } => match state.kept(key, *if_exists)? {
                 Some(kept) => kept,
                 None => {
                     let (reply, fds) = state.reserve(key, *meta);
@@ -376,10 +315,7 @@ impl Session for StandIn {
                 state.segment(part.segment).write(part.offset, payload)?;
                 ClientReply::Done
             }
-            ClientMessage::Seal {
-                reservation,
-                checksum,
-            } => state.seal(*reservation, *checksum)?,
+            ClientMessage::Seal { reservation, checksum } => state.seal(*reservation, *checksum)?,
             ClientMessage::Abort { reservation } => {
                 state.reservations.remove(reservation);
                 ClientReply::Done
@@ -390,10 +326,7 @@ impl Session for StandIn {
                     let fd = state.segment(*segment).descriptor();
                     descriptors.push(fd.try_clone_to_owned().expect("a descriptor"));
                 }
-                ClientReply::Segment {
-                    len_bytes: SEGMENT_LEN,
-                    tier: Tier::Host,
-                }
+                ClientReply::Segment { len_bytes: SEGMENT_LEN, tier: Tier::Host, retired: Vec::new() }
             }
             ClientMessage::Wait { key, timeout_ms } => match state.objects.contains_key(key) {
                 true => ClientReply::Exists,
@@ -405,9 +338,7 @@ impl Session for StandIn {
                 if let Some(held) = held {
                     state.index.withdraw(held.slot);
                 }
-                ClientReply::Deleted {
-                    existed: held.is_some(),
-                }
+                ClientReply::Deleted { existed: held.is_some() }
             }
             ClientMessage::Pin { .. } => ClientReply::Done,
             other => panic!("no test asks {other:?}"),

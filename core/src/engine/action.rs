@@ -40,45 +40,16 @@ pub struct PublishedObject {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the variants say what happened")]
 pub enum Event {
-    PeerUp {
-        node: NodeId,
-        name: String,
-        address: String,
-    },
-    PeerDown {
-        node: NodeId,
-        name: String,
-        why: String,
-    },
-    DirectoryLost {
-        why: String,
-    },
+    PeerUp { node: NodeId, name: String, address: String },
+    PeerDown { node: NodeId, name: String, why: String },
+    DirectoryLost { why: String },
     DirectoryFound,
-    Evicted {
-        objects: u64,
-        len_bytes: u64,
-    },
-    ClientLeft {
-        client: ClientId,
-        reservations: usize,
-    },
-    PeerRefused {
-        link: LinkId,
-        why: String,
-    },
-    SegmentFailed {
-        segment: SegmentId,
-        why: String,
-    },
-    SegmentGranted {
-        segment: SegmentId,
-        client: ClientId,
-        len_bytes: u64,
-    },
-    SegmentRetired {
-        segment: SegmentId,
-        len_bytes: u64,
-    },
+    Evicted { objects: u64, len_bytes: u64 },
+    ClientLeft { client: ClientId, reservations: usize },
+    PeerRefused { link: LinkId, why: String },
+    SegmentFailed { segment: SegmentId, why: String },
+    SegmentGranted { segment: SegmentId, client: ClientId, len_bytes: u64 },
+    SegmentRetired { segment: SegmentId, len_bytes: u64 },
 }
 
 /// What is to be done.
@@ -94,22 +65,14 @@ pub enum Action {
     },
     /// Pin the generation in the client's page, put the place into `located.pin`, and answer with it; `Busy` if the
     /// page is full.
-    PinAndReply {
-        client: ClientId,
-        request: u64,
-        located: Located,
-    },
+    PinAndReply { client: ClientId, request: u64, located: Located },
     /// End a session that broke the protocol.
     CloseClient { client: ClientId, why: StoreError },
 
     /// Write these bytes at the extent's start.
     Fill { extent: Extent, bytes: Bytes },
     /// Copy between extents of equal length; `Input::CopyDone` follows.
-    Copy {
-        generation: Generation,
-        from: Extent,
-        to: Extent,
-    },
+    Copy { generation: Generation, from: Extent, to: Extent },
     /// Show an object in the shared index.
     Publish { slot: SlotId, object: PublishedObject },
     /// Take it out; the generation word changes before this ends.
@@ -118,11 +81,7 @@ pub enum Action {
     ScanPins,
 
     /// Make a segment; `SegmentReady` or `SegmentFailed` follows.
-    CreateSegment {
-        segment: SegmentId,
-        len_bytes: u64,
-        owner: Option<ClientId>,
-    },
+    CreateSegment { segment: SegmentId, len_bytes: u64, owner: Option<ClientId> },
     /// No new writable mapping of a granted segment from now on.
     CloseToWriters { segment: SegmentId },
     /// Deregister and release a segment. Nothing is in it.
@@ -133,22 +92,12 @@ pub enum Action {
     /// End a connection; `LinkDown` follows.
     Disconnect { link: LinkId },
     /// Send a message, with the bytes of an extent as payload. `SendDone` with the number follows if there is one.
-    Send {
-        link: LinkId,
-        request: u64,
-        message: PeerMessage,
-        payload: Option<(Extent, u64)>,
-    },
+    Send { link: LinkId, request: u64, message: PeerMessage, payload: Option<(Extent, u64)> },
     /// Let the payload of the message that is being handled go here; this may come in answer to the `PinScan` that
     /// the message led to. `Landed` with the request follows.
     Land { request: u64, extent: Extent },
     /// Read from a peer; exactly one `ReadDone` follows.
-    Read {
-        link: LinkId,
-        transfer: TransferId,
-        remote: RemoteExtent,
-        local: Extent,
-    },
+    Read { link: LinkId, transfer: TransferId, remote: RemoteExtent, local: Extent },
     /// Make a read end soon; its `ReadDone` still follows.
     CancelRead { transfer: TransferId },
 

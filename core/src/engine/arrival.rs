@@ -56,11 +56,7 @@ impl Engine {
             return self.fetch_failed(id, &why);
         }
         self.payload_at_hand = Some(request);
-        let source = Source {
-            object,
-            meta,
-            bytes: Bytes::InAnswer { request },
-        };
+        let source = Source { object, meta, bytes: Bytes::InAnswer { request } };
         self.fetch_needs_room(id, link, source, payload_len);
     }
 
@@ -76,13 +72,7 @@ impl Engine {
         for waiter in fetch.waiters {
             let reply = match fetch.want {
                 Want::Existence => ClientReply::Exists,
-                _ => ClientReply::Stat {
-                    object,
-                    meta,
-                    tier: None,
-                    pinned: false,
-                    holders: holders.clone(),
-                },
+                _ => ClientReply::Stat { object, meta, tier: None, pinned: false, holders: holders.clone() },
             };
             self.reply(waiter.client, waiter.request, Ok(reply));
         }
@@ -194,22 +184,12 @@ impl Engine {
         self.next_transfer += 1;
         self.transfers.insert(transfer, (generation, id));
         if let Some(fetch) = self.fetches.get_mut(&id) {
-            fetch.stage = Stage::Reading {
-                link,
-                transfer,
-                granted,
-                valid_until,
-            };
+            fetch.stage = Stage::Reading { link, transfer, granted, valid_until };
         }
         if extent.len_bytes == 0 {
             return self.read_done(transfer, Ok(()));
         }
-        self.out.push(Action::Read {
-            link,
-            transfer,
-            remote: granted.extent,
-            local: extent,
-        });
+        self.out.push(Action::Read { link, transfer, remote: granted.extent, local: extent });
     }
 
     fn insert_fetched(&mut self, id: FetchId, source: Source, extent: Extent) -> Option<Generation> {
@@ -275,13 +255,7 @@ impl Engine {
             return;
         };
         let stage = self.fetches.get(&id).map(|fetch| &fetch.stage);
-        let Some(&Stage::Reading {
-            link,
-            granted,
-            valid_until,
-            ..
-        }) = stage
-        else {
+        let Some(&Stage::Reading { link, granted, valid_until, .. }) = stage else {
             // Its fetch was given up; this was what the extent waited for.
             self.filled(generation, id);
             return;
@@ -321,10 +295,7 @@ impl Engine {
 
     /// What a peer gave was deleted while it was under way; there may be another object of the key by now.
     fn fetch_deleted(&mut self, id: FetchId) {
-        self.fetch_unfilled(
-            id,
-            self.fetch_stale(id, "the object was deleted while it was fetched"),
-        );
+        self.fetch_unfilled(id, self.fetch_stale(id, "the object was deleted while it was fetched"));
     }
 
     fn fetch_complete(&mut self, id: FetchId, link: Option<LinkId>, generation: Generation, path: Path) {
@@ -343,10 +314,7 @@ impl Engine {
             Path::Eager => self.counters.eager += 1,
             _ => self.counters.read += 1,
         }
-        if let Some(node) = link
-            .and_then(|link| self.links.get(&link))
-            .and_then(|link| link.node)
-        {
+        if let Some(node) = link.and_then(|link| self.links.get(&link)).and_then(|link| link.node) {
             self.hints.remember(&fetch.key, node);
         }
         let mut target = (generation, extent);

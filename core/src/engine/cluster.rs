@@ -50,11 +50,7 @@ pub(super) enum Pending {
 #[derive(Debug)]
 pub(super) enum AskFor {
     Fetch(FetchId),
-    Get {
-        link: LinkId,
-        request: u64,
-        asker: NodeId,
-    },
+    Get { link: LinkId, request: u64, asker: NodeId },
     Delete(u64),
 }
 
@@ -71,12 +67,7 @@ impl Engine {
         let request = self.next_request;
         self.next_request += 1;
         self.pending.insert(request, (link, pending));
-        self.out.push(Action::Send {
-            link,
-            request,
-            message,
-            payload: None,
-        });
+        self.out.push(Action::Send { link, request, message, payload: None });
         request
     }
 
@@ -86,12 +77,7 @@ impl Engine {
 
     pub(super) fn answer_peer(&mut self, link: LinkId, request: u64, message: PeerMessage) {
         if self.links.contains_key(&link) {
-            self.out.push(Action::Send {
-                link,
-                request,
-                message,
-                payload: None,
-            });
+            self.out.push(Action::Send { link, request, message, payload: None });
         }
     }
 
@@ -112,12 +98,7 @@ impl Engine {
         match pending {
             // `fetches_lost` has seen to gets.
             Pending::Get { .. } | Pending::Abandoned | Pending::Announced { .. } => {}
-            Pending::Exclusive {
-                client,
-                request,
-                generation,
-                ..
-            } => {
+            Pending::Exclusive { client, request, generation, .. } => {
                 self.free_object(generation);
                 self.reply(client, request, Err(lost("put")));
             }
@@ -149,21 +130,10 @@ impl Engine {
         }
         match (known, message) {
             (Some(node), PeerMessage::Hello { member, .. }) if member.node != node => {
-                let why = format!(
-                    "a second HELLO says {:?}, the first one named another node",
-                    member.name
-                );
+                let why = format!("a second HELLO says {:?}, the first one named another node", member.name);
                 self.peer_refused(link, &StoreError::protocol(why));
             }
-            (
-                _,
-                PeerMessage::Hello {
-                    member,
-                    version_min,
-                    version_max,
-                    join,
-                },
-            ) => {
+            (_, PeerMessage::Hello { member, version_min, version_max, join }) => {
                 self.hello(link, member, version_min, version_max, join);
             }
             (_, PeerMessage::Failed { error }) if request == 0 => self.peer_refused(link, &error),
@@ -184,13 +154,9 @@ impl Engine {
         payload_len: u64,
     ) {
         match message {
-            PeerMessage::Hello { .. } | PeerMessage::Heartbeat { .. } => {}
+            PeerMessage::Hello { .. } | PeerMessage::Heartbeat => {}
             PeerMessage::Members { members } => self.members(node, &members),
-            PeerMessage::Get {
-                key,
-                range,
-                inline_max,
-            } => {
+            PeerMessage::Get { key, range, inline_max } => {
                 if !self.serve_get(link, request, &key, range, inline_max) {
                     self.redirect(link, node, request, key);
                 }
@@ -242,14 +208,7 @@ impl Engine {
             (Pending::Get { fetch }, PeerMessage::Data { object, meta }) => {
                 self.fetch_data(link, request, fetch, object, meta, payload_len);
             }
-            (
-                Pending::Get { fetch },
-                PeerMessage::Grant {
-                    object,
-                    meta,
-                    granted,
-                },
-            ) => {
+            (Pending::Get { fetch }, PeerMessage::Grant { object, meta, granted }) => {
                 self.fetch_grant(link, request, fetch, object, meta, granted);
             }
             (Pending::Abandoned, PeerMessage::Grant { granted, .. }) => {
@@ -261,12 +220,7 @@ impl Engine {
                 self.fetch_refused(link, fetch, error);
             }
             (
-                Pending::Exclusive {
-                    client,
-                    request,
-                    generation,
-                    checksum,
-                },
+                Pending::Exclusive { client, request, generation, checksum },
                 PeerMessage::Announced { refused },
             ) => {
                 self.exclusive_answer(client, request, generation, checksum, refused);
@@ -281,11 +235,8 @@ impl Engine {
                 self.asked(operation, Some(node), object);
             }
             (Pending::List { client, request }, PeerMessage::Listed { objects, more }) => {
-                let listed = |a: Announced| Listed {
-                    key: a.key,
-                    len_bytes: a.len_bytes,
-                    holders: Vec::new(),
-                };
+                let listed =
+                    |a: Announced| Listed { key: a.key, len_bytes: a.len_bytes, holders: Vec::new() };
                 let objects = objects.into_iter().map(listed).collect();
                 self.reply(client, request, Ok(ClientReply::Listed { objects, more }));
             }
@@ -307,12 +258,7 @@ impl Engine {
     /// FAILED in answer to anything but a GET.
     fn question_failed(&mut self, pending: Pending, error: &StoreError) {
         match pending {
-            Pending::Exclusive {
-                client,
-                request,
-                generation,
-                ..
-            } => {
+            Pending::Exclusive { client, request, generation, .. } => {
                 self.free_object(generation);
                 self.reply(client, request, Err(error.clone()));
             }
@@ -336,11 +282,7 @@ impl Engine {
             None => self.seal_now(client, request, generation, checksum),
             Some(key) => {
                 self.free_object(generation);
-                self.reply(
-                    client,
-                    request,
-                    Err(StoreError::AlreadyExists { key: key.to_string() }),
-                );
+                self.reply(client, request, Err(StoreError::AlreadyExists { key: key.to_string() }));
             }
         }
     }

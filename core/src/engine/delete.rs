@@ -72,14 +72,7 @@ impl Engine {
         let operation = self.next_operation;
         self.next_operation += 1;
         let deadline = self.now.after_ms(DELETE_MS);
-        let delete = Delete {
-            key: key.clone(),
-            only,
-            asker,
-            existed: false,
-            left: 1,
-            deadline,
-        };
+        let delete = Delete { key: key.clone(), only, asker, existed: false, left: 1, deadline };
         self.deletes.insert(operation, delete);
         self.timers.set(deadline, Timer::Operation(operation));
         match (self.directory.is_some(), self.directory_link, only) {
@@ -113,10 +106,8 @@ impl Engine {
         let Some(directory) = &mut self.directory else {
             return;
         };
-        let holders: Vec<(NodeId, ObjectId)> = directory
-            .holders(&key)
-            .filter(|(_, object)| only.is_none_or(|only| only == *object))
-            .collect();
+        let holders: Vec<(NodeId, ObjectId)> =
+            directory.holders(&key).filter(|(_, object)| only.is_none_or(|only| only == *object)).collect();
         let mut objects: BTreeSet<ObjectId> = holders.iter().map(|(_, object)| *object).collect();
         objects.extend(only);
         for object in &objects {
@@ -131,11 +122,7 @@ impl Engine {
             self.drop_local(&key, Some(object));
             for &link in &links {
                 let key = key.clone();
-                self.ask_peer(
-                    link,
-                    PeerMessage::Drop { key, object },
-                    Pending::Drop { operation },
-                );
+                self.ask_peer(link, PeerMessage::Drop { key, object }, Pending::Drop { operation });
             }
         }
         let left = links.len() * objects.len();

@@ -69,27 +69,17 @@ impl Directory {
             return Verdict::Refused;
         }
         if let Some(holders) = self.keys.get(&announced.key) {
-            let other = holders
-                .iter()
-                .any(|(&holder, held)| holder != node && held.object != announced.object);
+            let other =
+                holders.iter().any(|(&holder, held)| holder != node && held.object != announced.object);
             let same = holders.values().any(|held| held.object == announced.object);
             let is_copy = announced.object.origin != node;
             if other && !same && (exclusive || is_copy) {
                 return Verdict::Refused;
             }
         }
-        let held = Held {
-            object: announced.object,
-            len_bytes: announced.len_bytes,
-        };
-        self.keys
-            .entry(announced.key.clone())
-            .or_default()
-            .insert(node, held);
-        self.by_node
-            .entry(node)
-            .or_default()
-            .insert(announced.key.clone());
+        let held = Held { object: announced.object, len_bytes: announced.len_bytes };
+        self.keys.entry(announced.key.clone()).or_default().insert(node, held);
+        self.by_node.entry(node).or_default().insert(announced.key.clone());
         Verdict::Kept
     }
 
@@ -124,11 +114,7 @@ impl Directory {
 
     /// Who holds an object of this key, and which.
     pub fn holders(&self, key: &Key) -> impl Iterator<Item = (NodeId, ObjectId)> + '_ {
-        self.keys
-            .get(key)
-            .into_iter()
-            .flatten()
-            .map(|(&node, held)| (node, held.object))
+        self.keys.get(key).into_iter().flatten().map(|(&node, held)| (node, held.object))
     }
 
     /// Remembers that an object was deleted.
@@ -151,11 +137,8 @@ impl Directory {
             .take_while(move |(key, _)| key.as_str().starts_with(prefix))
             .filter_map(|(key, holders)| {
                 let held = holders.values().next()?;
-                let announced = Announced {
-                    key: key.clone(),
-                    object: held.object,
-                    len_bytes: held.len_bytes,
-                };
+                let announced =
+                    Announced { key: key.clone(), object: held.object, len_bytes: held.len_bytes };
                 Some((announced, holders.keys().copied().collect()))
             })
     }
@@ -179,16 +162,8 @@ mod tests {
     use crate::tier::Epoch;
 
     fn announced(key: &str, origin: u64, number: u64) -> Announced {
-        let object = ObjectId {
-            origin: NodeId(origin),
-            epoch: Epoch(1),
-            number,
-        };
-        Announced {
-            key: Key::new(key).expect("a key"),
-            object,
-            len_bytes: 1,
-        }
+        let object = ObjectId { origin: NodeId(origin), epoch: Epoch(1), number };
+        Announced { key: Key::new(key).expect("a key"), object, len_bytes: 1 }
     }
 
     #[test]
@@ -199,10 +174,7 @@ mod tests {
         assert_eq!(directory.announce(NodeId(2), &one, false), Verdict::Kept);
         assert_eq!(directory.announce(NodeId(2), &two, false), Verdict::Kept);
         directory.node_lost(NodeId(2));
-        assert_eq!(
-            directory.holders(&one.key).collect::<Vec<_>>(),
-            [(NodeId(1), one.object)]
-        );
+        assert_eq!(directory.holders(&one.key).collect::<Vec<_>>(), [(NodeId(1), one.object)]);
         assert_eq!(directory.holders(&two.key).count(), 0);
         assert_eq!(directory.len(), 1);
         directory.withdraw(NodeId(1), &one.key, one.object);
@@ -224,16 +196,8 @@ mod tests {
             "a copy of another object"
         );
         let own = announced("k", 2, 5);
-        assert_eq!(
-            directory.announce(NodeId(2), &own, true),
-            Verdict::Refused,
-            "exclusive"
-        );
-        assert_eq!(
-            directory.announce(NodeId(2), &own, false),
-            Verdict::Kept,
-            "put on both nodes"
-        );
+        assert_eq!(directory.announce(NodeId(2), &own, true), Verdict::Refused, "exclusive");
+        assert_eq!(directory.announce(NodeId(2), &own, false), Verdict::Kept, "put on both nodes");
     }
 
     #[test]
@@ -244,11 +208,8 @@ mod tests {
         }
         let page = |after: Option<&str>| {
             let after = after.map(|key| Key::new(key).expect("a key"));
-            let keys: Vec<String> = directory
-                .list("b/", after.as_ref())
-                .take(2)
-                .map(|(a, _)| a.key.to_string())
-                .collect();
+            let keys: Vec<String> =
+                directory.list("b/", after.as_ref()).take(2).map(|(a, _)| a.key.to_string()).collect();
             keys
         };
         assert_eq!(page(None), ["b/1", "b/2"]);

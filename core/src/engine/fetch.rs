@@ -58,12 +58,7 @@ pub(super) enum Stage {
     /// The payload of the answer is landing.
     Landing { link: LinkId },
     /// A read is under way.
-    Reading {
-        link: LinkId,
-        transfer: TransferId,
-        granted: Granted,
-        valid_until: Time,
-    },
+    Reading { link: LinkId, transfer: TransferId, granted: Granted, valid_until: Time },
 }
 
 /// What a peer has answered.
@@ -141,12 +136,7 @@ impl Engine {
         timeout_ms: u64,
     ) {
         let deadline = self.now.after_ms(timeout_ms);
-        let waiter = FetchWaiter {
-            client,
-            request,
-            deadline,
-            timeout_ms,
-        };
+        let waiter = FetchWaiter { client, request, deadline, timeout_ms };
         let same = |fetch: &Fetch| fetch.key == key && fetch.range == range && fetch.want == want;
         let joinable = matches!(want, Want::Object { keep: true });
         if joinable && let Some((&id, fetch)) = self.fetches.iter_mut().find(|(_, fetch)| same(fetch)) {
@@ -221,9 +211,7 @@ impl Engine {
         let Some(fetch) = self.fetches.get_mut(&id) else {
             return;
         };
-        let mut fresh = holders
-            .iter()
-            .filter(|holder| !fetch.tried.contains(&holder.node));
+        let mut fresh = holders.iter().filter(|holder| !fetch.tried.contains(&holder.node));
         let first = fresh.clone().next();
         let linked = fresh.find_map(|holder| self.peers.get(&holder.node)?.link);
         if let Some(link) = linked {
@@ -252,23 +240,10 @@ impl Engine {
             return;
         };
         let (range, inline_max) = match fetch.want {
-            Want::Object { .. } => (
-                fetch.range,
-                self.config.threshold_bytes.unwrap_or(THRESHOLD_DEFAULT),
-            ),
-            Want::Stat | Want::Existence => (
-                Some(Range {
-                    start: 0,
-                    len_bytes: 0,
-                }),
-                0,
-            ),
+            Want::Object { .. } => (fetch.range, self.config.threshold_bytes.unwrap_or(THRESHOLD_DEFAULT)),
+            Want::Stat | Want::Existence => (Some(Range { start: 0, len_bytes: 0 }), 0),
         };
-        let message = PeerMessage::Get {
-            key: fetch.key.clone(),
-            range,
-            inline_max,
-        };
+        let message = PeerMessage::Get { key: fetch.key.clone(), range, inline_max };
         let at = self.now;
         let request = self.ask_peer(link, message, Pending::Get { fetch: id });
         self.set_stage(id, Stage::Asked { link, request, at });
@@ -328,9 +303,7 @@ impl Engine {
             .obstacle
             .as_ref()
             .filter(|why| why.kind() == ErrorKind::PeerLost && fetch.want != Want::Existence);
-        let why = lost
-            .cloned()
-            .unwrap_or_else(|| StoreError::not_found("get", &fetch.key));
+        let why = lost.cloned().unwrap_or_else(|| StoreError::not_found("get", &fetch.key));
         self.fetch_failed(id, &why);
     }
 
@@ -427,12 +400,8 @@ impl Engine {
     /// A link to a node is there: fetches that waited go on.
     pub(super) fn fetches_waiting_start(&mut self) {
         let waits = |stage: &Stage| matches!(stage, Stage::Waiting | Stage::Dialling { .. });
-        let waiting: Vec<FetchId> = self
-            .fetches
-            .iter()
-            .filter(|(_, f)| waits(&f.stage))
-            .map(|(&id, _)| id)
-            .collect();
+        let waiting: Vec<FetchId> =
+            self.fetches.iter().filter(|(_, f)| waits(&f.stage)).map(|(&id, _)| id).collect();
         for id in waiting {
             self.fetch_start(id);
         }
@@ -441,12 +410,8 @@ impl Engine {
     /// A node could not be reached: fetches that waited for it look elsewhere.
     pub(super) fn fetches_undialled(&mut self, node: NodeId, why: &StoreError) {
         let waits = |stage: &Stage| matches!(stage, Stage::Dialling { node: of } if *of == node);
-        let waiting: Vec<FetchId> = self
-            .fetches
-            .iter()
-            .filter(|(_, f)| waits(&f.stage))
-            .map(|(&id, _)| id)
-            .collect();
+        let waiting: Vec<FetchId> =
+            self.fetches.iter().filter(|(_, f)| waits(&f.stage)).map(|(&id, _)| id).collect();
         for id in waiting {
             if let Some(fetch) = self.fetches.get_mut(&id) {
                 fetch.tried.push(node);
@@ -469,12 +434,8 @@ impl Engine {
             // A read or a landing ends by its own completion, which says when no more bytes land.
             _ => false,
         };
-        let lost: Vec<FetchId> = self
-            .fetches
-            .iter()
-            .filter(|(_, f)| of_link(&f.stage))
-            .map(|(&id, _)| id)
-            .collect();
+        let lost: Vec<FetchId> =
+            self.fetches.iter().filter(|(_, f)| of_link(&f.stage)).map(|(&id, _)| id).collect();
         for id in lost {
             let Some(fetch) = self.fetches.get_mut(&id) else {
                 continue;
@@ -496,9 +457,8 @@ impl Engine {
         let Some(fetch) = self.fetches.get_mut(&id) else {
             return;
         };
-        let (late, waiting): (Vec<_>, Vec<_>) = std::mem::take(&mut fetch.waiters)
-            .into_iter()
-            .partition(|waiter| waiter.deadline <= now);
+        let (late, waiting): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut fetch.waiters).into_iter().partition(|waiter| waiter.deadline <= now);
         fetch.waiters = waiting;
         let (key, want) = (fetch.key.clone(), fetch.want);
         // Why it could not be had says more than that time has passed.
@@ -508,9 +468,8 @@ impl Engine {
             .filter(|why| matches!(why.kind(), ErrorKind::PeerLost | ErrorKind::Unavailable));
         for waiter in late {
             let operation = if want == Want::Existence { "wait" } else { "get" };
-            let error = obstacle
-                .clone()
-                .unwrap_or_else(|| StoreError::timed_out(operation, &key, waiter.timeout_ms));
+            let error =
+                obstacle.clone().unwrap_or_else(|| StoreError::timed_out(operation, &key, waiter.timeout_ms));
             self.counters.failed += 1;
             self.reply(waiter.client, waiter.request, Err(error));
         }
@@ -530,10 +489,7 @@ impl Engine {
     }
 
     fn drop_fetch_without_waiters(&mut self, id: FetchId) {
-        if self
-            .fetches
-            .get(&id)
-            .is_some_and(|fetch| fetch.waiters.is_empty())
+        if self.fetches.get(&id).is_some_and(|fetch| fetch.waiters.is_empty())
             && let Some(fetch) = self.take_fetch(id)
         {
             self.leave_stage(fetch.stage);
@@ -554,12 +510,7 @@ impl Engine {
                     self.tell_peer(link, PeerMessage::Release { lease: granted.lease });
                 }
             }
-            Stage::Reading {
-                link,
-                transfer,
-                granted,
-                ..
-            } => {
+            Stage::Reading { link, transfer, granted, .. } => {
                 self.out.push(Action::CancelRead { transfer });
                 self.tell_peer(link, PeerMessage::Release { lease: granted.lease });
             }

@@ -45,10 +45,7 @@ pub struct EngineConfig {
 
 /// What happened.
 #[derive(Debug)]
-#[allow(
-    missing_docs,
-    reason = "the variants say what happened, their fields are named as in `Action`"
-)]
+#[allow(missing_docs, reason = "the variants say what happened, their fields are named as in `Action`")]
 pub enum Input {
     /// The first input.
     Start,
@@ -58,66 +55,36 @@ pub enum Input {
     /// A client has connected. A trusted one runs inside the node's process.
     ClientJoined { client: ClientId, trusted: bool },
     /// A client asks.
-    ClientRequest {
-        client: ClientId,
-        request: u64,
-        message: ClientMessage,
-        payload: Bytes,
-    },
+    ClientRequest { client: ClientId, request: u64, message: ClientMessage, payload: Bytes },
     /// A client's session has ended; its page is no longer looked at.
     ClientLeft { client: ClientId },
     /// The process of a client that left has ended: nobody can write to its segments any more.
     ClientProcessGone { client: ClientId },
 
     /// A connection can be used. `address` is what was dialled, or where the peer comes from.
-    LinkUp {
-        link: LinkId,
-        fabric: FabricId,
-        address: String,
-        inbound: bool,
-    },
+    LinkUp { link: LinkId, fabric: FabricId, address: String, inbound: bool },
     /// A connection has ended; nothing is read or sent through it any more.
     LinkDown { link: LinkId, why: StoreError },
     /// `Action::Connect` came to nothing.
     ConnectFailed { address: String, why: StoreError },
     /// A peer says something. If `payload_len` is not 0, the answer, or that to the `PinScan` that it asks for,
     /// may hold one `Action::Land` for it.
-    PeerMessage {
-        link: LinkId,
-        request: u64,
-        message: PeerMessage,
-        payload_len: u64,
-    },
+    PeerMessage { link: LinkId, request: u64, message: PeerMessage, payload_len: u64 },
     /// A peer sent something that is no message.
     Refused { link: LinkId, why: StoreError },
     /// The payload of the answer to `request` is in its place, or never will be.
-    Landed {
-        request: u64,
-        result: Result<(), StoreError>,
-    },
+    Landed { request: u64, result: Result<(), StoreError> },
     /// A read has ended; no more bytes land.
-    ReadDone {
-        transfer: TransferId,
-        result: Result<(), StoreError>,
-    },
+    ReadDone { transfer: TransferId, result: Result<(), StoreError> },
     /// The payload of a send is no longer read from its extent.
     SendDone { send: u64 },
 
     /// The answer to `Action::ScanPins`: every generation that a live client pins, and slots that were read.
-    PinScan {
-        pinned: HashSet<Generation>,
-        touched: Vec<SlotId>,
-    },
+    PinScan { pinned: HashSet<Generation>, touched: Vec<SlotId> },
     /// A segment is there, registered under these keys.
-    SegmentReady {
-        segment: SegmentId,
-        keys: Vec<(FabricId, RemoteKey)>,
-    },
+    SegmentReady { segment: SegmentId, keys: Vec<(FabricId, RemoteKey)> },
     /// A segment could not be made.
     SegmentFailed { segment: SegmentId, why: StoreError },
     /// `Action::Copy` has ended.
-    CopyDone {
-        generation: Generation,
-        result: Result<(), StoreError>,
-    },
+    CopyDone { generation: Generation, result: Result<(), StoreError> },
 }

@@ -4,7 +4,8 @@
 use super::Engine;
 use super::cluster::{Ask, AskFor, Pending};
 use super::directory::Verdict;
-use super::local::{Waiter, WaitingKey};
+use super::timer::Time;
+use super::waiting::{Waiter, WaitingKey};
 use super::timer::Timer;
 use crate::error::StoreError;
 use crate::key::Key;
@@ -16,8 +17,8 @@ const ASK_MS: u64 = 5_000;
 /// Bytes of a list's entries, and a bound on one entry beside its key (a holder's name among them).
 const LIST_BYTES_MAX: usize = 48 * 1024;
 const LIST_ENTRY_LEN: usize = 80;
-/// How long a peer's watch on a key is remembered, in milliseconds.
-const WATCH_MS: u64 = 600_000;
+/// Keys that may be watched at once: a bound on what peers can make this node remember.
+const WATCHED_MAX: usize = 1 << 20;
 
 impl Engine {
     /// Tells the directory that an object is here.
@@ -33,19 +34,12 @@ impl Engine {
     }
 
     fn announce_objects(&mut self, link: LinkId, objects: Vec<Announced>) {
-        let message = PeerMessage::Announce {
-            objects: objects.clone(),
-            exclusive: false,
-        };
+        let message = PeerMessage::Announce { objects: objects.clone(), exclusive: false };
         self.ask_peer(link, message, Pending::Announced { objects });
     }
 
     pub(super) fn announce_all(&mut self, link: LinkId) {
-        let all: Vec<Announced> = self
-            .objects
-            .iter_sealed()
-            .map(|(_, object)| object.announced())
-            .collect();
+        let all: Vec<Announced> = self.objects.iter_sealed().map(|(_, object)| object.announced()).collect();
         for objects in all.chunks(KEYS_PER_MESSAGE_MAX) {
             self.announce_objects(link, objects.to_vec());
         }
@@ -70,12 +64,7 @@ impl Engine {
         if let Some(directory) = &mut self.directory {
             directory.withdraw(own, &announced.key, announced.object);
         } else if let Some(link) = self.directory_link {
-            self.tell_peer(
-                link,
-                PeerMessage::Withdraw {
-                    objects: vec![announced],
-                },
-            );
+            self.tell_peer(link, PeerMessage::Withdraw { objects: vec![announced] });
         }
     }
 
@@ -126,15 +115,8 @@ impl Engine {
         let holders = directory.holders(key).filter(|(node, _)| *node != except);
         let holder = |(node, _)| {
             let own = &self.config.member;
-            let member = if node == own.node {
-                own
-            } else {
-                &self.peers.get(&node)?.member
-            };
-            Some(Holder {
-                node,
-                address: member.address.clone(),
-            })
+            let member = if node == own.node { own } else { &self.peers.get(&node)?.member };
+            Some(Holder { node, address: member.address.clone() })
         };
         holders.filter_map(holder).collect()
     }
@@ -147,32 +129,19 @@ impl Engine {
     /// under way, and "no such object" must be true when it is said.
     pub(super) fn ask_everyone(&mut self, key: Key, why: AskFor) {
         let asker = self.asker_of(&why);
-        let links: Vec<LinkId> = self
-            .peers
-            .iter()
-            .filter(|(node, _)| **node != asker)
-            .filter_map(|(_, peer)| peer.link)
-            .collect();
+        let links: Vec<LinkId> =
+            self.peers.iter().filter(|(node, _)| **node != asker).filter_map(|(_, peer)| peer.link).collect();
         let operation = self.next_operation;
         self.next_operation += 1;
         let deadline = self.now.after_ms(ASK_MS);
-        let ask = Ask {
-            key: key.clone(),
-            why,
-            left: links.len(),
-            deadline,
-        };
+        let ask = Ask { key: key.clone(), why, left: links.len(), deadline };
         self.asks.insert(operation, ask);
         if links.is_empty() {
             return self.ask_over(operation);
         }
         self.timers.set(deadline, Timer::Operation(operation));
         for link in links {
-            self.ask_peer(
-                link,
-                PeerMessage::Ask { key: key.clone() },
-                Pending::Ask { operation },
-            );
+            self.ask_peer(link, PeerMessage::Ask { key: key.clone() }, Pending::Ask { operation });
         }
     }
 
@@ -236,16 +205,14 @@ impl Engine {
         if self.objects.sealed(&key).is_some() || self.known_elsewhere(&key) {
             return self.tell_exists(node, &key);
         }
-        let deadline = self.now.after_ms(WATCH_MS);
+        if self.waiting_keys.len() >= WATCHED_MAX {
+            return;
+        }
         let waiting = self.waiting_keys.entry(key).or_default();
         let who = Waiter::Peer { node };
         if !waiting.iter().any(|w| w.who == who) {
-            waiting.push(WaitingKey {
-                who,
-                deadline,
-                timeout_ms: WATCH_MS,
-            });
-            self.timers.set(deadline, Timer::Wait);
+            // Until the key exists or the peer goes: a peer that links again asks again.
+            waiting.push(WaitingKey { who, deadline: Time(u64::MAX), timeout_ms: 0 });
         }
     }
 
@@ -256,13 +223,7 @@ impl Engine {
         if let Some(link) = self.link_to(node)
             && !holders.is_empty()
         {
-            self.tell_peer(
-                link,
-                PeerMessage::Exists {
-                    key: key.clone(),
-                    holders,
-                },
-            );
+            self.tell_peer(link, PeerMessage::Exists { key: key.clone(), holders });
         }
     }
 
@@ -273,17 +234,12 @@ impl Engine {
         after: Option<&Key>,
         limit: u32,
     ) -> (Vec<(Announced, Vec<NodeId>)>, bool) {
-        let limit = usize::try_from(limit)
-            .unwrap_or(usize::MAX)
-            .clamp(1, KEYS_PER_MESSAGE_MAX);
+        let limit = usize::try_from(limit).unwrap_or(usize::MAX).clamp(1, KEYS_PER_MESSAGE_MAX);
         let mut listed: Vec<_> = match &self.directory {
             Some(directory) => directory.list(prefix, after).take(limit + 1).collect(),
             None => {
                 let own = self.config.member.node;
-                let here = self
-                    .objects
-                    .list(prefix, after)
-                    .map(|o| (o.announced(), vec![own]));
+                let here = self.objects.list(prefix, after).map(|o| (o.announced(), vec![own]));
                 here.take(limit + 1).collect()
             }
         };
@@ -310,11 +266,7 @@ impl Engine {
         if self.directory.is_none()
             && let Some(link) = self.directory_link
         {
-            let message = PeerMessage::List {
-                prefix: prefix.to_owned(),
-                after: after.cloned(),
-                limit,
-            };
+            let message = PeerMessage::List { prefix: prefix.to_owned(), after: after.cloned(), limit };
             self.ask_peer(link, message, Pending::List { client, request });
             return Ok(None);
         }
@@ -334,18 +286,13 @@ impl Engine {
         if node == self.config.member.node {
             return self.config.member.name.clone();
         }
-        self.peers
-            .get(&node)
-            .map_or_else(|| format!("node {node}"), |peer| peer.member.name.clone())
+        self.peers.get(&node).map_or_else(|| format!("node {node}"), |peer| peer.member.name.clone())
     }
 
     /// Names of the nodes that hold an object that is here.
     pub(super) fn holder_names(&self, key: &Key) -> Vec<String> {
         match &self.directory {
-            Some(directory) => directory
-                .holders(key)
-                .map(|(node, _)| self.name_of(node))
-                .collect(),
+            Some(directory) => directory.holders(key).map(|(node, _)| self.name_of(node)).collect(),
             None => vec![self.config.member.name.clone()],
         }
     }

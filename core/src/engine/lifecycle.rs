@@ -27,11 +27,9 @@ impl State {
                 *self = to;
                 Ok(())
             }
-            (from, to) => Err(StoreError::stale(
-                "object",
-                key,
-                format!("it is {from:?} and cannot become {to:?}"),
-            )),
+            (from, to) => {
+                Err(StoreError::stale("object", key, format!("it is {from:?} and cannot become {to:?}")))
+            }
         }
     }
 }

@@ -40,9 +40,7 @@ impl Engine {
     /// Whether a node, in this incarnation, is known to live. Without the directory, only of linked ones.
     pub(super) fn is_alive(&self, node: NodeId, epoch: Epoch) -> bool {
         let told = self.directory.is_some() || self.directory_link.is_some();
-        self.peers
-            .get(&node)
-            .is_some_and(|peer| peer.member.epoch == epoch && (told || peer.link.is_some()))
+        self.peers.get(&node).is_some_and(|peer| peer.member.epoch == epoch && (told || peer.link.is_some()))
     }
 
     /// The node that keeps the directory, if that is another one and there is a link to it.
@@ -51,14 +49,9 @@ impl Engine {
     }
 
     pub(super) fn dial(&mut self, address: &str) {
-        let dialled = self
-            .links
-            .values()
-            .any(|link| !link.inbound && link.address == address);
+        let dialled = self.links.values().any(|link| !link.inbound && link.address == address);
         if !dialled && self.dialling.insert(address.to_owned()) {
-            self.out.push(Action::Connect {
-                address: address.to_owned(),
-            });
+            self.out.push(Action::Connect { address: address.to_owned() });
         }
     }
 
@@ -67,17 +60,7 @@ impl Engine {
             self.dialling.remove(&address);
         }
         let join = !inbound && self.config.join.as_deref() == Some(address.as_str());
-        self.links.insert(
-            link,
-            Link {
-                fabric,
-                address,
-                inbound,
-                node: None,
-                join: false,
-                heard: self.now,
-            },
-        );
+        self.links.insert(link, Link { fabric, address, inbound, node: None, join: false, heard: self.now });
         let hello = PeerMessage::Hello {
             member: self.config.member.clone(),
             version_min: PROTOCOL_MIN,
@@ -106,15 +89,13 @@ impl Engine {
 
     fn directory_lost(&mut self, why: &StoreError) {
         if self.reconnect_attempts == 0 {
-            self.out
-                .push(Action::Note(Event::DirectoryLost { why: why.to_string() }));
+            self.out.push(Action::Note(Event::DirectoryLost { why: why.to_string() }));
         }
         let pause = (50 << self.reconnect_attempts.min(6)).min(RECONNECT_MS_MAX);
         self.reconnect_attempts = self.reconnect_attempts.saturating_add(1);
         // A share of the pause that differs from node to node keeps a cluster from dialling in step.
         let spread = self.config.member.node.0 % (pause / 2).max(1);
-        self.timers
-            .set(self.now.after_ms(pause + spread), Timer::Reconnect);
+        self.timers.set(self.now.after_ms(pause + spread), Timer::Reconnect);
     }
 
     pub(super) fn reconnect(&mut self) {
@@ -139,12 +120,8 @@ impl Engine {
             self.peer_unlinked(node, link, why);
         }
         self.fetches_lost(link, state.node, &state.address, why);
-        let lost: Vec<u64> = self
-            .pending
-            .iter()
-            .filter(|(_, (of, _))| *of == link)
-            .map(|(&request, _)| request)
-            .collect();
+        let lost: Vec<u64> =
+            self.pending.iter().filter(|(_, (of, _))| *of == link).map(|(&request, _)| request).collect();
         for request in lost {
             if let Some((_, pending)) = self.pending.remove(&request) {
                 self.question_lost(pending, &state.address, why);
@@ -158,11 +135,7 @@ impl Engine {
 
     /// One of a peer's links has gone; if it was the last, so has the peer.
     fn peer_unlinked(&mut self, node: NodeId, link: LinkId, why: &StoreError) {
-        let other = self
-            .links
-            .iter()
-            .find(|(_, other)| other.node == Some(node))
-            .map(|(&id, _)| id);
+        let other = self.links.iter().find(|(_, other)| other.node == Some(node)).map(|(&id, _)| id);
         let Some(peer) = self.peers.get_mut(&node) else {
             return;
         };
@@ -175,11 +148,16 @@ impl Engine {
         }
     }
 
+    fn is_another(&self, peer: &Peer, member: &Member) -> bool {
+        peer.member.address != member.address && peer.link.is_some_and(|link| self.links.contains_key(&link))
+    }
+
     fn peer_lost(&mut self, node: NodeId, why: &StoreError) {
         let Some(peer) = self.peers.remove(&node) else {
             return;
         };
         self.hints.forget_node(node);
+        self.forget_watches_of(node);
         let (name, why) = (peer.member.name, why.to_string());
         self.out.push(Action::Note(Event::PeerDown { node, name, why }));
         if let Some(directory) = &mut self.directory {
@@ -190,29 +168,22 @@ impl Engine {
 
     pub(super) fn peer_refused(&mut self, link: LinkId, why: &StoreError) {
         self.counters.refused += 1;
-        self.out.push(Action::Note(Event::PeerRefused {
-            link,
-            why: why.to_string(),
-        }));
+        self.out.push(Action::Note(Event::PeerRefused { link, why: why.to_string() }));
         self.out.push(Action::Disconnect { link });
     }
 
     pub(super) fn heartbeat(&mut self) {
         let (now, silence_ms) = (self.now, self.config.heartbeat_ms * MISSED_MAX);
-        let links: Vec<(LinkId, bool)> = self
-            .links
-            .iter()
-            .map(|(&id, link)| (id, now.ms_since(link.heard) > silence_ms))
-            .collect();
+        let links: Vec<(LinkId, bool)> =
+            self.links.iter().map(|(&id, link)| (id, now.ms_since(link.heard) > silence_ms)).collect();
         for (link, silent) in links {
             if silent {
                 self.out.push(Action::Disconnect { link });
             } else {
-                self.tell_peer(link, PeerMessage::Heartbeat { answer: false });
+                self.tell_peer(link, PeerMessage::Heartbeat);
             }
         }
-        self.timers
-            .set(now.after_ms(self.config.heartbeat_ms), Timer::Heartbeat);
+        self.timers.set(now.after_ms(self.config.heartbeat_ms), Timer::Heartbeat);
     }
 
     pub(super) fn hello(
@@ -226,10 +197,8 @@ impl Engine {
         let refusal = if let Err(error) = negotiate(version_min, version_max) {
             Some(error)
         } else if member.node == self.config.member.node {
-            let why = format!(
-                "a node named {:?} is already in this cluster: give each its own name",
-                member.name
-            );
+            let why =
+                format!("a node named {:?} is already in this cluster: give each its own name", member.name);
             Some(StoreError::denied("join", why))
         } else if join && self.directory.is_none() {
             let why = "this node does not keep the directory: join the node that does".to_owned();
@@ -239,6 +208,12 @@ impl Engine {
                 Some(peer) if peer.member.epoch > member.epoch => {
                     let why = format!("a later incarnation of {:?} is known", member.name);
                     Some(StoreError::stale("join", member.node, why))
+                }
+                // The same name at the same address is a restart; elsewhere, while the link still lives, another node.
+                Some(peer) if peer.member.epoch < member.epoch && self.is_another(peer, &member) => {
+                    let (name, address) = (&member.name, &peer.member.address);
+                    let why = format!("a node named {name:?} is in this cluster at {address}: give each its own name");
+                    Some(StoreError::denied("join", why))
                 }
                 _ => None,
             }
@@ -252,11 +227,7 @@ impl Engine {
 
     fn welcome(&mut self, link: LinkId, member: Member, join: bool) {
         let node = member.node;
-        if self
-            .peers
-            .get(&node)
-            .is_some_and(|peer| peer.member.epoch < member.epoch)
-        {
+        if self.peers.get(&node).is_some_and(|peer| peer.member.epoch < member.epoch) {
             let why = StoreError::stale("link", &member.name, "the node has started again");
             self.disown_links(node, |_| true);
             self.peer_lost(node, &why);
@@ -276,10 +247,7 @@ impl Engine {
         let is_directory = !state.inbound && self.config.join.as_deref() == Some(state.address.as_str());
         let (name, address) = (member.name.clone(), member.address.clone());
         let links = &self.links;
-        let peer = self.peers.entry(node).or_insert_with(|| Peer {
-            member: member.clone(),
-            link: None,
-        });
+        let peer = self.peers.entry(node).or_insert_with(|| Peer { member: member.clone(), link: None });
         let linked = |link: LinkId| links.get(&link).is_some_and(|link| link.node == Some(node));
         let fresh = !peer.link.is_some_and(linked);
         peer.member = member;
@@ -317,12 +285,7 @@ impl Engine {
         members.truncate(KEYS_PER_MESSAGE_MAX);
         let links: Vec<LinkId> = self.peers.values().filter_map(|peer| peer.link).collect();
         for link in links {
-            self.tell_peer(
-                link,
-                PeerMessage::Members {
-                    members: members.clone(),
-                },
-            );
+            self.tell_peer(link, PeerMessage::Members { members: members.clone() });
         }
     }
 
@@ -331,13 +294,10 @@ impl Engine {
             return;
         }
         let own = self.config.member.node;
-        self.peers
-            .retain(|node, peer| peer.link.is_some() || members.iter().any(|m| m.node == *node));
+        self.peers.retain(|node, peer| peer.link.is_some() || members.iter().any(|m| m.node == *node));
         for member in members.iter().filter(|member| member.node != own) {
-            let peer = self.peers.entry(member.node).or_insert_with(|| Peer {
-                member: member.clone(),
-                link: None,
-            });
+            let peer =
+                self.peers.entry(member.node).or_insert_with(|| Peer { member: member.clone(), link: None });
             if peer.link.is_none() && peer.member.epoch < member.epoch {
                 peer.member = member.clone();
             }

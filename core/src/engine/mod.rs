@@ -17,10 +17,12 @@ mod links;
 mod local;
 mod objects;
 mod owner;
+mod puts;
 mod room;
 mod space;
 mod status;
 mod timer;
+mod waiting;
 
 pub use action::{Action, Attachment, Event, PublishedObject};
 pub use directory::{Directory, Verdict};
@@ -37,7 +39,8 @@ use crate::wire::NodeStatus;
 use directory::Deleted;
 use fetch::{Fetch, FetchId, Hints};
 use links::{Link, Peer};
-use local::{Client, WaitingKey};
+use local::Client;
+use waiting::WaitingKey;
 use objects::Objects;
 use owner::Lease;
 use room::SpaceRequest;
@@ -166,30 +169,15 @@ impl Engine {
             Input::Start => self.start(),
             Input::Tick => {}
             Input::ClientJoined { client, trusted } => self.client_joined(client, trusted),
-            Input::ClientRequest {
-                client,
-                request,
-                message,
-                payload,
-            } => {
+            Input::ClientRequest { client, request, message, payload } => {
                 self.client_request(client, request, message, payload);
             }
             Input::ClientLeft { client } => self.client_left(client),
             Input::ClientProcessGone { client } => self.adopt_segments_of(client),
-            Input::LinkUp {
-                link,
-                fabric,
-                address,
-                inbound,
-            } => self.link_up(link, fabric, address, inbound),
+            Input::LinkUp { link, fabric, address, inbound } => self.link_up(link, fabric, address, inbound),
             Input::LinkDown { link, why } => self.link_down(link, &why),
             Input::ConnectFailed { address, why } => self.connect_failed(&address, &why),
-            Input::PeerMessage {
-                link,
-                request,
-                message,
-                payload_len,
-            } => {
+            Input::PeerMessage { link, request, message, payload_len } => {
                 self.peer_message(link, request, message, payload_len);
             }
             Input::Refused { link, why } => self.peer_refused(link, &why),
@@ -218,14 +206,9 @@ impl Engine {
     fn start(&mut self) {
         for (segment, len_bytes) in self.space.first_segments() {
             self.first_segments.insert(segment);
-            self.out.push(Action::CreateSegment {
-                segment,
-                len_bytes,
-                owner: None,
-            });
+            self.out.push(Action::CreateSegment { segment, len_bytes, owner: None });
         }
-        self.timers
-            .set(self.now.after_ms(self.config.heartbeat_ms), Timer::Heartbeat);
+        self.timers.set(self.now.after_ms(self.config.heartbeat_ms), Timer::Heartbeat);
         if let Some(address) = self.config.join.clone() {
             self.dial(&address);
         }

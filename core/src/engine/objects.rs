@@ -38,11 +38,7 @@ pub(super) struct Object {
 
 impl Object {
     pub(super) fn announced(&self) -> Announced {
-        Announced {
-            key: self.key.clone(),
-            object: self.id,
-            len_bytes: self.meta.len_bytes,
-        }
+        Announced { key: self.key.clone(), object: self.id, len_bytes: self.meta.len_bytes }
     }
 
     /// Whether only pins can still hold it.
@@ -131,16 +127,10 @@ impl Objects {
     /// `AlreadyExists` if its key has one; `NoSpace`-like `TooLarge` if the index is full; a wrong step.
     pub(super) fn seal(&mut self, generation: Generation, checksum: Checksum) -> Result<SlotId, StoreError> {
         let Some(object) = self.table.get_mut(&generation) else {
-            return Err(StoreError::stale(
-                "seal",
-                generation,
-                "there is no such reservation",
-            ));
+            return Err(StoreError::stale("seal", generation, "there is no such reservation"));
         };
         if self.keys.contains_key(&object.key) {
-            return Err(StoreError::AlreadyExists {
-                key: object.key.to_string(),
-            });
+            return Err(StoreError::AlreadyExists { key: object.key.to_string() });
         }
         let slot = match self.free_slots.pop() {
             Some(slot) => slot,
@@ -214,9 +204,7 @@ impl Objects {
     }
 
     pub(super) fn iter_sealed(&self) -> impl Iterator<Item = (&Key, &Object)> {
-        self.keys
-            .iter()
-            .filter_map(|(key, generation)| Some((key, self.table.get(generation)?)))
+        self.keys.iter().filter_map(|(key, generation)| Some((key, self.table.get(generation)?)))
     }
 
     /// Sealed keys that start with `prefix`, in order, after `after`.

@@ -53,22 +53,13 @@ impl Engine {
             self.counters.served_eager += 1;
             let message = PeerMessage::Data { object: id, meta };
             let payload = (extent.len_bytes > 0).then(|| (extent, self.begin_send(generation)));
-            self.out.push(Action::Send {
-                link,
-                request,
-                message,
-                payload,
-            });
+            self.out.push(Action::Send { link, request, message, payload });
             return true;
         }
         let message = match self.grant(link, generation, extent) {
             Ok(granted) => {
                 self.counters.served_grants += 1;
-                PeerMessage::Grant {
-                    object: id,
-                    meta,
-                    granted,
-                }
+                PeerMessage::Grant { object: id, meta, granted }
             }
             Err(error) => PeerMessage::Failed { error },
         };
@@ -105,12 +96,7 @@ impl Engine {
         let no_key = || StoreError::unavailable("a registration", "the object's segment is not registered");
         let fabric = self.links.get(&link).map(|link| link.fabric).ok_or_else(no_key)?;
         let key = self.space.key(extent.segment, fabric).ok_or_else(no_key)?;
-        let index = self
-            .config
-            .index_keys
-            .iter()
-            .find(|(id, _)| *id == fabric)
-            .map(|(_, key)| *key);
+        let index = self.config.index_keys.iter().find(|(id, _)| *id == fabric).map(|(_, key)| *key);
         let slot = self.objects.get(generation).and_then(|object| object.slot);
         let (Some(index), Some(slot)) = (index, slot) else {
             return Err(no_key());
@@ -121,42 +107,23 @@ impl Engine {
         let lease = LeaseId(self.next_lease);
         self.next_lease += 1;
         let until = self.now.after_ms(u64::from(self.config.lease_ms));
-        self.leases.insert(
-            lease,
-            Lease {
-                generation,
-                link,
-                until,
-            },
-        );
+        self.leases.insert(lease, Lease { generation, link, until });
         self.timers.set(until, Timer::Lease(lease));
         if let Some(object) = self.objects.get_mut(generation) {
             object.leases += 1;
         }
         let word = self.config.generation_base + u64::from(slot.0) * self.config.generation_stride;
         Ok(Granted {
-            extent: RemoteExtent {
-                key,
-                offset: extent.offset,
-                len_bytes: extent.len_bytes,
-            },
+            extent: RemoteExtent { key, offset: extent.offset, len_bytes: extent.len_bytes },
             generation,
-            generation_at: RemoteExtent {
-                key: index,
-                offset: word,
-                len_bytes: GENERATION_LEN,
-            },
+            generation_at: RemoteExtent { key: index, offset: word, len_bytes: GENERATION_LEN },
             lease,
             lease_ms: self.config.lease_ms,
         })
     }
 
     pub(super) fn lease_over(&mut self, lease: LeaseId) {
-        if self
-            .leases
-            .get(&lease)
-            .is_some_and(|lease| lease.until <= self.now)
-        {
+        if self.leases.get(&lease).is_some_and(|lease| lease.until <= self.now) {
             self.end_lease(lease);
         }
     }
@@ -170,22 +137,15 @@ impl Engine {
 
     /// The fabric serves no read of a link that is down, so its leases have ended.
     pub(super) fn leases_lost(&mut self, link: LinkId) {
-        let lost: Vec<LeaseId> = self
-            .leases
-            .iter()
-            .filter(|(_, lease)| lease.link == link)
-            .map(|(&id, _)| id)
-            .collect();
+        let lost: Vec<LeaseId> =
+            self.leases.iter().filter(|(_, lease)| lease.link == link).map(|(&id, _)| id).collect();
         for lease in lost {
             self.end_lease(lease);
         }
     }
 
     fn end_lease(&mut self, lease: LeaseId) {
-        let Some(Lease {
-            generation, until, ..
-        }) = self.leases.remove(&lease)
-        else {
+        let Some(Lease { generation, until, .. }) = self.leases.remove(&lease) else {
             return;
         };
         self.timers.unset(until, Timer::Lease(lease));

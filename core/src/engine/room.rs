@@ -48,23 +48,10 @@ pub(super) struct NewObject {
 /// What an extent is wanted for.
 #[derive(Debug)]
 pub(super) enum Purpose {
-    Put {
-        client: ClientId,
-        request: u64,
-        object: NewObject,
-        payload: Bytes,
-    },
-    Reserve {
-        client: ClientId,
-        request: u64,
-        object: NewObject,
-    },
-    Fetch {
-        fetch: FetchId,
-    },
-    SealCopy {
-        generation: Generation,
-    },
+    Put { client: ClientId, request: u64, object: NewObject, payload: Bytes },
+    Reserve { client: ClientId, request: u64, object: NewObject },
+    Fetch { fetch: FetchId },
+    SealCopy { generation: Generation },
 }
 
 #[derive(Debug)]
@@ -90,15 +77,8 @@ impl Engine {
     /// Finds an extent now or later; `space_found` or `space_missing` goes on from there.
     pub(super) fn want_space(&mut self, purpose: Purpose, owner: Owner, len_bytes: u64) {
         let deadline = self.now.after_ms(WAIT_MS);
-        let request = SpaceRequest {
-            purpose,
-            owner,
-            len_bytes,
-            deadline,
-            rounds: 0,
-            may_grow: true,
-            scanned: false,
-        };
+        let request =
+            SpaceRequest { purpose, owner, len_bytes, deadline, rounds: 0, may_grow: true, scanned: false };
         self.try_space(request);
     }
 
@@ -130,17 +110,9 @@ impl Engine {
         if let Some(extent) = self.space.allocate(owner, len_bytes) {
             return Outcome::Found(extent);
         }
-        let growth = if request.may_grow {
-            self.space.grow(owner, len_bytes)
-        } else {
-            Growth::None
-        };
+        let growth = if request.may_grow { self.space.grow(owner, len_bytes) } else { Growth::None };
         match growth {
-            Growth::Create {
-                retire,
-                segment,
-                len_bytes,
-            } => {
+            Growth::Create { retire, segment, len_bytes } => {
                 for (segment, len_bytes) in retire {
                     self.out.push(Action::RetireSegment { segment, len_bytes });
                 }
@@ -148,11 +120,7 @@ impl Engine {
                     Owner::Client(client) => Some(client),
                     Owner::Node | Owner::Left(_) => None,
                 };
-                self.out.push(Action::CreateSegment {
-                    segment,
-                    len_bytes,
-                    owner: client,
-                });
+                self.out.push(Action::CreateSegment { segment, len_bytes, owner: client });
                 return Outcome::Wait;
             }
             Growth::UnderWay => return Outcome::Wait,
@@ -196,9 +164,7 @@ impl Engine {
             return false;
         }
         self.evict_where(len_bytes, |object, space| {
-            space
-                .owner(object.extent.segment)
-                .is_some_and(|of| of == owner || of == Owner::Node)
+            space.owner(object.extent.segment).is_some_and(|of| of == owner || of == Owner::Node)
         })
     }
 
@@ -217,20 +183,14 @@ impl Engine {
         self.eviction = queue;
         let mut bytes = 0;
         for generation in &victims {
-            bytes += self
-                .objects
-                .get(*generation)
-                .map_or(0, |object| object.extent.len_bytes);
+            bytes += self.objects.get(*generation).map_or(0, |object| object.extent.len_bytes);
             self.withdraw(*generation);
         }
         if victims.is_empty() {
             return false;
         }
         self.counters.evicted += victims.len() as u64;
-        self.out.push(Action::Note(Event::Evicted {
-            objects: victims.len() as u64,
-            len_bytes: bytes,
-        }));
+        self.out.push(Action::Note(Event::Evicted { objects: victims.len() as u64, len_bytes: bytes }));
         true
     }
 
@@ -253,9 +213,8 @@ impl Engine {
 
     pub(super) fn space_deadlines(&mut self) {
         let now = self.now;
-        let (late, waiting) = std::mem::take(&mut self.waiting_space)
-            .into_iter()
-            .partition(|r| r.deadline <= now);
+        let (late, waiting) =
+            std::mem::take(&mut self.waiting_space).into_iter().partition(|r| r.deadline <= now);
         self.waiting_space = waiting;
         for request in Vec::from_iter::<std::collections::VecDeque<SpaceRequest>>(late) {
             let error = self.no_space(&request);
@@ -265,19 +224,10 @@ impl Engine {
 
     fn space_found(&mut self, purpose: Purpose, owner: Owner, extent: Extent) {
         match purpose {
-            Purpose::Put {
-                client,
-                request,
-                object,
-                payload,
-            } => {
+            Purpose::Put { client, request, object, payload } => {
                 self.put_into(client, request, object, payload, extent);
             }
-            Purpose::Reserve {
-                client,
-                request,
-                object,
-            } => {
+            Purpose::Reserve { client, request, object } => {
                 self.reserve_in(client, request, object, extent, owner != Owner::Node);
             }
             Purpose::Fetch { fetch } => self.fetch_into(fetch, extent),
@@ -326,11 +276,7 @@ impl Engine {
         if let (Some(Owner::Client(client)), Some(len_bytes)) =
             (self.space.owner(segment), self.space.len_bytes(segment))
         {
-            self.out.push(Action::Note(Event::SegmentGranted {
-                segment,
-                client,
-                len_bytes,
-            }));
+            self.out.push(Action::Note(Event::SegmentGranted { segment, client, len_bytes }));
         }
         self.retry_space();
         self.retire_returned();
@@ -344,10 +290,7 @@ impl Engine {
         if self.first_segments.remove(&segment) {
             self.first_failure = Some(why.clone());
         }
-        self.out.push(Action::Note(Event::SegmentFailed {
-            segment,
-            why: why.to_string(),
-        }));
+        self.out.push(Action::Note(Event::SegmentFailed { segment, why: why.to_string() }));
         self.retry_space();
     }
 
@@ -355,8 +298,7 @@ impl Engine {
         for segment in self.space.retirable() {
             if let Some(len_bytes) = self.space.retire(segment) {
                 self.out.push(Action::RetireSegment { segment, len_bytes });
-                self.out
-                    .push(Action::Note(Event::SegmentRetired { segment, len_bytes }));
+                self.out.push(Action::Note(Event::SegmentRetired { segment, len_bytes }));
             }
         }
     }

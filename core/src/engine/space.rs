@@ -41,11 +41,7 @@ struct SegmentBooks {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Growth {
     /// Retire these empty segments, then make this one.
-    Create {
-        retire: Vec<(SegmentId, u64)>,
-        segment: SegmentId,
-        len_bytes: u64,
-    },
+    Create { retire: Vec<(SegmentId, u64)>, segment: SegmentId, len_bytes: u64 },
     /// One that will do is being made.
     UnderWay,
     /// Nothing.
@@ -64,11 +60,7 @@ pub(super) struct Space {
 
 impl Space {
     pub(super) fn new(capacity_bytes: u64, client_quota_bytes: u64) -> Self {
-        let granule = if capacity_bytes >= 32 << 20 {
-            2 << 20
-        } else {
-            64 << 10
-        };
+        let granule = if capacity_bytes >= 32 << 20 { 2 << 20 } else { 64 << 10 };
         let capacity_bytes = capacity_bytes / granule * granule;
         Self {
             capacity_bytes,
@@ -133,42 +125,24 @@ impl Space {
 
     /// An extent in a segment of this owner, if one has room.
     pub(super) fn allocate(&mut self, owner: Owner, len_bytes: u64) -> Option<Extent> {
-        let usable = self
-            .segments
-            .iter_mut()
-            .filter(|(_, books)| books.owner == owner && !books.returned);
+        let usable = self.segments.iter_mut().filter(|(_, books)| books.owner == owner && !books.returned);
         for (&segment, books) in usable {
             if let Some(arena) = &mut books.arena
                 && let Some(offset) = arena.allocate(len_bytes.max(1))
             {
-                return Some(Extent {
-                    segment,
-                    offset,
-                    len_bytes,
-                });
+                return Some(Extent { segment, offset, len_bytes });
             }
         }
         None
     }
 
     pub(super) fn free(&mut self, extent: Extent) -> Result<(), StoreError> {
-        let arena = self
-            .segments
-            .get_mut(&extent.segment)
-            .and_then(|books| books.arena.as_mut());
+        let arena = self.segments.get_mut(&extent.segment).and_then(|books| books.arena.as_mut());
         let Some(arena) = arena else {
-            return Err(StoreError::stale(
-                "free",
-                extent.segment,
-                "there is no such segment",
-            ));
+            return Err(StoreError::stale("free", extent.segment, "there is no such segment"));
         };
         arena.free(extent.offset).map(|_| ()).map_err(|error| {
-            StoreError::stale(
-                "free",
-                extent.segment,
-                format!("offset {}: {error}", extent.offset),
-            )
+            StoreError::stale("free", extent.segment, format!("offset {}: {error}", extent.offset))
         })
     }
 
@@ -211,11 +185,7 @@ impl Space {
         }
         let len_bytes = wanted.min(free / self.granule * self.granule);
         let segment = self.new_segment(len_bytes, owner);
-        Growth::Create {
-            retire,
-            segment,
-            len_bytes,
-        }
+        Growth::Create { retire, segment, len_bytes }
     }
 
     /// How long a new segment should be, at least `least`; none if the owner may not have that much.
@@ -276,11 +246,7 @@ impl Space {
     }
 
     pub(super) fn client_left(&mut self, client: ClientId) {
-        for books in self
-            .segments
-            .values_mut()
-            .filter(|books| books.owner == Owner::Client(client))
-        {
+        for books in self.segments.values_mut().filter(|books| books.owner == Owner::Client(client)) {
             books.owner = Owner::Left(client);
         }
     }
@@ -312,9 +278,7 @@ impl Space {
 
     /// Whether readers may have its descriptor.
     pub(super) fn is_closed_to_writers(&self, segment: SegmentId) -> bool {
-        self.segments
-            .get(&segment)
-            .is_some_and(|books| books.closed_to_writers)
+        self.segments.get(&segment).is_some_and(|books| books.closed_to_writers)
     }
 
     pub(super) fn close_to_writers(&mut self, segment: SegmentId) {
@@ -325,11 +289,7 @@ impl Space {
 
     pub(super) fn key(&self, segment: SegmentId, fabric: FabricId) -> Option<RemoteKey> {
         let books = self.segments.get(&segment)?;
-        books
-            .keys
-            .iter()
-            .find(|(id, _)| *id == fabric)
-            .map(|(_, key)| *key)
+        books.keys.iter().find(|(id, _)| *id == fabric).map(|(_, key)| *key)
     }
 
     pub(super) const fn capacity_bytes(&self) -> u64 {
@@ -337,11 +297,7 @@ impl Space {
     }
 
     pub(super) fn used_bytes(&self) -> u64 {
-        self.segments
-            .values()
-            .filter_map(|books| books.arena.as_ref())
-            .map(Arena::used_bytes)
-            .sum()
+        self.segments.values().filter_map(|books| books.arena.as_ref()).map(Arena::used_bytes).sum()
     }
 
     pub(super) fn free_bytes(&self) -> u64 {
@@ -349,11 +305,7 @@ impl Space {
     }
 
     pub(super) fn granted_bytes(&self) -> u64 {
-        self.segments
-            .values()
-            .filter(|books| books.owner != Owner::Node)
-            .map(|books| books.len_bytes)
-            .sum()
+        self.segments.values().filter(|books| books.owner != Owner::Node).map(|books| books.len_bytes).sum()
     }
 
     pub(super) fn segment_count(&self) -> usize {
@@ -363,11 +315,7 @@ impl Space {
     /// One minus the largest piece that can be had at once over all free bytes, in percent.
     pub(super) fn fragmentation_percent(&self) -> u32 {
         let arenas = self.segments.values().filter_map(|books| books.arena.as_ref());
-        let largest = arenas
-            .map(Arena::largest_free_bytes)
-            .max()
-            .unwrap_or(0)
-            .max(self.unassigned_bytes);
+        let largest = arenas.map(Arena::largest_free_bytes).max().unwrap_or(0).max(self.unassigned_bytes);
         let free = self.free_bytes().max(1);
         let percent = 100 - (u128::from(largest.min(free)) * 100 / u128::from(free));
         u32::try_from(percent).unwrap_or(100)

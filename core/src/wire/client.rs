@@ -353,6 +353,9 @@ pub enum ClientReply {
         len_bytes: u64,
         /// Its tier.
         tier: Tier,
+        /// Segments that this client has asked for before and that are no more: while it maps them, their memory is
+        /// not free.
+        retired: Vec<SegmentId>,
     },
     /// To `Wait`.
     Exists,

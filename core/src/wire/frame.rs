@@ -96,16 +96,10 @@ impl FrameHeader {
             return Err(version_error(version, version));
         }
         let Some(kind) = FrameKind::from_code(raw.kind.get()) else {
-            return Err(StoreError::protocol(format!(
-                "frame kind {} is unknown",
-                raw.kind.get()
-            )));
+            return Err(StoreError::protocol(format!("frame kind {} is unknown", raw.kind.get())));
         };
         if raw.reserved.get() != 0 {
-            return Err(StoreError::protocol(format!(
-                "reserved header bits are {:x}",
-                raw.reserved.get()
-            )));
+            return Err(StoreError::protocol(format!("reserved header bits are {:x}", raw.reserved.get())));
         }
         let (body_len, payload_len) = (raw.body_len.get(), raw.payload_len.get());
         if body_len > BODY_LEN_MAX {
@@ -118,13 +112,7 @@ impl FrameHeader {
                 "payload of {payload_len} bytes, at most {OBJECT_LEN_MAX} are accepted"
             )));
         }
-        Ok(Self {
-            version,
-            kind,
-            request: raw.request.get(),
-            body_len,
-            payload_len,
-        })
+        Ok(Self { version, kind, request: raw.request.get(), body_len, payload_len })
     }
 
     /// The header's bytes.
@@ -180,22 +168,11 @@ pub fn encode<T: Serialize>(
         Ok(len) if len <= BODY_LEN_MAX => len,
         _ => {
             let limit = u64::from(BODY_LEN_MAX);
-            return Err(StoreError::too_large(
-                "encode",
-                "message body in bytes",
-                body_len as u64,
-                limit,
-            ));
+            return Err(StoreError::too_large("encode", "message body in bytes", body_len as u64, limit));
         }
     };
     let mut bytes = bytes;
-    let header = FrameHeader {
-        version: PROTOCOL_MAX,
-        kind,
-        request,
-        body_len,
-        payload_len,
-    };
+    let header = FrameHeader { version: PROTOCOL_MAX, kind, request, body_len, payload_len };
     bytes[..HEADER_LEN].copy_from_slice(&header.to_bytes());
     Ok(Frame(bytes))
 }
@@ -207,14 +184,10 @@ pub fn encode<T: Serialize>(
 pub fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, StoreError> {
     match postcard::take_from_bytes(body) {
         Ok((message, [])) => Ok(message),
-        Ok((_, rest)) => Err(StoreError::protocol(format!(
-            "{} bytes follow the message",
-            rest.len()
-        ))),
-        Err(error) => Err(StoreError::protocol(format!(
-            "a body of {} bytes is no message: {error}",
-            body.len()
-        ))),
+        Ok((_, rest)) => Err(StoreError::protocol(format!("{} bytes follow the message", rest.len()))),
+        Err(error) => {
+            Err(StoreError::protocol(format!("a body of {} bytes is no message: {error}", body.len())))
+        }
     }
 }
 
@@ -255,13 +228,7 @@ mod tests {
 
     #[test]
     fn hostile_headers_are_refused_with_what_they_said() {
-        let good = FrameHeader {
-            version: 1,
-            kind: FrameKind::Peer,
-            request: 7,
-            body_len: 9,
-            payload_len: 0,
-        };
+        let good = FrameHeader { version: 1, kind: FrameKind::Peer, request: 7, body_len: 9, payload_len: 0 };
         for (at, value, word) in [
             (0, 0xff_u8, "does not speak hetmem"),
             (4, 9, "protocol 9"),

@@ -105,11 +105,8 @@ pub enum PeerMessage {
         /// All live nodes.
         members: Vec<Member>,
     },
-    /// "I am alive"; answered in kind by the node that keeps the directory.
-    Heartbeat {
-        /// Whether this is the answer.
-        answer: bool,
-    },
+    /// "I am alive", both ways on every link, for when nothing else is said.
+    Heartbeat,
 
     /// Asks for an object, or for who holds it.
     Get {
@@ -264,7 +261,7 @@ impl PeerMessage {
         match self {
             Self::Hello { .. } => "HELLO",
             Self::Members { .. } => "MEMBERS",
-            Self::Heartbeat { .. } => "HEARTBEAT",
+            Self::Heartbeat => "HEARTBEAT",
             Self::Get { .. } => "GET",
             Self::Data { .. } => "DATA",
             Self::Grant { .. } => "GRANT",

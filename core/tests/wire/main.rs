@@ -39,25 +39,17 @@ fn decode_as_everything(body: &[u8]) -> usize {
         if let Err(error) = result {
             assert_eq!(error.kind(), ErrorKind::Protocol, "{error}");
         }
-        assert!(
-            held <= held_max(body.len()),
-            "{held} bytes held to decode {}",
-            body.len()
-        );
+        assert!(held <= held_max(body.len()), "{held} bytes held to decode {}", body.len());
         held
     }
     if let Ok(message) = decode::<PeerMessage>(body) {
         // What `check` says does not matter here, that it returns does.
         let _ = message.check();
     }
-    [
-        one::<PeerMessage>(body),
-        one::<ClientMessage>(body),
-        one::<Result<ClientReply, StoreError>>(body),
-    ]
-    .into_iter()
-    .max()
-    .unwrap_or(0)
+    [one::<PeerMessage>(body), one::<ClientMessage>(body), one::<Result<ClientReply, StoreError>>(body)]
+        .into_iter()
+        .max()
+        .unwrap_or(0)
 }
 
 /// The body of any message that a socket may carry.
@@ -74,10 +66,7 @@ fn body_of<T: Serialize>(message: &T) -> Vec<u8> {
 }
 
 fn config(cases: u32) -> Config {
-    Config {
-        failure_persistence: None,
-        ..Config::with_cases(cases)
-    }
+    Config { failure_persistence: None, ..Config::with_cases(cases) }
 }
 
 /// Calls `look` on many values of a strategy, the same ones in every run.
@@ -249,10 +238,7 @@ fn every_variant_is_generated() {
     for_samples(&likely_header(), 2_000, |bytes| {
         accepted += u32::from(check_header(&bytes));
     });
-    assert!(
-        (100..1_900).contains(&accepted),
-        "{accepted} of 2000 headers accepted"
-    );
+    assert!((100..1_900).contains(&accepted), "{accepted} of 2000 headers accepted");
 }
 
 /// Messages and keys of the greatest length that is accepted, cheapest entries first: what an attacker would send to
@@ -276,14 +262,8 @@ fn full_bodies_of_the_smallest_entries_stay_within_bounds() {
         ("ANNOUNCED", filled(&[10], &[1, b'k'])),
         ("WITHDRAW", filled(&[11], &object)),
         ("LISTED", [filled(&[20], &object), vec![0]].concat()),
-        (
-            "reply: listed",
-            [filled(&[0, 8], &[1, b'k', 0, 0]), vec![0]].concat(),
-        ),
-        (
-            "reply: listed, one object, many holders",
-            [filled(&[0, 8, 1, 1, b'k', 0], &[0]), vec![0]].concat(),
-        ),
+        ("reply: listed", [filled(&[0, 8], &[1, b'k', 0, 0]), vec![0]].concat()),
+        ("reply: listed, one object, many holders", [filled(&[0, 8, 1, 1, b'k', 0], &[0]), vec![0]].concat()),
         // Dimensions: refused after all of them were read.
         ("put: dimensions", filled(&[1, 1, b'k', 1], &[0])),
         ("DATA: dimensions", filled(&[4, 0, 0, 0, 1], &[0])),
@@ -295,10 +275,7 @@ fn full_bodies_of_the_smallest_entries_stay_within_bounds() {
         if name.chars().next().is_some_and(char::is_uppercase)
             && let Ok(message) = decode::<PeerMessage>(&body)
         {
-            assert_eq!(
-                message.check().expect_err("too many entries").kind(),
-                ErrorKind::Protocol
-            );
+            assert_eq!(message.check().expect_err("too many entries").kind(), ErrorKind::Protocol);
         }
     }
 }
@@ -307,33 +284,14 @@ fn full_bodies_of_the_smallest_entries_stay_within_bounds() {
 #[test]
 fn full_lists_fit_or_are_refused() {
     let key = Key::new(&"k".repeat(KEY_LEN_MAX)).expect("the longest");
-    let object = ObjectId {
-        origin: NodeId(u64::MAX),
-        epoch: Epoch(u64::MAX),
-        number: u64::MAX,
-    };
-    let objects = vec![
-        Announced {
-            key: key.clone(),
-            object,
-            len_bytes: OBJECT_LEN_MAX
-        };
-        KEYS_PER_MESSAGE_MAX
-    ];
-    let message = PeerMessage::Announce {
-        objects,
-        exclusive: false,
-    };
+    let object = ObjectId { origin: NodeId(u64::MAX), epoch: Epoch(u64::MAX), number: u64::MAX };
+    let objects =
+        vec![Announced { key: key.clone(), object, len_bytes: OBJECT_LEN_MAX }; KEYS_PER_MESSAGE_MAX];
+    let message = PeerMessage::Announce { objects, exclusive: false };
     assert_eq!(message.check(), Ok(()));
     returns(FrameKind::Peer, &message);
-    let objects = vec![
-        Listed {
-            key,
-            len_bytes: 1,
-            holders: vec!["n".repeat(1 << 10); 3]
-        };
-        KEYS_PER_MESSAGE_MAX
-    ];
+    let objects =
+        vec![Listed { key, len_bytes: 1, holders: vec!["n".repeat(1 << 10); 3] }; KEYS_PER_MESSAGE_MAX];
     let reply: Result<_, StoreError> = Ok(ClientReply::Listed { objects, more: true });
     let error = encode(FrameKind::Reply, 1, &reply, 0).expect_err("three megabytes");
     assert_eq!(error.kind(), ErrorKind::TooLarge);

@@ -53,8 +53,5 @@ pub(crate) fn measured<T>(work: impl FnOnce() -> T) -> (T, usize) {
     let before = HELD.get();
     PEAK.set(before);
     let result = work();
-    (
-        result,
-        usize::try_from(PEAK.get() - before).expect("peak is not under the start"),
-    )
+    (result, usize::try_from(PEAK.get() - before).expect("peak is not under the start"))
 }

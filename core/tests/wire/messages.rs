@@ -70,18 +70,8 @@ fn range() -> impl Strategy<Value = Option<Range>> {
 }
 
 fn hints() -> impl Strategy<Value = PutHints> {
-    (
-        any::<bool>(),
-        any::<bool>(),
-        prop::option::of(number()),
-        any::<bool>(),
-    )
-        .prop_map(|(pin, cache, ttl_ms, seal_copy)| PutHints {
-            pin,
-            cache,
-            ttl_ms,
-            seal_copy,
-        })
+    (any::<bool>(), any::<bool>(), prop::option::of(number()), any::<bool>())
+        .prop_map(|(pin, cache, ttl_ms, seal_copy)| PutHints { pin, cache, ttl_ms, seal_copy })
 }
 
 fn if_exists() -> impl Strategy<Value = IfExists> {
@@ -89,21 +79,11 @@ fn if_exists() -> impl Strategy<Value = IfExists> {
 }
 
 fn announced() -> impl Strategy<Value = Announced> {
-    (key(), object(), number()).prop_map(|(key, object, len_bytes)| Announced {
-        key,
-        object,
-        len_bytes,
-    })
+    (key(), object(), number()).prop_map(|(key, object, len_bytes)| Announced { key, object, len_bytes })
 }
 
 fn holders() -> impl Strategy<Value = Vec<Holder>> {
-    vec(
-        (number(), text()).prop_map(|(node, address)| Holder {
-            node: NodeId(node),
-            address,
-        }),
-        1..4,
-    )
+    vec((number(), text()).prop_map(|(node, address)| Holder { node: NodeId(node), address }), 1..4)
 }
 
 fn member() -> impl Strategy<Value = Member> {
@@ -181,23 +161,17 @@ fn tier_status() -> impl Strategy<Value = TierStatus> {
 }
 
 fn peer_status() -> impl Strategy<Value = PeerStatus> {
-    (
-        number(),
-        [text(), text(), text(), text()],
-        any::<bool>(),
-        number(),
+    (number(), [text(), text(), text(), text()], any::<bool>(), number()).prop_map(
+        |(node, [name, address, fabric, threshold_why], linked, threshold_bytes)| PeerStatus {
+            node: NodeId(node),
+            name,
+            address,
+            linked,
+            fabric,
+            threshold_bytes,
+            threshold_why,
+        },
     )
-        .prop_map(
-            |(node, [name, address, fabric, threshold_why], linked, threshold_bytes)| PeerStatus {
-                node: NodeId(node),
-                name,
-                address,
-                linked,
-                fabric,
-                threshold_bytes,
-                threshold_why,
-            },
-        )
 }
 
 fn status() -> impl Strategy<Value = Status> {
@@ -214,32 +188,23 @@ fn status() -> impl Strategy<Value = Status> {
         refused: n[9],
     });
     let lists = (vec(tier_status(), 0..3), vec(peer_status(), 0..3));
-    (
-        any::<[u64; 6]>(),
-        text(),
-        text(),
-        any::<bool>(),
-        any::<u32>(),
-        lists,
-        counters,
+    (any::<[u64; 6]>(), text(), text(), any::<bool>(), any::<u32>(), lists, counters).prop_map(
+        |(n, name, address, keeps_directory, clients, (tiers, peers), counters)| Status {
+            node: NodeId(n[0]),
+            name,
+            epoch: Epoch(n[1]),
+            address,
+            keeps_directory,
+            objects: n[2],
+            draining: n[3],
+            reservations: n[4],
+            leases: n[5],
+            clients,
+            tiers,
+            peers,
+            counters,
+        },
     )
-        .prop_map(
-            |(n, name, address, keeps_directory, clients, (tiers, peers), counters)| Status {
-                node: NodeId(n[0]),
-                name,
-                epoch: Epoch(n[1]),
-                address,
-                keeps_directory,
-                objects: n[2],
-                draining: n[3],
-                reservations: n[4],
-                leases: n[5],
-                clients,
-                tiers,
-                peers,
-                counters,
-            },
-        )
 }
 
 pub(crate) fn error() -> BoxedStrategy<StoreError> {
@@ -247,12 +212,7 @@ pub(crate) fn error() -> BoxedStrategy<StoreError> {
         (cow(), text()).prop_map(|(operation, subject)| StoreError::NotFound { operation, subject }),
         text().prop_map(|key| StoreError::AlreadyExists { key }),
         (cow(), tier(), number(), number()).prop_map(|(operation, tier, requested, free)| {
-            StoreError::NoSpace {
-                operation,
-                tier,
-                requested,
-                free,
-            }
+            StoreError::NoSpace { operation, tier, requested, free }
         }),
         (cow(), cow(), number(), number()).prop_map(|(operation, what, value, limit)| StoreError::TooLarge {
             operation,
@@ -292,31 +252,16 @@ pub(crate) fn peer_message() -> BoxedStrategy<PeerMessage> {
     prop_oneof![
         (member(), any::<[u16; 2]>(), any::<bool>()).prop_map(
             |(member, [version_min, version_max], join)| {
-                M::Hello {
-                    member,
-                    version_min,
-                    version_max,
-                    join,
-                }
+                M::Hello { member, version_min, version_max, join }
             }
         ),
         vec(member(), 0..4).prop_map(|members| M::Members { members }),
-        any::<bool>().prop_map(|answer| M::Heartbeat { answer }),
-        (key(), range(), number()).prop_map(|(key, range, inline_max)| M::Get {
-            key,
-            range,
-            inline_max
-        }),
+        Just(M::Heartbeat),
+        (key(), range(), number()).prop_map(|(key, range, inline_max)| M::Get { key, range, inline_max }),
         (object(), meta()).prop_map(|(object, meta)| M::Data { object, meta }),
-        (object(), meta(), granted()).prop_map(|(object, meta, granted)| M::Grant {
-            object,
-            meta,
-            granted
-        }),
+        (object(), meta(), granted()).prop_map(|(object, meta, granted)| M::Grant { object, meta, granted }),
         holders().prop_map(|holders| M::Located { holders }),
-        number().prop_map(|lease| M::Release {
-            lease: LeaseId(lease)
-        }),
+        number().prop_map(|lease| M::Release { lease: LeaseId(lease) }),
         error().prop_map(|error| M::Failed { error }),
         (vec(announced(), 0..5), any::<bool>())
             .prop_map(|(objects, exclusive)| M::Announce { objects, exclusive }),
@@ -345,7 +290,7 @@ pub(crate) const fn peer_variant(message: &PeerMessage) -> usize {
     match message {
         M::Hello { .. } => 0,
         M::Members { .. } => 1,
-        M::Heartbeat { .. } => 2,
+        M::Heartbeat => 2,
         M::Get { .. } => 3,
         M::Data { .. } => 4,
         M::Grant { .. } => 5,
@@ -372,10 +317,7 @@ pub(crate) fn client_message() -> BoxedStrategy<ClientMessage> {
     let generation = || number().prop_map(Generation);
     let segment = || any::<u32>().prop_map(SegmentId);
     prop_oneof![
-        any::<[u16; 2]>().prop_map(|[version_min, version_max]| M::Hello {
-            version_min,
-            version_max
-        }),
+        any::<[u16; 2]>().prop_map(|[version_min, version_max]| M::Hello { version_min, version_max }),
         (key(), meta(), hints(), if_exists()).prop_map(|(key, meta, hints, if_exists)| M::Put {
             key,
             meta,
@@ -390,10 +332,7 @@ pub(crate) fn client_message() -> BoxedStrategy<ClientMessage> {
         }),
         segment().prop_map(|segment| M::Mapped { segment }),
         (generation(), number()).prop_map(|(reservation, offset)| M::Write { reservation, offset }),
-        (generation(), checksum()).prop_map(|(reservation, checksum)| M::Seal {
-            reservation,
-            checksum
-        }),
+        (generation(), checksum()).prop_map(|(reservation, checksum)| M::Seal { reservation, checksum }),
         generation().prop_map(|reservation| M::Abort { reservation }),
         (key(), range(), number(), any::<bool>()).prop_map(|(key, range, timeout_ms, keep)| M::Get {
             key,
@@ -457,31 +396,19 @@ pub(crate) fn client_reply() -> BoxedStrategy<ClientReply> {
             extent,
             map
         }),
-        (object(), any::<bool>(), prop::option::of(any::<u32>())).prop_map(|(object, kept, slot)| {
-            R::Sealed {
-                object,
-                kept,
-                slot: slot.map(SlotId),
-            }
-        }),
+        (object(), any::<bool>(), prop::option::of(any::<u32>()))
+            .prop_map(|(object, kept, slot)| { R::Sealed { object, kept, slot: slot.map(SlotId) } }),
         Just(R::Done),
         located().prop_map(R::Located),
-        (number(), tier()).prop_map(|(len_bytes, tier)| R::Segment { len_bytes, tier }),
+        (number(), tier(), vec(any::<u32>().prop_map(SegmentId), 0..5)).prop_map(|(len_bytes, tier, retired)| R::Segment {
+            len_bytes,
+            tier,
+            retired,
+        }),
         Just(R::Exists),
-        (
-            object(),
-            meta(),
-            prop::option::of(tier()),
-            any::<bool>(),
-            vec(text(), 0..4)
-        )
-            .prop_map(|(object, meta, tier, pinned, holders)| R::Stat {
-                object,
-                meta,
-                tier,
-                pinned,
-                holders
-            }),
+        (object(), meta(), prop::option::of(tier()), any::<bool>(), vec(text(), 0..4)).prop_map(
+            |(object, meta, tier, pinned, holders)| R::Stat { object, meta, tier, pinned, holders }
+        ),
         (vec(listed(), 0..4), any::<bool>()).prop_map(|(objects, more)| R::Listed { objects, more }),
         any::<bool>().prop_map(|existed| R::Deleted { existed }),
         status().prop_map(|status| R::Status(Box::new(status))),

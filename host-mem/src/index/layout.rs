@@ -86,10 +86,7 @@ impl Geometry {
 
     /// Where an overflow bucket starts, if there is one of this number.
     #[inline]
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "below the number of overflow buckets"
-    )]
+    #[expect(clippy::cast_possible_truncation, reason = "below the number of overflow buckets")]
     pub(crate) fn overflow_at(&self, number: u64) -> Option<usize> {
         (number < self.overflow).then(|| self.overflows + number as usize * LINE_WORDS)
     }

@@ -29,18 +29,11 @@ impl IndexMemory {
         // One page now, so that a system without memory says so here; the rest when it is used.
         rustix::fs::fallocate(&fd, rustix::fs::FallocateFlags::empty(), 0, 4096)
             .map_err(|errno| crate::os::error("create index", errno))?;
-        memfd::seal(
-            &fd,
-            SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE | SealFlags::SEAL,
-        )?;
+        memfd::seal(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE | SealFlags::SEAL)?;
         for (word, value) in mapping.words().iter().zip(geometry.header()) {
             word.store(value, Ordering::Relaxed);
         }
-        Ok(Self {
-            geometry,
-            mapping,
-            fd,
-        })
+        Ok(Self { geometry, mapping, fd })
     }
 
     /// The memory file.
@@ -78,18 +71,13 @@ impl IndexMemory {
     /// register, and all that it should: registering the whole index would take memory for all of it.
     #[must_use]
     pub fn generations(&self) -> (u64, u64) {
-        (
-            self.geometry.generations as u64 * 8,
-            u64::from(self.geometry.objects_max) * 8,
-        )
+        (self.geometry.generations as u64 * 8, u64::from(self.geometry.objects_max) * 8)
     }
 
     /// One word at an offset that is a multiple of 8; `None` elsewhere or outside.
     #[must_use]
     pub fn load_u64(&self, offset: u64) -> Option<u64> {
-        let word = usize::try_from(offset / 8)
-            .ok()
-            .filter(|_| offset.is_multiple_of(8))?;
+        let word = usize::try_from(offset / 8).ok().filter(|_| offset.is_multiple_of(8))?;
         Some(self.mapping.words().get(word)?.load(Ordering::Acquire))
     }
 
@@ -102,15 +90,10 @@ impl IndexMemory {
     }
 
     pub(crate) fn table(&self) -> Table<'_> {
-        Table {
-            geometry: &self.geometry,
-            words: self.words(),
-        }
+        Table { geometry: &self.geometry, words: self.words() }
     }
 
     pub(crate) fn slot(&self, slot: u32) -> Option<&[AtomicU64]> {
-        self.words()
-            .get(self.geometry.slot_at(slot)?..)?
-            .get(..SLOT_WORDS)
+        self.words().get(self.geometry.slot_at(slot)?..)?.get(..SLOT_WORDS)
     }
 }

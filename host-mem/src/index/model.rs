@@ -31,21 +31,14 @@ struct Store {
 
 impl Store {
     fn new() -> Self {
-        let store = Self {
-            slot: words(),
-            pins: words(),
-            used: AtomicU64::new(0),
-            extent: UnsafeCell::new(1),
-        };
+        let store =
+            Self { slot: words(), pins: words(), used: AtomicU64::new(0), extent: UnsafeCell::new(1) };
         store.show(1, 7);
         store
     }
 
     fn pins(&self) -> Pins<'_> {
-        Pins {
-            words: &self.pins,
-            used: &self.used,
-        }
+        Pins { words: &self.pins, used: &self.used }
     }
 
     fn show(&self, generation: u64, key: u64) {
@@ -73,10 +66,7 @@ impl Store {
                 // SAFETY: the pin keeps the writer away, which is what the model checks: loom reports a conflict.
                 #[allow(unsafe_code)]
                 let bytes = unsafe { *bytes };
-                assert_eq!(
-                    bytes, generation,
-                    "the extent of a pinned object is another object's"
-                );
+                assert_eq!(bytes, generation, "the extent of a pinned object is another object's");
             });
             self.pins().release(position);
         }
@@ -149,26 +139,16 @@ impl Buckets {
             overflows: LINE_WORDS,
             end: 2 * LINE_WORDS,
         };
-        Self {
-            geometry,
-            words: words(),
-        }
+        Self { geometry, words: words() }
     }
 
     fn table(&self) -> Table<'_> {
-        Table {
-            geometry: &self.geometry,
-            words: &self.words,
-        }
+        Table { geometry: &self.geometry, words: &self.words }
     }
 
     fn shows(&self, slot: u32) -> Option<bool> {
         let probe = |found| {
-            if found == slot {
-                Probe::Found(())
-            } else {
-                Probe::Differs
-            }
+            if found == slot { Probe::Found(()) } else { Probe::Differs }
         };
         match self.table().search(0, probe) {
             Probe::Found(()) => Some(true),
@@ -188,11 +168,7 @@ fn loom_an_entry_that_moves_is_not_missed() {
             let buckets = Arc::clone(&buckets);
             move || {
                 // `None` is to look again, which the model need not do for ever.
-                assert_ne!(
-                    buckets.shows(1),
-                    Some(false),
-                    "slot 1 is in the chain all the time"
-                );
+                assert_ne!(buckets.shows(1), Some(false), "slot 1 is in the chain all the time");
             }
         });
         assert!(chains.remove(buckets.table(), 0, 0));

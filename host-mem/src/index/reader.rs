@@ -48,23 +48,15 @@ impl IndexReader {
                 [MAGIC, VERSION]
             )));
         }
-        let geometry = u32::try_from(header[2])
-            .ok()
-            .and_then(|objects| Geometry::new(objects).ok());
+        let geometry = u32::try_from(header[2]).ok().and_then(|objects| Geometry::new(objects).ok());
         let Some(geometry) = geometry.filter(|geometry| geometry.header() == header) else {
-            return Err(StoreError::protocol(format!(
-                "index header is {header:x?}, which no layout gives"
-            )));
+            return Err(StoreError::protocol(format!("index header is {header:x?}, which no layout gives")));
         };
         let len_bytes = geometry.end as u64 * 8;
         memfd::check_sealed(fd.as_fd(), "index", len_bytes)?;
         let mapping = Mapping::new(fd.as_fd(), len_bytes, Access::Read)?;
         drop(fd);
-        Ok(Self {
-            geometry,
-            mapping,
-            attempts: ATTEMPTS,
-        })
+        Ok(Self { geometry, mapping, attempts: ATTEMPTS })
     }
 
     /// Slots.
@@ -141,10 +133,7 @@ impl IndexReader {
         let Some(number) = self.search(memory, fingerprint, probe) else {
             return Ok(None);
         };
-        Ok(Some(Found {
-            slot: SlotId(number),
-            entry: record.decode(key)?,
-        }))
+        Ok(Some(Found { slot: SlotId(number), entry: record.decode(key)? }))
     }
 
     #[inline]
@@ -159,10 +148,7 @@ impl IndexReader {
         fingerprint: u64,
         mut probe: impl FnMut(u32) -> Probe<T>,
     ) -> Option<T> {
-        let table = Table {
-            geometry: &self.geometry,
-            words: memory,
-        };
+        let table = Table { geometry: &self.geometry, words: memory };
         for attempt in 0..self.attempts {
             match table.search(fingerprint, &mut probe) {
                 Probe::Found(found) => return Some(found),
@@ -177,8 +163,5 @@ impl IndexReader {
 
 #[cold]
 fn no_pins(pins: usize) -> StoreError {
-    StoreError::busy(
-        "get",
-        format!("all {pins} pins of this client are in use: drop objects"),
-    )
+    StoreError::busy("get", format!("all {pins} pins of this client are in use: drop objects"))
 }

@@ -40,10 +40,7 @@ fn key_words(key: &[u8]) -> impl Iterator<Item = u64> {
 
 impl Record {
     /// Nothing read yet.
-    pub(crate) const EMPTY: Self = Self {
-        words: [0; TAIL],
-        dims: [0; DIMS_MAX],
-    };
+    pub(crate) const EMPTY: Self = Self { words: [0; TAIL], dims: [0; DIMS_MAX] };
 
     /// Reads the slot if it shows `key`, and returns the generation, not 0. What was read may be torn: the caller
     /// looks at the sequence again. It stays where it is read to, since moving it costs as much as reading it.
@@ -70,10 +67,7 @@ impl Record {
         } else {
             memory.get(geometry.long_key_at(slot)..)?
         };
-        if !key_words(key)
-            .zip(stored)
-            .all(|(word, stored)| word == stored.load(Ordering::Relaxed))
-        {
+        if !key_words(key).zip(stored).all(|(word, stored)| word == stored.load(Ordering::Relaxed)) {
             return None;
         }
         for (position, word) in self.words.iter_mut().enumerate() {
@@ -147,10 +141,7 @@ pub(crate) fn write(
     store(FINGERPRINT, key.fingerprint());
     store(OFFSET, entry.extent.offset);
     store(LEN_BYTES, meta.len_bytes);
-    store(
-        PLACE,
-        u64::from(entry.extent.segment.0) | u64::from(entry.tier.code()) << 32,
-    );
+    store(PLACE, u64::from(entry.extent.segment.0) | u64::from(entry.tier.code()) << 32);
     store(HEAD, head);
     store(CHECKSUM, meta.checksum.value());
     store(ORIGIN, entry.object.origin.0);

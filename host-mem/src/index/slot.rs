@@ -30,11 +30,7 @@ pub(crate) fn take(
         return Taken::Unsteady;
     };
     let Some(generation) = read(slot) else {
-        return if seqlock::unchanged(&slot[SEQ], seq) {
-            Taken::Differs
-        } else {
-            Taken::Unsteady
-        };
+        return if seqlock::unchanged(&slot[SEQ], seq) { Taken::Differs } else { Taken::Unsteady };
     };
     // Words that do not belong together may pin a generation that is not this key's, for a moment.
     let Some(position) = pins.claim(generation, start) else {

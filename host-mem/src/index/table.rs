@@ -73,11 +73,7 @@ impl<'memory> Table<'memory> {
             }
         }
         let now = head[LINK].load(Ordering::Relaxed) / VERSION_ONE;
-        if version == now && version & 1 == 0 {
-            Probe::Differs
-        } else {
-            Probe::Unsteady
-        }
+        if version == now && version & 1 == 0 { Probe::Differs } else { Probe::Unsteady }
     }
 }
 
@@ -103,10 +99,7 @@ impl Chains {
     pub(crate) fn insert(&mut self, table: Table<'_>, fingerprint: u64, slot: u32) -> bool {
         let mut line = table.head(fingerprint);
         loop {
-            if let Some(cell) = line[..CELLS]
-                .iter()
-                .find(|cell| cell.load(Ordering::Relaxed) == 0)
-            {
+            if let Some(cell) = line[..CELLS].iter().find(|cell| cell.load(Ordering::Relaxed) == 0) {
                 cell.store(entry(fingerprint, slot), Ordering::Release);
                 return true;
             }
@@ -139,9 +132,7 @@ impl Chains {
         let (mut line, mut before, mut hole) = (head, None, None);
         loop {
             if hole.is_none() {
-                hole = line[..CELLS]
-                    .iter()
-                    .find(|cell| cell.load(Ordering::Relaxed) == wanted);
+                hole = line[..CELLS].iter().find(|cell| cell.load(Ordering::Relaxed) == wanted);
             }
             match table.next(line[LINK].load(Ordering::Relaxed)) {
                 Some(next) => (line, before) = (next, Some(line)),
@@ -163,9 +154,7 @@ impl Chains {
         let odd = head[LINK].load(Ordering::Relaxed) + VERSION_ONE;
         head[LINK].store(odd, Ordering::Relaxed);
         fence(Ordering::Release);
-        let used = last[..CELLS]
-            .iter()
-            .rposition(|cell| cell.load(Ordering::Relaxed) != 0);
+        let used = last[..CELLS].iter().rposition(|cell| cell.load(Ordering::Relaxed) != 0);
         if let Some(used) = used {
             let moved = last[used].load(Ordering::Relaxed);
             // The same cell if the hole is the last entry: the second store wins.

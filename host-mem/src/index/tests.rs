@@ -27,27 +27,14 @@ fn key(name: &str) -> Key {
 }
 
 fn entry(generation: u64, shape: &[u64]) -> IndexEntry {
-    let meta = ObjectMeta::tensor(DType::F32, shape)
-        .expect("fits")
-        .with_checksum(Checksum::Xxh3Blocks(!generation));
+    let meta =
+        ObjectMeta::tensor(DType::F32, shape).expect("fits").with_checksum(Checksum::Xxh3Blocks(!generation));
     IndexEntry {
-        object: ObjectId {
-            origin: NodeId(9),
-            epoch: Epoch(8),
-            number: generation,
-        },
+        object: ObjectId { origin: NodeId(9), epoch: Epoch(8), number: generation },
         meta,
         generation: Generation(generation),
-        extent: Extent {
-            segment: SegmentId(3),
-            offset: generation * 64,
-            len_bytes: meta.len_bytes,
-        },
-        tier: if generation.is_multiple_of(2) {
-            Tier::Host
-        } else {
-            Tier::Gpu(1)
-        },
+        extent: Extent { segment: SegmentId(3), offset: generation * 64, len_bytes: meta.len_bytes },
+        tier: if generation.is_multiple_of(2) { Tier::Host } else { Tier::Gpu(1) },
     }
 }
 
@@ -65,21 +52,13 @@ impl Pair {
         let reader = IndexReader::map(again(writer.descriptor())).expect("the same index");
         let node = NodePage::create().expect("a page");
         let page = ClientPage::map(again(node.descriptor())).expect("the same page");
-        Self {
-            writer,
-            reader,
-            node,
-            page,
-        }
+        Self { writer, reader, node, page }
     }
 
     /// What `find` says, after `get` said the same and its pin is released.
     fn look(&self, key: &Key) -> Option<(SlotId, IndexEntry)> {
         let found = self.reader.find(key, key.fingerprint()).expect("sensible");
-        let got = self
-            .reader
-            .get(key, key.fingerprint(), &self.page)
-            .expect("sensible");
+        let got = self.reader.get(key, key.fingerprint(), &self.page).expect("sensible");
         assert_eq!(
             found.map(|found| (found.slot, found.entry)),
             got.as_ref().map(|got| (got.slot, got.entry))
@@ -99,10 +78,7 @@ impl Pair {
     }
 
     fn generation_word(&self, slot: SlotId) -> u64 {
-        self.writer
-            .memory()
-            .load_u64(self.writer.generation_offset(slot))
-            .expect("inside")
+        self.writer.memory().load_u64(self.writer.generation_offset(slot)).expect("inside")
     }
 }
 
@@ -120,22 +96,13 @@ fn what_is_published_is_found_until_it_is_withdrawn() {
     let mut pair = Pair::new(100);
     let (first, second) = (key("first"), key("second"));
     assert_eq!(pair.look(&first), None);
-    pair.writer
-        .publish(SlotId(99), &first, &entry(1, &[2, 3]))
-        .expect("free");
-    pair.writer
-        .publish(SlotId(0), &second, &entry(2, &[]))
-        .expect("free");
+    pair.writer.publish(SlotId(99), &first, &entry(1, &[2, 3])).expect("free");
+    pair.writer.publish(SlotId(0), &second, &entry(2, &[])).expect("free");
     assert_eq!(pair.look(&first), Some((SlotId(99), entry(1, &[2, 3]))));
     assert_eq!(pair.look(&second), Some((SlotId(0), entry(2, &[]))));
-    assert_eq!(
-        (pair.generation_word(SlotId(99)), pair.generation_word(SlotId(0))),
-        (1, 2)
-    );
+    assert_eq!((pair.generation_word(SlotId(99)), pair.generation_word(SlotId(0))), (1, 2));
 
-    pair.writer
-        .publish(SlotId(99), &first, &entry(5, &[2, 3]))
-        .expect("moved");
+    pair.writer.publish(SlotId(99), &first, &entry(5, &[2, 3])).expect("moved");
     assert_eq!(pair.look(&first), Some((SlotId(99), entry(5, &[2, 3]))));
     assert_eq!((pair.generation_word(SlotId(99)), pair.writer.objects()), (5, 2));
 
@@ -155,9 +122,7 @@ fn keys_and_shapes_of_every_length_return() {
             generation += 1;
             let slot = SlotId(u32::try_from(generation % 600).expect("small"));
             let name = key(&"abcdefghijk".repeat(len)[..len]);
-            pair.writer
-                .publish(slot, &name, &entry(generation, &shape))
-                .expect("free");
+            pair.writer.publish(slot, &name, &entry(generation, &shape)).expect("free");
             assert_eq!(
                 pair.look(&name),
                 Some((slot, entry(generation, &shape))),
@@ -179,43 +144,19 @@ fn what_makes_no_sense_is_refused() {
     let good = entry(1, &[4]);
     for (slot, wrong) in [
         (4, good),
-        (
-            0,
-            IndexEntry {
-                generation: Generation(0),
-                ..good
-            },
-        ),
-        (
-            0,
-            IndexEntry {
-                extent: Extent {
-                    len_bytes: 15,
-                    ..good.extent
-                },
-                ..good
-            },
-        ),
+        (0, IndexEntry { generation: Generation(0), ..good }),
+        (0, IndexEntry { extent: Extent { len_bytes: 15, ..good.extent }, ..good }),
     ] {
-        let error = pair
-            .writer
-            .publish(SlotId(slot), &name, &wrong)
-            .expect_err("refused");
+        let error = pair.writer.publish(SlotId(slot), &name, &wrong).expect_err("refused");
         assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
     }
     pair.writer.publish(SlotId(0), &name, &good).expect("free");
-    let error = pair
-        .writer
-        .publish(SlotId(0), &key("other"), &entry(2, &[4]))
-        .expect_err("in use");
+    let error = pair.writer.publish(SlotId(0), &key("other"), &entry(2, &[4])).expect_err("in use");
     assert!(error.to_string().contains("another key"), "{error}");
     assert!(!pair.writer.withdraw(SlotId(4)));
     assert_eq!(pair.look(&name), Some((SlotId(0), good)));
     for objects_max in [0, u32::MAX] {
-        assert_eq!(
-            IndexWriter::create(objects_max).expect_err("refused").kind(),
-            ErrorKind::Invalid
-        );
+        assert_eq!(IndexWriter::create(objects_max).expect_err("refused").kind(), ErrorKind::Invalid);
     }
 }
 
@@ -226,9 +167,7 @@ fn one_bucket_takes_every_key() {
     let keys = colliding(objects_max as usize, 16);
     for round in 0..3 {
         for (slot, name) in (0..).zip(&keys) {
-            pair.writer
-                .publish(SlotId(slot), name, &entry(u64::from(slot) + 1, &[1]))
-                .expect("room for all");
+            pair.writer.publish(SlotId(slot), name, &entry(u64::from(slot) + 1, &[1])).expect("room for all");
         }
         for (slot, name) in (0..).zip(&keys) {
             assert_eq!(pair.look(name).map(|(slot, _)| slot), Some(SlotId(slot)));
@@ -255,9 +194,7 @@ fn one_bucket_takes_every_key() {
 fn an_index_of_four_million_takes_memory_only_as_used() {
     let mut writer = IndexWriter::create(4 << 20).expect("an index");
     let last = SlotId((4 << 20) - 1);
-    writer
-        .publish(SlotId(0), &key("first"), &entry(1, &[1]))
-        .expect("free");
+    writer.publish(SlotId(0), &key("first"), &entry(1, &[1])).expect("free");
     writer.publish(last, &key("last"), &entry(2, &[1])).expect("free");
     let used_bytes = rustix::fs::fstat(writer.descriptor()).expect("a file").st_blocks * 512;
     assert!(used_bytes < 1 << 20, "{used_bytes} bytes for two objects");
@@ -274,23 +211,12 @@ fn the_documented_layout_is_the_layout() {
     let geometry = Geometry::new(4 << 20).expect("a size");
     let shown = |number: u64| {
         let digits = number.to_string();
-        let groups = digits
-            .as_bytes()
-            .rchunks(3)
-            .rev()
-            .map(|group| std::str::from_utf8(group).expect("digits"));
+        let groups =
+            digits.as_bytes().rchunks(3).rev().map(|group| std::str::from_utf8(group).expect("digits"));
         groups.collect::<Vec<_>>().join(",")
     };
-    for number in geometry.header()[2..]
-        .iter()
-        .copied()
-        .chain([geometry.end as u64 * 8])
-    {
-        assert!(
-            text.contains(&format!("| {} |", shown(number))),
-            "{} is missing",
-            shown(number)
-        );
+    for number in geometry.header()[2..].iter().copied().chain([geometry.end as u64 * 8]) {
+        assert!(text.contains(&format!("| {} |", shown(number))), "{} is missing", shown(number));
     }
 }
 
@@ -298,29 +224,15 @@ fn the_documented_layout_is_the_layout() {
 fn all_pins_in_use_is_busy_and_one_less_is_not() {
     let mut pair = Pair::new(4);
     let name = key("k");
-    pair.writer
-        .publish(SlotId(0), &name, &entry(1, &[4]))
-        .expect("free");
+    pair.writer.publish(SlotId(0), &name, &entry(1, &[4])).expect("free");
     let get = || pair.reader.get(&name, name.fingerprint(), &pair.page);
-    let pinned: Vec<_> = (0..PINS)
-        .map(|_| get().expect("a pin is left").expect("present"))
-        .collect();
-    assert_eq!(
-        pinned
-            .iter()
-            .map(|pinned| pinned.pin)
-            .collect::<HashSet<_>>()
-            .len(),
-        PINS
-    );
+    let pinned: Vec<_> = (0..PINS).map(|_| get().expect("a pin is left").expect("present")).collect();
+    assert_eq!(pinned.iter().map(|pinned| pinned.pin).collect::<HashSet<_>>().len(), PINS);
     let error = get().expect_err("none left");
     assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
     assert_eq!(pair.node.pin_for_client(Generation(1)), None);
     pair.page.unpin(pinned[77].pin);
-    assert_eq!(
-        get().expect("a pin is left").expect("present").pin,
-        pinned[77].pin
-    );
+    assert_eq!(get().expect("a pin is left").expect("present").pin, pinned[77].pin);
     assert_eq!(pair.pinned(), HashSet::from([Generation(1)]));
 }
 
@@ -328,9 +240,7 @@ fn all_pins_in_use_is_busy_and_one_less_is_not() {
 fn a_spoiled_slot_is_corrupt_and_leaves_no_pin() {
     let mut pair = Pair::new(4);
     let name = key("k");
-    pair.writer
-        .publish(SlotId(0), &name, &entry(2, &[4]))
-        .expect("free");
+    pair.writer.publish(SlotId(0), &name, &entry(2, &[4])).expect("free");
     let memory = pair.writer.memory();
     let head = &memory.slot(0).expect("a slot")[HEAD];
     let good = head.load(Ordering::Relaxed);
@@ -355,9 +265,7 @@ fn a_spoiled_slot_is_corrupt_and_leaves_no_pin() {
 fn a_reader_gives_up_on_a_slot_whose_writer_died() {
     let mut pair = Pair::new(4);
     let name = key("k");
-    pair.writer
-        .publish(SlotId(0), &name, &entry(2, &[4]))
-        .expect("free");
+    pair.writer.publish(SlotId(0), &name, &entry(2, &[4])).expect("free");
     let memory = pair.writer.memory();
     memory.slot(0).expect("a slot")[SEQ].fetch_add(1, Ordering::Relaxed);
     assert_eq!(pair.look(&name), None, "the node knows better, or is dead");
@@ -371,15 +279,9 @@ fn an_index_full_of_garbage_does_no_harm() {
     let memory = pair.writer.memory();
     let good: Vec<u64> = {
         for (slot, name) in (0..).zip(&keys) {
-            pair.writer
-                .publish(SlotId(slot), name, &entry(2, &[4]))
-                .expect("free");
+            pair.writer.publish(SlotId(slot), name, &entry(2, &[4])).expect("free");
         }
-        memory
-            .words()
-            .iter()
-            .map(|word| word.load(Ordering::Relaxed))
-            .collect()
+        memory.words().iter().map(|word| word.load(Ordering::Relaxed)).collect()
     };
     let end = memory.geometry().slots + 8 * SLOT_WORDS;
     for at in 512..end {
@@ -403,10 +305,8 @@ fn an_index_full_of_garbage_does_no_harm() {
 #[test]
 fn files_that_are_no_index_are_refused() {
     let writer = IndexWriter::create(1000).expect("an index");
-    let header: Vec<u64> = writer.memory().words()[..10]
-        .iter()
-        .map(|word| word.load(Ordering::Relaxed))
-        .collect();
+    let header: Vec<u64> =
+        writer.memory().words()[..10].iter().map(|word| word.load(Ordering::Relaxed)).collect();
     let refused = |len_bytes: u64, header: &[u64], seals: SealFlags| {
         let fd = memfd::create("not-an-index", len_bytes, None).expect("a file");
         if len_bytes > 0 {
@@ -433,10 +333,7 @@ fn files_that_are_no_index_are_refused() {
         }
     }
     let (reader, _writer) = rustix::pipe::pipe().expect("a pipe");
-    assert_eq!(
-        IndexReader::map(reader).expect_err("a pipe").kind(),
-        ErrorKind::Protocol
-    );
+    assert_eq!(IndexReader::map(reader).expect_err("a pipe").kind(), ErrorKind::Protocol);
 }
 
 #[test]
@@ -511,11 +408,7 @@ fn readers_see_the_truth_while_everything_changes() {
     let stop = Arc::new(AtomicBool::new(false));
     let gets = Arc::new(Word::new(0));
     let place = |generation: u64, extent: usize| IndexEntry {
-        extent: Extent {
-            segment: SegmentId(0),
-            offset: extent as u64,
-            len_bytes: 4,
-        },
+        extent: Extent { segment: SegmentId(0), offset: extent as u64, len_bytes: 4 },
         ..entry(generation, &[1])
     };
     let mut free: Vec<usize> = (0..EXTENTS).collect();
@@ -525,14 +418,11 @@ fn readers_see_the_truth_while_everything_changes() {
         let extent = free.pop()?;
         extents[extent].store(generation, Ordering::Relaxed);
         let slot_id = SlotId(u32::try_from(slot).expect("small"));
-        writer
-            .publish(slot_id, &keys[slot], &place(generation, extent))
-            .expect("free or the same key");
+        writer.publish(slot_id, &keys[slot], &place(generation, extent)).expect("free or the same key");
         Some((Generation(generation), extent))
     };
-    let mut shown: Vec<Option<(Generation, usize)>> = (0..keys.len())
-        .map(|slot| publish(&mut writer, &mut free, slot))
-        .collect();
+    let mut shown: Vec<Option<(Generation, usize)>> =
+        (0..keys.len()).map(|slot| publish(&mut writer, &mut free, slot)).collect();
 
     let mut nodes = Vec::new();
     let readers: Vec<_> = (0..3_usize)
@@ -543,12 +433,8 @@ fn readers_see_the_truth_while_everything_changes() {
             let mut reader = IndexReader::map(again(writer.descriptor())).expect("the same index");
             // A miss is then a miss, however long the writer is kept from its work.
             reader.attempts = u32::MAX;
-            let (keys, extents, stop, gets) = (
-                Arc::clone(&keys),
-                Arc::clone(&extents),
-                Arc::clone(&stop),
-                Arc::clone(&gets),
-            );
+            let (keys, extents, stop, gets) =
+                (Arc::clone(&keys), Arc::clone(&extents), Arc::clone(&stop), Arc::clone(&gets));
             std::thread::spawn(move || {
                 for at in (number..).step_by(5) {
                     if stop.load(Ordering::Relaxed) {
@@ -561,20 +447,13 @@ fn readers_see_the_truth_while_everything_changes() {
                             let extent = usize::try_from(pinned.entry.extent.offset).expect("small");
                             assert_eq!(
                                 pinned.entry,
-                                IndexEntry {
-                                    extent: pinned.entry.extent,
-                                    ..entry(generation, &[1])
-                                }
+                                IndexEntry { extent: pinned.entry.extent, ..entry(generation, &[1]) }
                             );
                             assert_eq!(extents[extent].load(Ordering::Relaxed), generation);
                             page.unpin(pinned.pin);
                             gets.fetch_add(1, Ordering::Relaxed);
                         }
-                        None => assert!(
-                            at % keys.len() >= 8,
-                            "key {} stays and was missed",
-                            at % keys.len()
-                        ),
+                        None => assert!(at % keys.len() >= 8, "key {} stays and was missed", at % keys.len()),
                     }
                 }
             })

@@ -93,8 +93,7 @@ impl IndexWriter {
         let used = words[GENERATION].load(Ordering::Relaxed) != 0;
         let shows = |key| {
             let mut old = Record::EMPTY;
-            old.read(memory.words(), memory.geometry(), slot.0, words, key, fingerprint)
-                .is_some()
+            old.read(memory.words(), memory.geometry(), slot.0, words, key, fingerprint).is_some()
         };
         if used && !shows(key) {
             return refused(format!("{key:?}: slot {slot} shows another key"));

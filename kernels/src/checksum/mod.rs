@@ -28,9 +28,8 @@ const SECRET_MERGE: usize = 11;
 const SHORT_LEN_MAX: usize = 240;
 
 /// Where each lane starts.
-const START: [u64; LANES] = [
-    PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1,
-];
+const START: [u64; LANES] =
+    [PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1];
 
 /// The checksum of `bytes`: equal to `hetmem_core::checksum::of`.
 #[must_use]
@@ -76,9 +75,7 @@ fn lane(bytes: &[u8], at: usize) -> u64 {
 fn accumulate(accumulator: u64, stripe: &[u8], at: usize, secret_at: usize) -> u64 {
     let keyed = read_u64(stripe, 8 * at) ^ read_u64(&SECRET, secret_at + 8 * at);
     let neighbour = read_u64(stripe, 8 * (at ^ 1));
-    accumulator
-        .wrapping_add(neighbour)
-        .wrapping_add((keyed & 0xffff_ffff) * (keyed >> 32))
+    accumulator.wrapping_add(neighbour).wrapping_add((keyed & 0xffff_ffff) * (keyed >> 32))
 }
 
 /// Spreads the high bits of an accumulator, which the 32-bit products of a round leave weak.
@@ -143,11 +140,7 @@ mod tests {
         for byte in [0x00, 0x80, 0xff] {
             let bytes = vec![byte; BLOCK_LEN];
             for len in [1, 3, 8, 16, 128, 240, 241, 1024, 1025, BLOCK_LEN] {
-                assert_eq!(
-                    block(&bytes[..len]),
-                    core::block(&bytes[..len]),
-                    "{len} x {byte:#x}"
-                );
+                assert_eq!(block(&bytes[..len]), core::block(&bytes[..len]), "{len} x {byte:#x}");
             }
         }
     }

@@ -37,10 +37,7 @@ fn up_to_16(bytes: &[u8]) -> u64 {
     let len = bytes.len();
     let low = read_u64(bytes, 0) ^ read_u64(&SECRET, 24) ^ read_u64(&SECRET, 32);
     let high = read_u64(bytes, len - 8) ^ read_u64(&SECRET, 40) ^ read_u64(&SECRET, 48);
-    let sum = (len as u64)
-        .wrapping_add(low.swap_bytes())
-        .wrapping_add(high)
-        .wrapping_add(fold(low, high));
+    let sum = (len as u64).wrapping_add(low.swap_bytes()).wrapping_add(high).wrapping_add(fold(low, high));
     avalanche(sum)
 }
 
@@ -49,9 +46,11 @@ fn up_to_128(bytes: &[u8]) -> u64 {
     let len = bytes.len();
     let mut sum = (len as u64).wrapping_mul(PRIME64_1);
     for step in 0..=(len - 1) / 32 {
-        sum = sum
-            .wrapping_add(mix(bytes, 16 * step, 32 * step))
-            .wrapping_add(mix(bytes, len - 16 * (step + 1), 32 * step + 16));
+        sum = sum.wrapping_add(mix(bytes, 16 * step, 32 * step)).wrapping_add(mix(
+            bytes,
+            len - 16 * (step + 1),
+            32 * step + 16,
+        ));
     }
     avalanche(sum)
 }

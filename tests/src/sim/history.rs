@@ -1,7 +1,7 @@
 //! What clients did and saw, and what follows from it: which bytes a get may return, and which keys must be there.
 //! Not the engine's view of anything. Invariant: every rule here holds for any correct store, whatever it does inside.
 
-use super::bytes;
+use super::pattern;
 
 /// How a put ended, as far as its client was told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,7 +160,7 @@ impl History {
         let mut found = None;
         for &index in &self.by_key[seen.key] {
             let attempt = &self.attempts[index];
-            if attempt.len != seen.len || !bytes::are_of(attempt.tag, seen.start, seen.bytes) {
+            if attempt.len != seen.len || !pattern::are_of(attempt.tag, seen.start, seen.bytes) {
                 continue;
             }
             if attempt.outcome == Outcome::Never {
@@ -196,7 +196,7 @@ impl History {
             let owner = self
                 .attempts
                 .iter()
-                .find(|attempt| bytes::are_of(attempt.tag, start, chunk));
+                .find(|attempt| pattern::are_of(attempt.tag, start, chunk));
             let name = match owner {
                 Some(attempt) => format!("of key {} tag {:x} there", attempt.key, attempt.tag),
                 None if chunk.iter().all(|byte| *byte == 0) => "of zeros".to_owned(),

@@ -226,7 +226,7 @@ impl World {
         let mut inputs = VecDeque::from([input]);
         while let Some(input) = inputs.pop_front() {
             self.trace_input(at, &input);
-            let before = self.before(at, &input);
+            self.before(at, &input);
             let now = Time(self.nodes[at].clock.at(self.now()));
             for action in self.nodes[at].engine.handle(now, input) {
                 self.trace_action(at, &action);
@@ -234,16 +234,13 @@ impl World {
                     inputs.push_front(next);
                 }
             }
-            if let Some(request) = before {
-                self.nodes[at].landings.remove(&request);
-            }
         }
         self.empty_outbox(at);
         landing
     }
 
     /// Takes back holds that an input says are over.
-    fn before(&mut self, at: usize, input: &Input) -> Option<u64> {
+    fn before(&mut self, at: usize, input: &Input) {
         let node = &mut self.nodes[at];
         match input {
             Input::SendDone { send } => {
@@ -252,10 +249,9 @@ impl World {
                 }
             }
             Input::Landed { request, .. } => {
-                if let Some(extent) = node.landings.get(request) {
+                if let Some(extent) = node.landings.remove(request) {
                     node.guards.remove(extent.segment, Hold::Landing(*request));
                 }
-                return Some(*request);
             }
             Input::ReadDone { transfer, .. } => {
                 if let Some(extent) = node.reads.remove(transfer) {
@@ -286,7 +282,6 @@ impl World {
             }
             _ => {}
         }
-        None
     }
 
     /// Adds a hold; a conflict is the engine's mistake.

@@ -1,11 +1,7 @@
 //! What every fabric must do, as tests that run on any of them: `conformance_suite!` makes one test per promise.
 //! Not the tests of one fabric's own means (sockets, seeds). Invariant: nothing here knows which fabric it runs on;
 //! no test waits by sleeping, and none asserts an upper time bound.
-#![allow(
-    missing_docs,
-    clippy::missing_panics_doc,
-    reason = "each test is named after what it asks for"
-)]
+#![allow(missing_docs, clippy::missing_panics_doc, reason = "each test is named after what it asks for")]
 
 mod losses;
 mod reads;
@@ -139,42 +135,23 @@ impl FabricSink for Recorder {
         let mut log = self.log.lock();
         log.calls += 1;
         match event {
-            FabricEvent::LinkUp {
-                link,
-                address,
-                inbound,
-            } => {
-                assert!(
-                    !log.ups.iter().any(|(up, ..)| *up == link),
-                    "link {link} came up twice"
-                );
+            FabricEvent::LinkUp { link, address, inbound } => {
+                assert!(!log.ups.iter().any(|(up, ..)| *up == link), "link {link} came up twice");
                 log.ups.push((link, address, inbound));
             }
             FabricEvent::LinkDown { link, why } => {
-                assert!(
-                    !log.downs.iter().any(|(down, _)| *down == link),
-                    "link {link} went down twice"
-                );
+                assert!(!log.downs.iter().any(|(down, _)| *down == link), "link {link} went down twice");
                 log.downs.push((link, why));
             }
             FabricEvent::ReadDone { transfer, result } => {
-                assert!(
-                    log.reads.insert(transfer, result).is_none(),
-                    "transfer {transfer} ended twice"
-                );
+                assert!(log.reads.insert(transfer, result).is_none(), "transfer {transfer} ended twice");
             }
             FabricEvent::SendDone { token, result } => {
-                assert!(
-                    log.sends.insert(token, result).is_none(),
-                    "send {token:?} ended twice"
-                );
+                assert!(log.sends.insert(token, result).is_none(), "send {token:?} ended twice");
             }
             FabricEvent::Landed { link, token, result } => {
                 assert!(log.is_up(link), "a landing of link {link} after its end");
-                assert!(
-                    log.landings.insert(token, result).is_none(),
-                    "landing {token:?} ended twice"
-                );
+                assert!(log.landings.insert(token, result).is_none(), "landing {token:?} ended twice");
             }
         }
     }
@@ -199,25 +176,12 @@ struct Side {
 
 impl Side {
     fn new(fabric: Arc<dyn Fabric>, sink: Arc<Recorder>) -> Self {
-        let (memory, private) = (
-            Arc::new(HeapRegion::new(REGION_LEN)),
-            Arc::new(HeapRegion::new(PRIVATE_LEN)),
-        );
-        let key = fabric
-            .register(SHARED, Arc::clone(&memory) as _, Access::RemoteRead)
-            .expect("register");
-        let private_key = fabric
-            .register(PRIVATE, Arc::clone(&private) as _, Access::Local)
-            .expect("register");
-        Self {
-            fabric,
-            sink,
-            memory,
-            key,
-            private,
-            private_key,
-            next: AtomicU64::new(1),
-        }
+        let (memory, private) =
+            (Arc::new(HeapRegion::new(REGION_LEN)), Arc::new(HeapRegion::new(PRIVATE_LEN)));
+        let key = fabric.register(SHARED, Arc::clone(&memory) as _, Access::RemoteRead).expect("register");
+        let private_key =
+            fabric.register(PRIVATE, Arc::clone(&private) as _, Access::Local).expect("register");
+        Self { fabric, sink, memory, key, private, private_key, next: AtomicU64::new(1) }
     }
 
     fn number(&self) -> u64 {
@@ -256,11 +220,7 @@ impl Side {
     /// Begins a read of the peer's shared region.
     fn begin_read(&self, link: LinkId, remote: RemoteExtent, offset: u64) -> TransferId {
         let transfer = TransferId(self.number());
-        let local = Extent {
-            segment: SHARED,
-            offset,
-            len_bytes: remote.len_bytes,
-        };
+        let local = Extent { segment: SHARED, offset, len_bytes: remote.len_bytes };
         self.fabric.read(link, transfer, remote, local).expect("read");
         transfer
     }
@@ -289,13 +249,7 @@ fn sides(bench: &dyn Bench) -> (Side, Side, Box<dyn FnOnce()>) {
 fn connected(bench: &dyn Bench) -> Connected {
     let (a, b, kill_b) = sides(bench);
     let (link_a, link_b) = connect(&a, &b);
-    Connected {
-        a,
-        b,
-        link_a,
-        link_b,
-        kill_b,
-    }
+    Connected { a, b, link_a, link_b, kill_b }
 }
 
 /// Connects, and returns both ends' names of the link.

@@ -5,17 +5,11 @@ use hetmem_core::{ErrorKind, Extent, LinkId, RemoteExtent, RemoteKey, SegmentId,
 use super::{Bench, Connected, PRIVATE, PRIVATE_LEN, SHARED, Side, connected, pattern};
 
 fn whole(side: &Side, offset: u64, len_bytes: u64) -> RemoteExtent {
-    RemoteExtent {
-        key: side.key,
-        offset,
-        len_bytes,
-    }
+    RemoteExtent { key: side.key, offset, len_bytes }
 }
 
 pub fn reads_bring_every_byte(bench: &dyn Bench) {
-    let Connected {
-        a, b, link_a, link_b, ..
-    } = connected(bench);
+    let Connected { a, b, link_a, link_b, .. } = connected(bench);
     for (reader, owner, link) in [(&a, &b, link_a), (&b, &a, link_b)] {
         for (len, from, to) in [
             (1, 0, 0),
@@ -33,15 +27,8 @@ pub fn reads_bring_every_byte(bench: &dyn Bench) {
             let stats = reader.read_result(transfer).expect("read");
             assert_eq!((stats.bytes, stats.staged_bytes), (len as u64, 0));
             assert!(stats.slices >= 1);
-            assert!(
-                reader.memory.read(to, len) == bytes,
-                "{len} bytes from {from} to {to}"
-            );
-            assert_eq!(
-                reader.memory.read(to + len, 1),
-                [0xa5],
-                "the byte after the target is untouched"
-            );
+            assert!(reader.memory.read(to, len) == bytes, "{len} bytes from {from} to {to}");
+            assert_eq!(reader.memory.read(to + len, 1), [0xa5], "the byte after the target is untouched");
         }
     }
 }
@@ -72,20 +59,12 @@ pub fn many_reads_at_once(bench: &dyn Bench) {
     for number in 0..COUNT {
         let len = [8, 100, 4096, 70_000, 400_000][number % 5] + number;
         let from = (number * 20_011) % ((8 << 20) - len);
-        reads.push((
-            a.begin_read(link_a, whole(&b, from as u64, len as u64), to as u64),
-            from,
-            to,
-            len,
-        ));
+        reads.push((a.begin_read(link_a, whole(&b, from as u64, len as u64), to as u64), from, to, len));
         to += len;
     }
     for (transfer, from, to, len) in reads {
         a.read_result(transfer).expect("read");
-        assert!(
-            a.memory.read(to, len) == source[from..from + len],
-            "{len} bytes from {from}"
-        );
+        assert!(a.memory.read(to, len) == source[from..from + len], "{len} bytes from {from}");
     }
 }
 
@@ -94,31 +73,15 @@ pub fn wrong_reads_are_refused_by_name(bench: &dyn Bench) {
     let end = b.memory.read(0, 0).len() as u64 + super::REGION_LEN as u64;
     let refused = [
         (whole(&b, end, 1), ErrorKind::Invalid, format!("1 bytes at {end}")),
+        (whole(&b, end - 10, 11), ErrorKind::Invalid, format!("11 bytes at {}", end - 10)),
+        (whole(&b, u64::MAX, 16), ErrorKind::Invalid, format!("16 bytes at {}", u64::MAX)),
         (
-            whole(&b, end - 10, 11),
-            ErrorKind::Invalid,
-            format!("11 bytes at {}", end - 10),
-        ),
-        (
-            whole(&b, u64::MAX, 16),
-            ErrorKind::Invalid,
-            format!("16 bytes at {}", u64::MAX),
-        ),
-        (
-            RemoteExtent {
-                key: RemoteKey(0x1234),
-                offset: 0,
-                len_bytes: 8,
-            },
+            RemoteExtent { key: RemoteKey(0x1234), offset: 0, len_bytes: 8 },
             ErrorKind::Stale,
             "1234".to_owned(),
         ),
         (
-            RemoteExtent {
-                key: b.private_key,
-                offset: 0,
-                len_bytes: 8,
-            },
+            RemoteExtent { key: b.private_key, offset: 0, len_bytes: 8 },
             ErrorKind::Denied,
             format!("segment {PRIVATE}"),
         ),
@@ -147,24 +110,13 @@ fn refused_at_once(a: &Side, b: &Side, link: LinkId) {
         (LinkId(987_654), SHARED, 0, 8, 8, "link 987654"),
     ];
     for (link, segment, offset, remote_len, len_bytes, word) in wrong {
-        let local = Extent {
-            segment,
-            offset,
-            len_bytes,
-        };
+        let local = Extent { segment, offset, len_bytes };
         let transfer = TransferId(a.number());
-        let error = a
-            .fabric
-            .read(link, transfer, whole(b, 0, remote_len), local)
-            .expect_err("wrong");
+        let error = a.fabric.read(link, transfer, whole(b, 0, remote_len), local).expect_err("wrong");
         assert!(error.to_string().contains(word), "{error} should say {word}");
     }
     let first = a.begin_read(link, whole(b, 0, 1 << 20), 0);
-    let local = Extent {
-        segment: SHARED,
-        offset: 0,
-        len_bytes: 8,
-    };
+    let local = Extent { segment: SHARED, offset: 0, len_bytes: 8 };
     if !a.sink.log.lock().reads.contains_key(&first) {
         // Only in a simulation is it certain to be in progress still, so success proves nothing here.
         if let Err(error) = a.fabric.read(link, first, whole(b, 0, 8), local) {
@@ -198,15 +150,11 @@ pub fn a_cancelled_read_touches_nothing_afterwards(bench: &dyn Bench) {
         if let Err(error) = &result {
             assert!(error.to_string().contains("cancelled"), "{error}");
         }
-        a.read_result(beside)
-            .expect("a read beside a cancelled one goes on");
+        a.read_result(beside).expect("a read beside a cancelled one goes on");
         assert!(a.memory.read(LEN, BESIDE) == bytes);
         let after = a.begin_read(link_a, whole(&b, 0, 1 << 20), (LEN + BESIDE) as u64);
         a.read_result(after).expect("the link goes on");
-        assert!(
-            a.memory.read(0, LEN) == mark,
-            "round {round}: bytes landed after the end ({result:?})"
-        );
+        assert!(a.memory.read(0, LEN) == mark, "round {round}: bytes landed after the end ({result:?})");
     }
     a.fabric.cancel(TransferId(123_456));
     assert!(a.sink.log.lock().is_up(link_a));

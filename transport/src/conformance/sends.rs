@@ -24,20 +24,14 @@ pub fn connecting_to_nobody_ends_in_a_link_down(bench: &dyn Bench) {
     a.wait("LinkDown", |log| log.downs.iter().any(|(down, _)| *down == link));
     let log = a.sink.log.lock();
     assert!(log.ups.is_empty());
-    assert!(
-        log.downs[0].1.to_string().contains(&bench.nobody()),
-        "{} names the address",
-        log.downs[0].1
-    );
+    assert!(log.downs[0].1.to_string().contains(&bench.nobody()), "{} names the address", log.downs[0].1);
     drop(log);
     assert!(a.fabric.connect("").is_err());
 }
 
 pub fn frames_arrive_whole_and_in_order(bench: &dyn Bench) {
     const COUNT: u64 = 2000;
-    let Connected {
-        a, b, link_a, link_b, ..
-    } = connected(bench);
+    let Connected { a, b, link_a, link_b, .. } = connected(bench);
     for number in 0..COUNT {
         let (token, sent) = a.send(link_a, &frame(number, 0), None);
         assert_eq!(sent, Sent::Done, "a frame without payload needs no event");
@@ -47,10 +41,7 @@ pub fn frames_arrive_whole_and_in_order(bench: &dyn Bench) {
     for (side, link) in [(&a, link_a), (&b, link_b)] {
         side.wait("all frames", |log| log.messages.len() as u64 == COUNT);
         for (expected, (from, header, body)) in side.sink.log.lock().messages.iter().enumerate() {
-            assert_eq!(
-                (*from, header.request, header.payload_len),
-                (link, expected as u64, 0)
-            );
+            assert_eq!((*from, header.request, header.payload_len), (link, expected as u64, 0));
             assert_eq!(number_in(body), expected as u64);
         }
     }
@@ -59,35 +50,17 @@ pub fn frames_arrive_whole_and_in_order(bench: &dyn Bench) {
 pub fn payloads_land_where_the_sink_says(bench: &dyn Bench) {
     let Connected { a, b, link_a, .. } = connected(bench);
     b.answers(|_, header, _| {
-        let extent = Extent {
-            segment: SHARED,
-            offset: 5 + header.request,
-            len_bytes: header.payload_len,
-        };
-        Landing::Into {
-            extent,
-            token: LandingToken(header.request),
-        }
+        let extent = Extent { segment: SHARED, offset: 5 + header.request, len_bytes: header.payload_len };
+        Landing::Into { extent, token: LandingToken(header.request) }
     });
-    for (number, len) in [1, 8, 100, 4000, 4096, 65_537, 300_000, 1 << 20]
-        .into_iter()
-        .enumerate()
-    {
+    for (number, len) in [1, 8, 100, 4000, 4096, 65_537, 300_000, 1 << 20].into_iter().enumerate() {
         let number = number as u64;
         let bytes = pattern(number, len);
         a.memory.write(3, &bytes);
-        let payload = Extent {
-            segment: SHARED,
-            offset: 3,
-            len_bytes: len as u64,
-        };
+        let payload = Extent { segment: SHARED, offset: 3, len_bytes: len as u64 };
         let (token, sent) = a.send(link_a, &frame(number, len as u64), Some(payload));
-        b.wait("the landing", |log| {
-            log.landings.contains_key(&LandingToken(number))
-        });
-        let stats = b.sink.log.lock().landings[&LandingToken(number)]
-            .clone()
-            .expect("landed");
+        b.wait("the landing", |log| log.landings.contains_key(&LandingToken(number)));
+        let stats = b.sink.log.lock().landings[&LandingToken(number)].clone().expect("landed");
         assert_eq!(stats.bytes, len as u64);
         assert!(stats.staged_bytes <= 4096.min(stats.bytes), "{stats:?}");
         let at = 5 + usize::try_from(number).expect("small");
@@ -104,23 +77,12 @@ pub fn payloads_land_where_the_sink_says(bench: &dyn Bench) {
 pub fn a_payload_that_nobody_wants_is_dropped(bench: &dyn Bench) {
     let Connected { a, b, link_a, .. } = connected(bench);
     for len_bytes in [1, 5000, 3 << 20] {
-        let payload = Extent {
-            segment: SHARED,
-            offset: 0,
-            len_bytes,
-        };
+        let payload = Extent { segment: SHARED, offset: 0, len_bytes };
         a.post(link_a, &frame(1, len_bytes), Some(payload));
         a.post(link_a, &frame(2, 0), None);
     }
     b.wait("all frames", |log| log.messages.len() == 6);
-    let numbers: Vec<u64> = b
-        .sink
-        .log
-        .lock()
-        .messages
-        .iter()
-        .map(|(_, header, _)| header.request)
-        .collect();
+    let numbers: Vec<u64> = b.sink.log.lock().messages.iter().map(|(_, header, _)| header.request).collect();
     assert_eq!(numbers, [1, 2, 1, 2, 1, 2]);
     assert!(b.sink.log.lock().landings.is_empty());
 }
@@ -130,18 +92,11 @@ pub fn a_full_queue_is_busy_and_loses_nothing(bench: &dyn Bench) {
     const LIMIT: u64 = 1 << 20;
     let Connected { a, b, link_a, .. } = connected(bench);
     a.memory.write(0, &pattern(9, 256 << 10));
-    let payload = Extent {
-        segment: SHARED,
-        offset: 0,
-        len_bytes: LEN,
-    };
+    let payload = Extent { segment: SHARED, offset: 0, len_bytes: LEN };
     let (mut taken, mut pending) = (0_u64, Vec::new());
     loop {
         assert!(taken < LIMIT, "no queue may grow without bound");
-        match a
-            .fabric
-            .send(link_a, frame(taken, LEN), Some(payload), SendToken(taken))
-        {
+        match a.fabric.send(link_a, frame(taken, LEN), Some(payload), SendToken(taken)) {
             Ok(sent) => {
                 if sent == Sent::Pending {
                     pending.push(SendToken(taken));
@@ -154,91 +109,32 @@ pub fn a_full_queue_is_busy_and_loses_nothing(bench: &dyn Bench) {
             }
         }
     }
-    a.wait("all extents to be free", |log| {
-        pending.iter().all(|token| log.sends.contains_key(token))
-    });
+    a.wait("all extents to be free", |log| pending.iter().all(|token| log.sends.contains_key(token)));
     a.post(link_a, &frame(taken, 0), None);
     b.wait("all frames", |log| log.messages.len() as u64 == taken + 1);
     let log = b.sink.log.lock();
-    assert!(
-        log.messages
-            .iter()
-            .enumerate()
-            .all(|(at, (_, header, _))| header.request == at as u64)
-    );
+    assert!(log.messages.iter().enumerate().all(|(at, (_, header, _))| header.request == at as u64));
 }
 
 pub fn wrong_sends_are_refused_by_name(bench: &dyn Bench) {
     let Connected { a, link_a, .. } = connected(bench);
-    let outside = Extent {
-        segment: PRIVATE,
-        offset: 7,
-        len_bytes: 9 << 20,
-    };
-    let nowhere = Extent {
-        segment: SegmentId(99),
-        offset: 0,
-        len_bytes: 10,
-    };
-    let inside = Extent {
-        segment: SHARED,
-        offset: 0,
-        len_bytes: 10,
-    };
+    let outside = Extent { segment: PRIVATE, offset: 7, len_bytes: 9 << 20 };
+    let nowhere = Extent { segment: SegmentId(99), offset: 0, len_bytes: 10 };
+    let inside = Extent { segment: SHARED, offset: 0, len_bytes: 10 };
     let wrong = [
-        (
-            link_a,
-            frame(1, 9 << 20),
-            Some(outside),
-            ErrorKind::Invalid,
-            "9437184 bytes at 7",
-        ),
-        (
-            link_a,
-            frame(1, 10),
-            Some(nowhere),
-            ErrorKind::Invalid,
-            "segment 99",
-        ),
-        (
-            link_a,
-            frame(1, 11),
-            Some(inside),
-            ErrorKind::Invalid,
-            "11 bytes of payload",
-        ),
-        (
-            link_a,
-            frame(1, 11),
-            None,
-            ErrorKind::Invalid,
-            "11 bytes of payload",
-        ),
-        (
-            LinkId(987_654),
-            frame(1, 0),
-            None,
-            ErrorKind::PeerLost,
-            "link 987654",
-        ),
+        (link_a, frame(1, 9 << 20), Some(outside), ErrorKind::Invalid, "9437184 bytes at 7"),
+        (link_a, frame(1, 10), Some(nowhere), ErrorKind::Invalid, "segment 99"),
+        (link_a, frame(1, 11), Some(inside), ErrorKind::Invalid, "11 bytes of payload"),
+        (link_a, frame(1, 11), None, ErrorKind::Invalid, "11 bytes of payload"),
+        (LinkId(987_654), frame(1, 0), None, ErrorKind::PeerLost, "link 987654"),
     ];
     for (link, frame, payload, kind, word) in wrong {
-        let error = a
-            .fabric
-            .send(link, frame, payload, SendToken(1))
-            .expect_err("wrong");
+        let error = a.fabric.send(link, frame, payload, SendToken(1)).expect_err("wrong");
         assert_eq!(error.kind(), kind, "{error}");
         assert!(error.to_string().contains(word), "{error} should say {word}");
     }
-    let again = a
-        .fabric
-        .register(SHARED, Arc::clone(&a.memory) as _, crate::Access::Local);
-    assert!(
-        again
-            .expect_err("registered already")
-            .to_string()
-            .contains("segment 1")
-    );
+    let again = a.fabric.register(SHARED, Arc::clone(&a.memory) as _, crate::Access::Local);
+    assert!(again.expect_err("registered already").to_string().contains("segment 1"));
 }
 
 pub fn landings_that_cannot_be_fail_alone(bench: &dyn Bench) {
@@ -250,23 +146,12 @@ pub fn landings_that_cannot_be_fail_alone(bench: &dyn Bench) {
             _ => (SHARED, header.payload_len),
         };
         let token = LandingToken(header.request);
-        Landing::Into {
-            extent: Extent {
-                segment,
-                offset: 0,
-                len_bytes,
-            },
-            token,
-        }
+        Landing::Into { extent: Extent { segment, offset: 0, len_bytes }, token }
     });
     let bytes = pattern(4, 70_000);
     a.memory.write(0, &bytes);
     for number in 0..3 {
-        let payload = Extent {
-            segment: SHARED,
-            offset: 0,
-            len_bytes: 70_000,
-        };
+        let payload = Extent { segment: SHARED, offset: 0, len_bytes: 70_000 };
         a.post(link_a, &frame(number, 70_000), Some(payload));
     }
     b.wait("all landings", |log| log.landings.len() == 3);
@@ -287,19 +172,10 @@ pub fn a_sink_may_call_back(bench: &dyn Bench) {
     let (fabric, count) = (Arc::downgrade(&b.fabric), Arc::clone(&answered));
     b.answers(move |link, header, _| {
         let fabric = fabric.upgrade().expect("alive");
-        let payload = Extent {
-            segment: SHARED,
-            offset: 0,
-            len_bytes: 1000,
-        };
+        let payload = Extent { segment: SHARED, offset: 0, len_bytes: 1000 };
         // A simulated queue may be full for no reason: as often as it takes.
         while fabric
-            .send(
-                link,
-                frame(header.request, 1000),
-                Some(payload),
-                SendToken(header.request),
-            )
+            .send(link, frame(header.request, 1000), Some(payload), SendToken(header.request))
             .is_err()
         {}
         count.fetch_add(1, Ordering::SeqCst);

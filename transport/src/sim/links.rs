@@ -74,10 +74,7 @@ impl Net {
         StoreError::PeerLost {
             operation: operation.into(),
             subject: format!("link {link}"),
-            peer: self
-                .ends
-                .get(&link)
-                .map_or_else(|| "(unknown)".to_owned(), |end| end.address.clone()),
+            peer: self.ends.get(&link).map_or_else(|| "(unknown)".to_owned(), |end| end.address.clone()),
             why: why.to_owned().into(),
         }
     }
@@ -91,18 +88,12 @@ impl Net {
     ) -> Result<&mut End, StoreError> {
         let error = self.lost(operation, link, "the link is down, or never was");
         let alive = self.is_alive(node);
-        self.ends
-            .get_mut(&link)
-            .filter(|end| alive && end.node == node && end.up)
-            .ok_or(error)
+        self.ends.get_mut(&link).filter(|end| alive && end.node == node && end.up).ok_or(error)
     }
 
     pub(super) fn connect(&mut self, node: usize, address: &str) -> Result<LinkId, StoreError> {
         if address.is_empty() || !self.is_alive(node) {
-            return Err(StoreError::invalid(
-                "address",
-                format!("{address:?} cannot be connected to"),
-            ));
+            return Err(StoreError::invalid("address", format!("{address:?} cannot be connected to")));
         }
         let link = LinkId(self.number());
         let (low, high) = self.faults.delay_ns;
@@ -110,13 +101,7 @@ impl Net {
         let end = End::new(node, address.to_owned(), delay_ns);
         self.ends.insert(link, end);
         let delay = delay_ns + self.jitter();
-        self.after(
-            delay,
-            Event::Arrive {
-                from: link,
-                target: address.to_owned(),
-            },
-        );
+        self.after(delay, Event::Arrive { from: link, target: address.to_owned() });
         let timeout = self.faults.connect_timeout_ns;
         self.after(timeout, Event::GiveUp { end: link });
         Ok(link)
@@ -144,14 +129,7 @@ impl Net {
             end.peer = Some(peer);
             end.peer_node = Some(peer_node);
         }
-        self.reports.push_back((
-            peer_node,
-            FabricEvent::LinkUp {
-                link: peer,
-                address,
-                inbound: true,
-            },
-        ));
+        self.reports.push_back((peer_node, FabricEvent::LinkUp { link: peer, address, inbound: true }));
         let delay = delay_ns + self.jitter();
         self.after(delay, Event::Up { end: from });
     }
@@ -162,11 +140,7 @@ impl Net {
         };
         end.up = true;
         end.connected = true;
-        let event = FabricEvent::LinkUp {
-            link: id,
-            address: end.address.clone(),
-            inbound: false,
-        };
+        let event = FabricEvent::LinkUp { link: id, address: end.address.clone(), inbound: false };
         let node = end.node;
         self.reports.push_back((node, event));
         self.pump(id);
@@ -196,12 +170,8 @@ impl Net {
             return;
         };
         let between = |end: &End| end.node == one && end.peer_node == Some(other);
-        let links: Vec<LinkId> = self
-            .ends
-            .iter()
-            .filter(|(_, end)| between(end))
-            .map(|(id, _)| *id)
-            .collect();
+        let links: Vec<LinkId> =
+            self.ends.iter().filter(|(_, end)| between(end)).map(|(id, _)| *id).collect();
         for link in links {
             let why = self.lost("receive", link, "the connection was reset");
             let detection = self.detection();
@@ -246,22 +216,14 @@ impl Net {
         let (node, lost) = (end.node, why.clone());
         self.fail_reads_of(id, &lost);
         for sending in end.sending {
-            let event = FabricEvent::SendDone {
-                token: sending.token,
-                result: Err(lost.clone()),
-            };
+            let event = FabricEvent::SendDone { token: sending.token, result: Err(lost.clone()) };
             self.reports.push_back((node, event));
         }
         if let Some(landing) = end.landing {
-            let event = FabricEvent::Landed {
-                link: id,
-                token: landing.token,
-                result: Err(lost.clone()),
-            };
+            let event = FabricEvent::Landed { link: id, token: landing.token, result: Err(lost.clone()) };
             self.reports.push_back((node, event));
         }
-        self.reports
-            .push_back((node, FabricEvent::LinkDown { link: id, why: lost }));
+        self.reports.push_back((node, FabricEvent::LinkDown { link: id, why: lost }));
     }
 
     // Frames.
@@ -284,9 +246,8 @@ impl Net {
             (end.delay_ns, end.peer)
         };
         let (busy, immediate) = (self.faults.busy_chance, self.faults.immediate_chance);
-        let full = peer
-            .and_then(|peer| self.ends.get(&peer))
-            .is_some_and(|peer| peer.coming.len() >= FRAMES_MAX);
+        let full =
+            peer.and_then(|peer| self.ends.get(&peer)).is_some_and(|peer| peer.coming.len() >= FRAMES_MAX);
         if full || self.rng.chance(busy) {
             return Err(StoreError::busy(
                 "send",
@@ -295,13 +256,7 @@ impl Net {
         }
         let number = self.number();
         let arrives_at = self.now + delay_ns + self.jitter();
-        let mut message = Message {
-            number,
-            frame,
-            payload: Vec::new(),
-            whole: true,
-            arrives_at,
-        };
+        let mut message = Message { number, frame, payload: Vec::new(), whole: true, arrives_at };
         let mut sent = Sent::Done;
         if let Some(piece) = piece {
             if self.rng.chance(immediate) {
@@ -326,23 +281,10 @@ impl Net {
         let mut at = self.now;
         for upto in self.tear(piece.len()) {
             at += self.jitter();
-            self.at(
-                at,
-                Event::Capture {
-                    end: link,
-                    number,
-                    upto,
-                },
-            );
+            self.at(at, Event::Capture { end: link, number, upto });
         }
         if let Some(end) = self.ends.get_mut(&link) {
-            end.sending.push(Sending {
-                number,
-                token,
-                piece,
-                taken: 0,
-                failed: false,
-            });
+            end.sending.push(Sending { number, token, piece, taken: 0, failed: false });
         }
     }
 
@@ -388,22 +330,12 @@ impl Net {
         };
         let sending = end.sending.swap_remove(at);
         let result = if sending.failed {
-            Err(StoreError::stale(
-                "send",
-                "payload",
-                "its segment was deregistered",
-            ))
+            Err(StoreError::stale("send", "payload", "its segment was deregistered"))
         } else {
             Ok(())
         };
         let node = end.node;
-        self.reports.push_back((
-            node,
-            FabricEvent::SendDone {
-                token: sending.token,
-                result,
-            },
-        ));
+        self.reports.push_back((node, FabricEvent::SendDone { token: sending.token, result }));
     }
 
     /// Lets the next frame to an end come, if nothing is in its way.
@@ -464,32 +396,12 @@ impl Net {
         let mut at = self.now;
         for upto in self.tear(bytes.len()) {
             at += self.jitter();
-            self.at(
-                at,
-                Event::Land {
-                    end: delivery.end,
-                    number,
-                    upto,
-                },
-            );
+            self.at(at, Event::Land { end: delivery.end, number, upto });
         }
         let late = self.lateness();
-        self.at(
-            at + late,
-            Event::Landed {
-                end: delivery.end,
-                number,
-            },
-        );
+        self.at(at + late, Event::Landed { end: delivery.end, number });
         if let Some(end) = self.ends.get_mut(&delivery.end) {
-            end.landing = Some(PayloadLanding {
-                number,
-                token,
-                target,
-                bytes,
-                done: 0,
-                error,
-            });
+            end.landing = Some(PayloadLanding { number, token, target, bytes, done: 0, error });
         }
     }
 
@@ -502,9 +414,7 @@ impl Net {
             && !piece.copy_in(landing.done, &landing.bytes[landing.done..upto])
         {
             let why = "its target segment was deregistered";
-            landing
-                .error
-                .get_or_insert(StoreError::stale("receive", "payload", why));
+            landing.error.get_or_insert(StoreError::stale("receive", "payload", why));
         }
         landing.done = upto;
     }
@@ -518,21 +428,11 @@ impl Net {
         };
         let result = match landing.error {
             Some(error) => Err(error),
-            None => Ok(LandingStats {
-                bytes: landing.bytes.len() as u64,
-                staged_bytes: 0,
-            }),
+            None => Ok(LandingStats { bytes: landing.bytes.len() as u64, staged_bytes: 0 }),
         };
         end.busy = false;
         let node = end.node;
-        self.reports.push_back((
-            node,
-            FabricEvent::Landed {
-                link: id,
-                token: landing.token,
-                result,
-            },
-        ));
+        self.reports.push_back((node, FabricEvent::Landed { link: id, token: landing.token, result }));
         self.pump(id);
     }
 }

@@ -86,9 +86,7 @@ pub struct SimNet {
 
 impl fmt::Debug for SimNet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SimNet")
-            .field("now_ns", &self.now())
-            .finish_non_exhaustive()
+        f.debug_struct("SimNet").field("now_ns", &self.now()).finish_non_exhaustive()
     }
 }
 
@@ -96,9 +94,7 @@ impl SimNet {
     /// A network without nodes, at time 0.
     #[must_use]
     pub fn new(seed: u64, faults: SimFaults) -> Self {
-        Self {
-            shared: Arc::new(Shared::new(seed, faults)),
-        }
+        Self { shared: Arc::new(Shared::new(seed, faults)) }
     }
 
     /// A node's fabric; its name is its address. A name may be used again once its node was killed or stopped.
@@ -107,11 +103,7 @@ impl SimNet {
     /// `Invalid` if a live node has this name.
     pub fn fabric(&self, name: &str, sink: Arc<dyn FabricSink>) -> Result<Arc<SimFabric>, StoreError> {
         let node = self.shared.add_node(name, sink)?;
-        Ok(Arc::new(SimFabric {
-            shared: Arc::clone(&self.shared),
-            name: name.to_owned(),
-            node,
-        }))
+        Ok(Arc::new(SimFabric { shared: Arc::clone(&self.shared), name: name.to_owned(), node }))
     }
 
     /// Lets the next thing happen, moving the clock to it and calling the sink of the node that it happens to.
@@ -170,9 +162,7 @@ pub struct SimFabric {
 
 impl fmt::Debug for SimFabric {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SimFabric")
-            .field("name", &self.name)
-            .finish_non_exhaustive()
+        f.debug_struct("SimFabric").field("name", &self.name).finish_non_exhaustive()
     }
 }
 
@@ -220,10 +210,7 @@ impl Fabric for SimFabric {
         payload: Option<Extent>,
         token: SendToken,
     ) -> Result<Sent, StoreError> {
-        self.shared
-            .net
-            .lock()
-            .send(self.node, link, frame, payload, token)
+        self.shared.net.lock().send(self.node, link, frame, payload, token)
     }
 
     fn read(
@@ -233,10 +220,7 @@ impl Fabric for SimFabric {
         remote: RemoteExtent,
         local: Extent,
     ) -> Result<(), StoreError> {
-        self.shared
-            .net
-            .lock()
-            .read(self.node, link, transfer, remote, local)
+        self.shared.net.lock().read(self.node, link, transfer, remote, local)
     }
 
     fn cancel(&self, transfer: TransferId) {

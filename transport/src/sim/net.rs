@@ -72,10 +72,7 @@ pub(super) enum Event {
     /// It lands in the reader's.
     Put { read: u64, from: usize, bytes: Vec<u8> },
     /// The reader hears that the read is over.
-    Done {
-        read: u64,
-        result: Result<(), StoreError>,
-    },
+    Done { read: u64, result: Result<(), StoreError> },
 }
 
 pub(super) fn nanos(duration: Duration) -> u64 {
@@ -111,11 +108,7 @@ impl Shared {
             let why = format!("a live node of the simulated network is called {name:?}");
             return Err(StoreError::invalid("name", why));
         }
-        net.nodes.push(Node {
-            name: name.to_owned(),
-            sink: Some(sink),
-            regions: Arc::default(),
-        });
+        net.nodes.push(Node { name: name.to_owned(), sink: Some(sink), regions: Arc::default() });
         Ok(net.nodes.len() - 1)
     }
 
@@ -171,9 +164,7 @@ impl Net {
     }
 
     pub(super) fn live_node(&self, name: &str) -> Option<usize> {
-        self.nodes
-            .iter()
-            .position(|node| node.sink.is_some() && node.name == name)
+        self.nodes.iter().position(|node| node.sink.is_some() && node.name == name)
     }
 
     pub(super) fn regions_of(&mut self, node: usize) -> (RemoteKey, Arc<Regions>) {
@@ -206,11 +197,7 @@ impl Net {
     /// How much later than necessary a completion comes: mostly not at all.
     pub(super) fn lateness(&mut self) -> u64 {
         let (chance, most) = (self.faults.late_chance, self.faults.late_ns);
-        if self.rng.chance(chance) {
-            self.rng.between(0, most)
-        } else {
-            0
-        }
+        if self.rng.chance(chance) { self.rng.between(0, most) } else { 0 }
     }
 
     pub(super) fn detection(&mut self) -> u64 {
@@ -237,12 +224,8 @@ impl Net {
             return;
         }
         self.nodes[node].regions.close_all();
-        let ends: Vec<LinkId> = self
-            .ends
-            .iter()
-            .filter(|(_, end)| end.node == node)
-            .map(|(id, _)| *id)
-            .collect();
+        let ends: Vec<LinkId> =
+            self.ends.iter().filter(|(_, end)| end.node == node).map(|(id, _)| *id).collect();
         for id in ends {
             if let Some(end) = self.ends.remove(&id) {
                 self.peer_is_gone(&end, "the node died");

@@ -33,32 +33,17 @@ impl Net {
         local: Extent,
     ) -> Result<(), StoreError> {
         if remote.len_bytes != local.len_bytes {
-            let why = format!(
-                "{} remote bytes into {} local bytes",
-                remote.len_bytes, local.len_bytes
-            );
+            let why = format!("{} remote bytes into {} local bytes", remote.len_bytes, local.len_bytes);
             return Err(StoreError::invalid("read", why));
         }
         let local = self.nodes[node].regions.local("read", local)?;
         let delay_ns = self.own_end("read", node, link)?.delay_ns;
         if self.find(node, transfer).is_some() {
-            return Err(StoreError::invalid(
-                "read",
-                format!("transfer {transfer} is in progress"),
-            ));
+            return Err(StoreError::invalid("read", format!("transfer {transfer} is in progress")));
         }
         let left = local.len();
-        let read = Read {
-            node,
-            end: link,
-            transfer,
-            remote,
-            local,
-            source: None,
-            left,
-            pieces: 0,
-            ending: false,
-        };
+        let read =
+            Read { node, end: link, transfer, remote, local, source: None, left, pieces: 0, ending: false };
         let number = self.number();
         self.reads.insert(number, read);
         let delay = delay_ns + self.jitter();
@@ -68,10 +53,7 @@ impl Net {
 
     fn find(&self, node: usize, transfer: TransferId) -> Option<u64> {
         let mine = |read: &Read| read.node == node && read.transfer == transfer;
-        self.reads
-            .iter()
-            .find(|(_, read)| mine(read))
-            .map(|(number, _)| *number)
+        self.reads.iter().find(|(_, read)| mine(read)).map(|(number, _)| *number)
     }
 
     pub(super) fn cancel(&mut self, node: usize, transfer: TransferId) {
@@ -84,12 +66,8 @@ impl Net {
 
     pub(super) fn fail_reads_into(&mut self, node: usize, segment: SegmentId) {
         let into = |read: &Read| read.node == node && read.local.segment() == segment;
-        let numbers: Vec<u64> = self
-            .reads
-            .iter()
-            .filter(|(_, read)| into(read))
-            .map(|(number, _)| *number)
-            .collect();
+        let numbers: Vec<u64> =
+            self.reads.iter().filter(|(_, read)| into(read)).map(|(number, _)| *number).collect();
         for number in numbers {
             let why = format!("local segment {segment} was deregistered");
             let subject = format!("transfer {}", self.reads[&number].transfer);
@@ -100,12 +78,8 @@ impl Net {
 
     /// The link of these reads is gone: they are over now.
     pub(super) fn fail_reads_of(&mut self, end: LinkId, why: &StoreError) {
-        let numbers: Vec<u64> = self
-            .reads
-            .iter()
-            .filter(|(_, read)| read.end == end)
-            .map(|(number, _)| *number)
-            .collect();
+        let numbers: Vec<u64> =
+            self.reads.iter().filter(|(_, read)| read.end == end).map(|(number, _)| *number).collect();
         for number in numbers {
             if let Some(read) = self.reads.remove(&number) {
                 let result = Err(StoreError::PeerLost {
@@ -114,13 +88,8 @@ impl Net {
                     peer: format!("link {end}"),
                     why: why.to_string().into(),
                 });
-                self.reports.push_back((
-                    read.node,
-                    FabricEvent::ReadDone {
-                        transfer: read.transfer,
-                        result,
-                    },
-                ));
+                self.reports
+                    .push_back((read.node, FabricEvent::ReadDone { transfer: read.transfer, result }));
             }
         }
     }
@@ -156,22 +125,11 @@ impl Net {
                 return;
             }
         };
-        let ends = if source.is_word() {
-            vec![len]
-        } else {
-            self.tear(len)
-        };
+        let ends = if source.is_word() { vec![len] } else { self.tear(len) };
         let mut from = 0;
         for upto in ends.iter().copied() {
             let after = self.jitter();
-            self.after(
-                after,
-                Event::Fetch {
-                    read: number,
-                    from,
-                    upto,
-                },
-            );
+            self.after(after, Event::Fetch { read: number, from, upto });
             from = upto;
         }
         if let Some(read) = self.reads.get_mut(&number) {
@@ -187,27 +145,14 @@ impl Net {
         let Some(source) = &read.source else {
             return;
         };
-        let bytes = if source.is_word() {
-            source.word().map(Vec::from)
-        } else {
-            source.copy_out(from, upto - from)
-        };
+        let bytes =
+            if source.is_word() { source.word().map(Vec::from) } else { source.copy_out(from, upto - from) };
         let delay_ns = self.ends.get(&read.end).map_or(0, |end| end.delay_ns);
-        let peer_lives = self
-            .ends
-            .get(&read.end)
-            .and_then(|end| end.peer_node)
-            .is_some_and(|peer| self.is_alive(peer));
+        let peer_lives =
+            self.ends.get(&read.end).and_then(|end| end.peer_node).is_some_and(|peer| self.is_alive(peer));
         let delay = delay_ns + self.jitter();
         match bytes {
-            Some(bytes) => self.after(
-                delay,
-                Event::Put {
-                    read: number,
-                    from,
-                    bytes,
-                },
-            ),
+            Some(bytes) => self.after(delay, Event::Put { read: number, from, bytes }),
             None if peer_lives => {
                 let why = "the owner deregistered the segment while it was read";
                 let subject = format!("remote key {:016x}", self.reads[&number].remote.key.0);
@@ -239,10 +184,7 @@ impl Net {
                 slices: read.pieces,
                 reissued: 0,
             };
-            let event = FabricEvent::ReadDone {
-                transfer: read.transfer,
-                result: result.map(|()| stats),
-            };
+            let event = FabricEvent::ReadDone { transfer: read.transfer, result: result.map(|()| stats) };
             self.reports.push_back((read.node, event));
         }
     }

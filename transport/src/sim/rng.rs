@@ -21,11 +21,7 @@ impl Rng {
     /// A number in `low..=high`.
     pub(super) fn between(&mut self, low: u64, high: u64) -> u64 {
         let span = high.saturating_sub(low);
-        if span == u64::MAX {
-            self.next()
-        } else {
-            low + self.next() % (span + 1)
-        }
+        if span == u64::MAX { self.next() } else { low + self.next() % (span + 1) }
     }
 
     /// True `parts` times in a million.

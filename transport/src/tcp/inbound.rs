@@ -45,7 +45,7 @@ impl Inbound {
 
     /// Begins to receive. The same flags serve a control stream, so that becoming one needs no further call.
     pub(super) fn watch(self: &Arc<Self>, shared: &Arc<Shared>) {
-        self.socket.no_delay();
+        self.socket.prepare();
         let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
         if let Err(why) = shared.epoll.add(&self.socket, self.socket.id, flags) {
             *self.doomed.lock() = Some(why);
@@ -54,9 +54,7 @@ impl Inbound {
     }
 
     pub(super) fn peer(&self) -> String {
-        self.socket
-            .peer()
-            .map_or_else(|| "(gone)".to_owned(), |address| address.to_string())
+        self.socket.peer().map_or_else(|| "(gone)".to_owned(), |address| address.to_string())
     }
 
     pub(super) fn note_end(&self) {
@@ -125,18 +123,9 @@ impl Inbound {
         rest: &[u8],
     ) -> Result<Conn, StoreError> {
         let conn = match *message {
-            FabricMessage::Open {
-                version_min,
-                version_max,
-                listen_port,
-                token,
-            } => {
+            FabricMessage::Open { version_min, version_max, listen_port, token } => {
                 let opened = negotiate(version_min, version_max).and_then(|version| {
-                    let opened = Opening {
-                        version,
-                        listen_port,
-                        token,
-                    };
+                    let opened = Opening { version, listen_port, token };
                     Link::accepted(shared, &self.socket, opened, rest)
                 });
                 match opened {
@@ -166,16 +155,9 @@ impl Inbound {
     ) -> Result<Arc<ServeStream>, StoreError> {
         let link = shared.tokens.lock().get(&token).map(Arc::clone);
         let Some(link) = link else {
-            return Err(StoreError::denied(
-                "open a data stream",
-                "its token is of no link of this node",
-            ));
+            return Err(StoreError::denied("open a data stream", "its token is of no link of this node"));
         };
-        let stream = Arc::new(ServeStream::new(
-            Arc::clone(&self.socket),
-            Arc::clone(&link),
-            rest,
-        ));
+        let stream = Arc::new(ServeStream::new(Arc::clone(&self.socket), Arc::clone(&link), rest));
         link.add_serving(shared, &stream)?;
         Ok(stream)
     }

@@ -50,12 +50,7 @@ impl Inbox {
     pub(super) fn new(bytes: &[u8]) -> Self {
         let mut buffer = vec![0; BUFFER_LEN.max(bytes.len())];
         buffer[..bytes.len()].copy_from_slice(bytes);
-        Self {
-            buffer,
-            start: 0,
-            end: bytes.len(),
-            payload: None,
-        }
+        Self { buffer, start: 0, end: bytes.len(), payload: None }
     }
 
     /// The bytes received and not used yet.
@@ -97,13 +92,7 @@ impl Inbox {
         target: Option<(Piece, LandingToken)>,
         failed: Option<(LandingToken, StoreError)>,
     ) {
-        self.payload = Some(Payload {
-            target,
-            failed,
-            len,
-            done: 0,
-            staged: 0,
-        });
+        self.payload = Some(Payload { target, failed, len, done: 0, staged: 0 });
     }
 
     /// Uses what was received for the payload under way; none if that was the end of one that nobody waits for.
@@ -119,10 +108,7 @@ impl Inbox {
             return Some(Item::Hungry);
         }
         let payload = self.payload.take()?;
-        let stats = LandingStats {
-            bytes: payload.len,
-            staged_bytes: payload.staged,
-        };
+        let stats = LandingStats { bytes: payload.len, staged_bytes: payload.staged };
         match (payload.target, payload.failed) {
             (_, Some((token, error))) => Some(Item::Landed(token, Err(error))),
             (Some((_, token)), None) => Some(Item::Landed(token, Ok(stats))),
@@ -180,10 +166,7 @@ impl Inbox {
     /// The landing that will not be completed, when the stream has ended.
     pub(super) fn abandon(&mut self) -> Option<LandingToken> {
         let payload = self.payload.take()?;
-        payload
-            .target
-            .map(|(_, token)| token)
-            .or(payload.failed.map(|(token, _)| token))
+        payload.target.map(|(_, token)| token).or(payload.failed.map(|(token, _)| token))
     }
 
     /// Makes room for `len` waiting bytes in all, or for one more than there are.

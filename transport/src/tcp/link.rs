@@ -111,10 +111,7 @@ impl Link {
         link.reads.lock().peer_is(listens, opening.token);
         shared.links.write().insert(link.id, Arc::clone(&link));
         shared.tokens.lock().insert(link.token, Arc::clone(&link));
-        let opened = FabricMessage::Opened {
-            version: opening.version,
-            token: link.token,
-        };
+        let opened = FabricMessage::Opened { version: opening.version, token: link.token };
         link.enqueue(opened.frame()?);
         Ok(link)
     }
@@ -146,7 +143,6 @@ impl Link {
         };
         let id = shared.next_id();
         let socket = Arc::new(Socket::connecting(address, id)?);
-        socket.no_delay();
         if self.socket.set(Arc::clone(&socket)).is_err() {
             return Ok(());
         }
@@ -188,12 +184,7 @@ impl Link {
             return Err(self.lost("send"));
         };
         let has_payload = payload.is_some();
-        let mut outgoing = Outgoing {
-            head: frame.into_bytes(),
-            payload,
-            token,
-            sent: 0,
-        };
+        let mut outgoing = Outgoing { head: frame.into_bytes(), payload, token, sent: 0 };
         let mut outbox = self.outbox.lock();
         // Looked at under the lock: a tear-down drains the outbox under it, after the state has changed.
         if self.state.load(Ordering::Acquire) != UP && self.state.load(Ordering::Acquire) != OPENED {
@@ -255,10 +246,7 @@ impl Link {
     }
 
     pub(super) fn why(&self) -> StoreError {
-        self.why
-            .lock()
-            .clone()
-            .unwrap_or_else(|| StoreError::unavailable("link", "it is not up yet"))
+        self.why.lock().clone().unwrap_or_else(|| StoreError::unavailable("link", "it is not up yet"))
     }
 
     /// The error of an operation on a link that is not up.
@@ -319,6 +307,7 @@ impl Link {
                 peer: self.address.clone(),
                 why: format!("{error}: is a node listening there?").into(),
             })?;
+            socket.prepare();
             self.enqueue(self.open(shared).frame()?);
             self.become_state(CONNECTING, OPENING);
         }
@@ -326,17 +315,11 @@ impl Link {
             self.come_up(shared);
         }
         self.flush(shared, socket)?;
-        if self.state.load(Ordering::Acquire) < DOWN {
-            self.receive(shared, socket)
-        } else {
-            Ok(())
-        }
+        if self.state.load(Ordering::Acquire) < DOWN { self.receive(shared, socket) } else { Ok(()) }
     }
 
     fn become_state(&self, from: u8, to: u8) -> bool {
-        self.state
-            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire)
-            .is_ok()
+        self.state.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
     fn open(&self, shared: &Shared) -> FabricMessage {
@@ -352,11 +335,7 @@ impl Link {
         self.reads.lock().open();
         if self.become_state(OPENED, UP) {
             let (link, address, inbound) = (self.id, self.address.clone(), self.inbound);
-            shared.report(FabricEvent::LinkUp {
-                link,
-                address,
-                inbound,
-            });
+            shared.report(FabricEvent::LinkUp { link, address, inbound });
         }
     }
 
@@ -397,9 +376,7 @@ impl Link {
                 self.watch_again(shared, socket);
                 return Ok(());
             }
-            let (got, more) = inbox
-                .receive(socket)
-                .map_err(|error| self.lost_because("receive", &error))?;
+            let (got, more) = inbox.receive(socket).map_err(|error| self.lost_because("receive", &error))?;
             match got {
                 Got::Bytes(count) => budget = budget.saturating_sub(count),
                 Got::Nothing => return Ok(()),
@@ -431,11 +408,7 @@ impl Link {
             let (landing, header) = match inbox.next()? {
                 Item::Hungry => return Ok(()),
                 Item::Landed(token, result) => {
-                    shared.report(FabricEvent::Landed {
-                        link: self.id,
-                        token,
-                        result,
-                    });
+                    shared.report(FabricEvent::Landed { link: self.id, token, result });
                     continue;
                 }
                 Item::Frame(header, body) => (self.frame(shared, header, body)?, header),
@@ -462,18 +435,15 @@ impl Link {
                 Ok(())
             }
             FabricMessage::Refused { error } => Err(error),
-            FabricMessage::Open { .. } | FabricMessage::Stream { .. } => Err(StoreError::protocol(
-                "a peer answered a handshake with a question",
-            )),
+            FabricMessage::Open { .. } | FabricMessage::Stream { .. } => {
+                Err(StoreError::protocol("a peer answered a handshake with a question"))
+            }
         }
     }
 
     fn frame(&self, shared: &Shared, header: FrameHeader, body: &[u8]) -> Result<Landing, StoreError> {
         if header.kind != FrameKind::Peer {
-            return Err(StoreError::protocol(format!(
-                "a frame of kind {:?} came over a link",
-                header.kind
-            )));
+            return Err(StoreError::protocol(format!("a frame of kind {:?} came over a link", header.kind)));
         }
         Ok(shared.message(self.id, header, body))
     }
@@ -491,10 +461,7 @@ impl Link {
         } else {
             Err(StoreError::invalid(
                 "landing",
-                format!(
-                    "{} bytes of payload into {} bytes",
-                    header.payload_len, extent.len_bytes
-                ),
+                format!("{} bytes of payload into {} bytes", header.payload_len, extent.len_bytes),
             ))
         };
         match piece {
@@ -553,11 +520,7 @@ impl Link {
         let why = self.why();
         if let Some(token) = self.inbox.lock().abandon() {
             let result = Err(self.lost_because("receive", &why));
-            shared.report(FabricEvent::Landed {
-                link: self.id,
-                token,
-                result,
-            });
+            shared.report(FabricEvent::Landed { link: self.id, token, result });
         }
         let settled = self.outbox.lock().drain(&self.lost_because("send", &why));
         report_settled(shared, settled);

@@ -106,9 +106,7 @@ impl Outbox {
     pub(super) fn drain(&mut self, why: &StoreError) -> Vec<Settled> {
         self.queued_bytes = 0;
         let payloads = self.queue.drain(..).filter(|outgoing| outgoing.payload.is_some());
-        payloads
-            .map(|outgoing| (outgoing.token, Err(why.clone())))
-            .collect()
+        payloads.map(|outgoing| (outgoing.token, Err(why.clone()))).collect()
     }
 }
 
@@ -127,11 +125,9 @@ pub(super) fn write_one(socket: &Socket, outgoing: &mut Outgoing) -> Result<bool
         let head = outgoing.head.get(outgoing.sent..).unwrap_or_default();
         let wrote = match &outgoing.payload {
             None => socket.send(head).map_err(Unmoved::Os),
-            Some(piece) => piece.send(
-                socket.as_fd(),
-                head,
-                outgoing.sent.saturating_sub(outgoing.head.len()),
-            ),
+            Some(piece) => {
+                piece.send(socket.as_fd(), head, outgoing.sent.saturating_sub(outgoing.head.len()))
+            }
         };
         match wrote {
             Ok(count) => outgoing.sent += count,

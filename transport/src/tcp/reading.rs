@@ -77,10 +77,7 @@ impl Link {
             self.reads.lock().reported();
         }
         if self.reads.lock().is_last_word() {
-            shared.report(FabricEvent::LinkDown {
-                link: self.id,
-                why: self.why(),
-            });
+            shared.report(FabricEvent::LinkDown { link: self.id, why: self.why() });
         }
     }
 }

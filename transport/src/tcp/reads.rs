@@ -114,22 +114,13 @@ impl Reads {
 
     /// How many streams are wanted beyond those that there are, `streams` being the most.
     pub(super) fn streams_wanted(&self, slice_bytes: usize, streams: usize) -> usize {
-        let bytes = self
-            .waiting
-            .iter()
-            .fold(0_usize, |sum, slice| sum.saturating_add(slice.local.len()));
-        let useful = bytes
-            .div_ceil(slice_bytes)
-            .clamp(usize::from(!self.waiting.is_empty()), streams);
+        let bytes = self.waiting.iter().fold(0_usize, |sum, slice| sum.saturating_add(slice.local.len()));
+        let useful = bytes.div_ceil(slice_bytes).clamp(usize::from(!self.waiting.is_empty()), streams);
         useful.saturating_sub(self.books.len())
     }
 
     pub(super) fn add_stream(&mut self, stream: Arc<ReadStream>) {
-        self.books.push(Book {
-            stream,
-            under_way: VecDeque::new(),
-            under_way_bytes: 0,
-        });
+        self.books.push(Book { stream, under_way: VecDeque::new(), under_way_bytes: 0 });
     }
 
     /// Begins a read.
@@ -160,20 +151,11 @@ impl Reads {
                 under_way: 0,
                 unasked: local.len(),
                 error: None,
-                stats: ReadStats {
-                    bytes: local.len() as u64,
-                    ..ReadStats::default()
-                },
+                stats: ReadStats { bytes: local.len() as u64, ..ReadStats::default() },
             },
         );
         let small = local.len() <= SMALL_LEN;
-        let slice = Slice {
-            transfer,
-            remote,
-            local,
-            number: 0,
-            tries: 0,
-        };
+        let slice = Slice { transfer, remote, local, number: 0, tries: 0 };
         if small {
             self.waiting.push_front(slice);
         } else {
@@ -206,10 +188,7 @@ impl Reads {
                 transfer.unasked -= slice.local.len();
                 transfer.stats.slices += 1;
             }
-            book.stream.ask(Request {
-                number: slice.number,
-                extent: slice.remote,
-            });
+            book.stream.ask(Request { number: slice.number, extent: slice.remote });
             book.under_way_bytes += slice.local.len();
             book.under_way.push_back(slice);
             if !next.flush.iter().any(|stream| Arc::ptr_eq(stream, &book.stream)) {
@@ -220,12 +199,7 @@ impl Reads {
 
     /// The slice whose answer comes next on a stream.
     pub(super) fn expected(&self, stream: &Arc<ReadStream>) -> Option<Slice> {
-        self.books
-            .iter()
-            .find(|book| Arc::ptr_eq(&book.stream, stream))?
-            .under_way
-            .front()
-            .cloned()
+        self.books.iter().find(|book| Arc::ptr_eq(&book.stream, stream))?.under_way.front().cloned()
     }
 
     /// The answer to a stream's oldest request is complete: the bytes have landed, or the owner refused.
@@ -236,10 +210,7 @@ impl Reads {
         slice_bytes: usize,
         next: &mut Next,
     ) {
-        let book = self
-            .books
-            .iter_mut()
-            .find(|book| Arc::ptr_eq(&book.stream, stream));
+        let book = self.books.iter_mut().find(|book| Arc::ptr_eq(&book.stream, stream));
         let Some((book, slice)) = book.and_then(|book| {
             let slice = book.under_way.pop_front()?;
             Some((book, slice))
@@ -259,11 +230,7 @@ impl Reads {
 
     /// A stream has ended, and nothing is received on it any more: its slices go back, or fail their reads.
     pub(super) fn lost(&mut self, stream: &Arc<ReadStream>, why: &StoreError, guilty: bool, next: &mut Next) {
-        let Some(at) = self
-            .books
-            .iter()
-            .position(|book| Arc::ptr_eq(&book.stream, stream))
-        else {
+        let Some(at) = self.books.iter().position(|book| Arc::ptr_eq(&book.stream, stream)) else {
             return;
         };
         let closed = match &self.state {
@@ -298,11 +265,7 @@ impl Reads {
         self.give_up(transfer, error);
         self.finish_if_over(transfer, next);
         let carries = |book: &&Book| book.under_way.iter().any(|slice| slice.transfer == transfer);
-        self.books
-            .iter()
-            .filter(carries)
-            .map(|book| Arc::clone(&book.stream))
-            .collect()
+        self.books.iter().filter(carries).map(|book| Arc::clone(&book.stream)).collect()
     }
 
     /// No stream can be opened: without any, what waits fails.
@@ -319,10 +282,7 @@ impl Reads {
 
     /// The reads into a segment.
     pub(super) fn of_segment(&self, segment: SegmentId) -> Vec<TransferId> {
-        let of_it = self
-            .transfers
-            .iter()
-            .filter(|(_, transfer)| transfer.segment == segment);
+        let of_it = self.transfers.iter().filter(|(_, transfer)| transfer.segment == segment);
         of_it.map(|(number, _)| *number).collect()
     }
 
@@ -336,10 +296,7 @@ impl Reads {
             self.give_up(transfer, why.clone());
             self.finish_if_over(transfer, &mut next);
         }
-        (
-            next.finished,
-            self.books.iter().map(|book| Arc::clone(&book.stream)).collect(),
-        )
+        (next.finished, self.books.iter().map(|book| Arc::clone(&book.stream)).collect())
     }
 
     /// The sink knows of one more finished read.
@@ -369,10 +326,7 @@ impl Reads {
     }
 
     fn finish_if_over(&mut self, number: TransferId, next: &mut Next) {
-        let over = self
-            .transfers
-            .get(&number)
-            .is_some_and(|it| it.under_way == 0 && it.unasked == 0);
+        let over = self.transfers.get(&number).is_some_and(|it| it.under_way == 0 && it.unasked == 0);
         if !over {
             return;
         }
@@ -382,10 +336,7 @@ impl Reads {
                 Some(error) => Err(error),
                 None => Ok(transfer.stats),
             };
-            next.finished.push(Finished {
-                transfer: number,
-                result,
-            });
+            next.finished.push(Finished { transfer: number, result });
         }
     }
 }

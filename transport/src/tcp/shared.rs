@@ -321,10 +321,7 @@ impl Shared {
         if self.links.read().len() < limit {
             return Ok(());
         }
-        Err(StoreError::busy(
-            "connect",
-            format!("this node has {limit} links, its limit"),
-        ))
+        Err(StoreError::busy("connect", format!("this node has {limit} links, its limit")))
     }
 
     pub(super) fn inbound_is_over(&self) {
@@ -384,11 +381,8 @@ impl Shared {
         let now = Instant::now();
         let expired: Vec<u64> = {
             let mut deadlines = self.deadlines.lock();
-            let expired: Vec<u64> = deadlines
-                .iter()
-                .filter(|(_, deadline)| **deadline <= now)
-                .map(|(id, _)| *id)
-                .collect();
+            let expired: Vec<u64> =
+                deadlines.iter().filter(|(_, deadline)| **deadline <= now).map(|(id, _)| *id).collect();
             deadlines.retain(|_, deadline| *deadline > now);
             if let Some(next) = deadlines.values().min() {
                 self.timer.set(next.saturating_duration_since(now));

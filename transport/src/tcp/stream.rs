@@ -60,15 +60,8 @@ struct Inbox {
 }
 
 enum Incoming {
-    Bytes {
-        slice: Slice,
-        done: usize,
-    },
-    Refusal {
-        kind: ErrorKind,
-        text: Vec<u8>,
-        len: usize,
-    },
+    Bytes { slice: Slice, done: usize },
+    Refusal { kind: ErrorKind, text: Vec<u8>, len: usize },
 }
 
 impl ReadStream {
@@ -84,7 +77,6 @@ impl ReadStream {
     ) -> Result<Arc<Self>, StoreError> {
         let id = shared.next_id();
         let socket = Socket::connecting(address, id)?;
-        socket.no_delay();
         socket.buffers(0, shared.config.receive_buffer_bytes);
         let hello = FabricMessage::Stream { token }.frame()?;
         let stream = Arc::new(Self {
@@ -93,17 +85,12 @@ impl ReadStream {
             turn: Turn::default(),
             writable: AtomicBool::new(false),
             lost: Mutex::default(),
-            out: Mutex::new(Out {
-                connected: false,
-                bytes: hello.into_bytes(),
-            }),
+            out: Mutex::new(Out { connected: false, bytes: hello.into_bytes() }),
             inbox: Mutex::default(),
         });
         shared.insert(id, Conn::Read(Arc::clone(&stream)));
         shared.set_deadline(id, shared.config.handshake_timeout);
-        let watched = shared
-            .epoll
-            .add(&stream.socket, id, EventFlags::OUT | EventFlags::ONESHOT);
+        let watched = shared.epoll.add(&stream.socket, id, EventFlags::OUT | EventFlags::ONESHOT);
         if let Err(error) = watched {
             shared.remove(&stream.socket);
             return Err(error);
@@ -236,11 +223,11 @@ impl ReadStream {
                 self.socket
                     .connected()
                     .map_err(|error| StoreError::os(format!("open a data stream to {address}"), error))?;
+                self.socket.prepare();
                 out.connected = true;
                 shared.clear_deadline(self.socket.id);
             }
-            self.write(&mut out)
-                .map_err(|error| StoreError::os("send a read request", error))?;
+            self.write(&mut out).map_err(|error| StoreError::os("send a read request", error))?;
         }
         self.receive(shared)?;
         if !self.is_lost() {
@@ -279,10 +266,7 @@ impl ReadStream {
 
     fn answered(self: &Arc<Self>, shared: &Arc<Shared>, refused: Option<StoreError>) {
         let mut next = Next::default();
-        self.link
-            .reads
-            .lock()
-            .answered(self, refused, shared.config.slice_bytes, &mut next);
+        self.link.reads.lock().answered(self, refused, shared.config.slice_bytes, &mut next);
         for stream in &next.flush {
             stream.flush(shared);
         }
@@ -327,11 +311,7 @@ impl Inbox {
                     Err(Unmoved::Os(error)) => Ok((Got::of(Err(error)).map_err(failed)?, wanted)),
                     Err(Unmoved::Closed) => {
                         let subject = format!("transfer {}", slice.transfer);
-                        Err(StoreError::stale(
-                            "read",
-                            subject,
-                            "the local segment was deregistered",
-                        ))
+                        Err(StoreError::stale("read", subject, "the local segment was deregistered"))
                     }
                 }
             }
@@ -341,9 +321,7 @@ impl Inbox {
     /// A head is there: from now on its bytes are received.
     fn begin(&mut self, slice: Option<Slice>) -> Result<(), StoreError> {
         let Some(slice) = slice else {
-            return Err(StoreError::protocol(
-                "an answer came on a data stream that asked for nothing",
-            ));
+            return Err(StoreError::protocol("an answer came on a data stream that asked for nothing"));
         };
         let answer = Answer::parse(self.head, slice.number, slice.remote.len_bytes)?;
         self.head_len = 0;
@@ -351,11 +329,7 @@ impl Inbox {
             None => Incoming::Bytes { slice, done: 0 },
             Some(kind) => {
                 let len = usize::try_from(answer.len_bytes).unwrap_or(0);
-                Incoming::Refusal {
-                    kind,
-                    text: Vec::with_capacity(len),
-                    len,
-                }
+                Incoming::Refusal { kind, text: Vec::with_capacity(len), len }
             }
         });
         Ok(())

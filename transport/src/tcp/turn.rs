@@ -17,10 +17,7 @@ impl Turn {
         let mut seen = 1;
         loop {
             work();
-            match self
-                .0
-                .compare_exchange(seen, 0, Ordering::AcqRel, Ordering::Acquire)
-            {
+            match self.0.compare_exchange(seen, 0, Ordering::AcqRel, Ordering::Acquire) {
                 Ok(_) => return,
                 Err(now) => seen = now,
             }

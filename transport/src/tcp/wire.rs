@@ -194,11 +194,7 @@ impl Answer {
                 raw.number.get()
             )));
         }
-        Ok(Self {
-            error,
-            number,
-            len_bytes,
-        })
+        Ok(Self { error, number, len_bytes })
     }
 }
 
@@ -216,10 +212,7 @@ pub(super) fn error_bytes(error: &StoreError) -> Vec<u8> {
 /// The error in the bytes after an answer.
 pub(super) fn error_from(kind: ErrorKind, bytes: &[u8]) -> StoreError {
     wire::decode(bytes).unwrap_or_else(|_| {
-        StoreError::protocol(format!(
-            "the owner refused a read ({}) without a reason",
-            kind.name()
-        ))
+        StoreError::protocol(format!("the owner refused a read ({}) without a reason", kind.name()))
     })
 }
 
@@ -230,12 +223,7 @@ mod tests {
     #[test]
     fn handshakes_return_and_wait_for_their_bytes() {
         let token = StreamToken([7; 16]);
-        let message = FabricMessage::Open {
-            version_min: 1,
-            version_max: 2,
-            listen_port: 9,
-            token,
-        };
+        let message = FabricMessage::Open { version_min: 1, version_max: 2, listen_port: 9, token };
         let frame = message.frame().expect("small").into_bytes();
         for cut in 0..frame.len() {
             assert!(FabricMessage::parse(&frame[..cut]).expect("no garbage").is_none());
@@ -247,31 +235,17 @@ mod tests {
 
     #[test]
     fn requests_and_answers_return_or_name_what_came() {
-        let extent = RemoteExtent {
-            key: RemoteKey(3),
-            offset: 4,
-            len_bytes: 5,
-        };
+        let extent = RemoteExtent { key: RemoteKey(3), offset: 4, len_bytes: 5 };
         let request = Request { number: 2, extent };
         assert_eq!(Request::parse(request.to_bytes()), Ok(request));
         assert!(Request::parse([0x55; REQUEST_LEN]).is_err());
 
-        let answer = Answer {
-            error: None,
-            number: 2,
-            len_bytes: 5,
-        };
+        let answer = Answer { error: None, number: 2, len_bytes: 5 };
         assert_eq!(Answer::parse(answer.to_bytes(), 2, 5), Ok(answer));
         assert!(Answer::parse(answer.to_bytes(), 3, 5).is_err());
         assert!(Answer::parse(answer.to_bytes(), 2, 6).is_err());
-        let refused = Answer {
-            error: Some(ErrorKind::Denied),
-            number: 2,
-            len_bytes: 1 << 20,
-        };
-        let error = Answer::parse(refused.to_bytes(), 2, 5)
-            .expect_err("too long")
-            .to_string();
+        let refused = Answer { error: Some(ErrorKind::Denied), number: 2, len_bytes: 1 << 20 };
+        let error = Answer::parse(refused.to_bytes(), 2, 5).expect_err("too long").to_string();
         assert!(error.contains("1048576"), "{error}");
     }
 
@@ -279,10 +253,6 @@ mod tests {
     fn errors_return() {
         let error = StoreError::denied("read", "not yours");
         assert_eq!(error_from(ErrorKind::Denied, &error_bytes(&error)), error);
-        assert!(
-            error_from(ErrorKind::Denied, &[0xff])
-                .to_string()
-                .contains("Denied")
-        );
+        assert!(error_from(ErrorKind::Denied, &[0xff]).to_string().contains("Denied"));
     }
 }

@@ -1,10 +1,6 @@
 //! A peer made of raw sockets, which speaks as much of docs/tcp-fabric.md as a test needs, and a node to do it to.
 //! Not the fabric's own code: the bytes are written down here a second time. Invariant: none.
-#![allow(
-    dead_code,
-    clippy::missing_panics_doc,
-    reason = "each test uses a part; a failed test panics"
-)]
+#![allow(dead_code, clippy::missing_panics_doc, reason = "each test uses a part; a failed test panics")]
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -27,22 +23,10 @@ pub(crate) const REGION_LEN: usize = 8 << 20;
 /// The body of a fabric's frame, as docs/tcp-fabric.md has it.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Handshake {
-    Open {
-        version_min: u16,
-        version_max: u16,
-        listen_port: u16,
-        token: [u8; 16],
-    },
-    Opened {
-        version: u16,
-        token: [u8; 16],
-    },
-    Refused {
-        error: StoreError,
-    },
-    Stream {
-        token: [u8; 16],
-    },
+    Open { version_min: u16, version_max: u16, listen_port: u16, token: [u8; 16] },
+    Opened { version: u16, token: [u8; 16] },
+    Refused { error: StoreError },
+    Stream { token: [u8; 16] },
 }
 
 #[derive(Default)]
@@ -81,22 +65,12 @@ impl Node {
         let sink = Arc::<Sink>::default();
         let fabric = TcpFabric::start(config, Arc::clone(&sink) as _).expect("listen");
         let memory = Arc::new(HeapRegion::new(REGION_LEN));
-        let key = fabric
-            .register(SEGMENT, Arc::clone(&memory) as _, Access::RemoteRead)
-            .expect("register");
-        Self {
-            fabric,
-            sink,
-            memory,
-            key,
-        }
+        let key = fabric.register(SEGMENT, Arc::clone(&memory) as _, Access::RemoteRead).expect("register");
+        Self { fabric, sink, memory, key }
     }
 
     pub(crate) fn wait(&self, what: &str, until: impl Fn(&Sink) -> bool) {
-        assert!(
-            self.fabric.progress(PATIENCE, &|| until(&self.sink)),
-            "waited in vain: {what}"
-        );
+        assert!(self.fabric.progress(PATIENCE, &|| until(&self.sink)), "waited in vain: {what}");
     }
 
     pub(crate) fn raw(&self) -> TcpStream {
@@ -107,12 +81,7 @@ impl Node {
     pub(crate) fn raw_link(&self) -> (TcpStream, [u8; 16]) {
         let known = self.sink.ups.lock().len();
         let mut stream = self.raw();
-        let open = Handshake::Open {
-            version_min: 1,
-            version_max: 1,
-            listen_port: 9,
-            token: [1; 16],
-        };
+        let open = Handshake::Open { version_min: 1, version_max: 1, listen_port: 9, token: [1; 16] };
         say(&mut stream, &open);
         let Handshake::Opened { token, .. } = hear(&mut stream) else {
             panic!("not opened");
@@ -123,19 +92,9 @@ impl Node {
 
     /// A read into this node's memory; the link's other end is a raw socket.
     pub(crate) fn read(&self, link: LinkId, transfer: u64, len_bytes: u64) {
-        let remote = RemoteExtent {
-            key: RemoteKey(5),
-            offset: 0,
-            len_bytes,
-        };
-        let local = Extent {
-            segment: SEGMENT,
-            offset: 0,
-            len_bytes,
-        };
-        self.fabric
-            .read(link, TransferId(transfer), remote, local)
-            .expect("read");
+        let remote = RemoteExtent { key: RemoteKey(5), offset: 0, len_bytes };
+        let local = Extent { segment: SEGMENT, offset: 0, len_bytes };
+        self.fabric.read(link, TransferId(transfer), remote, local).expect("read");
     }
 
     pub(crate) fn read_result(&self) -> Result<ReadStats, StoreError> {

@@ -40,10 +40,7 @@ fn a_delete_finds_every_object_of_the_key() {
     for node in 1..3 {
         world.put(node, clients[node], "k", &pattern(1, 100));
     }
-    assert_eq!(
-        world.call(0, clients[0], delete("k")),
-        Ok(ClientReply::Deleted { existed: true })
-    );
+    assert_eq!(world.call(0, clients[0], delete("k")), Ok(ClientReply::Deleted { existed: true }));
     for node in 0..3 {
         World::assert_kind(world.get(node, clients[node], "k"), ErrorKind::NotFound);
     }
@@ -52,35 +49,20 @@ fn a_delete_finds_every_object_of_the_key() {
 
 #[test]
 fn a_copy_under_way_does_not_bring_a_deleted_object_back() {
-    let mut world = World::shaped(
-        2,
-        &Shape {
-            threshold_bytes: Some(0),
-            ..Shape::default()
-        },
-    );
+    let mut world = World::shaped(2, &Shape { threshold_bytes: Some(0), ..Shape::default() });
     world.hold_reads = true;
     let (home, away) = (world.client(0, 1), world.client(1, 1));
     world.put(0, home, "k", &pattern(1, 100));
     let request = world.ask_get(1, away, "k", true);
     world.settle();
-    assert_eq!(
-        world.call(0, home, delete("k")),
-        Ok(ClientReply::Deleted { existed: true })
-    );
+    assert_eq!(world.call(0, home, delete("k")), Ok(ClientReply::Deleted { existed: true }));
     world.put(0, home, "k", &pattern(2, 100));
     let read = world.held.remove(0);
     world.finish_read(read);
     world.hold_reads = false;
     world.advance(100);
-    let Some(Ok(ClientReply::Located(located))) = world.answer(1, away, request) else {
-        panic!("located")
-    };
-    assert_eq!(
-        world.nodes[1].bytes(located.extent),
-        pattern(2, 100),
-        "the object that is there now"
-    );
+    let Some(Ok(ClientReply::Located(located))) = world.answer(1, away, request) else { panic!("located") };
+    assert_eq!(world.nodes[1].bytes(located.extent), pattern(2, 100), "the object that is there now");
     world.unpin(1, away, located.generation);
     world.assert_drained();
 }
@@ -89,20 +71,9 @@ fn a_copy_under_way_does_not_bring_a_deleted_object_back() {
 fn a_time_to_live_ends_on_every_node_and_spares_other_objects() {
     let mut world = World::new(3);
     let clients: Vec<_> = (0..3).map(|node| world.client(node, 1)).collect();
-    let hints = PutHints {
-        ttl_ms: Some(1_000),
-        ..PutHints::default()
-    };
-    assert!(
-        world
-            .try_put(1, clients[1], "k", &[1], hints, IfExists::Keep)
-            .is_ok()
-    );
-    assert!(
-        world
-            .try_put(0, clients[0], "d", &[1], hints, IfExists::Keep)
-            .is_ok()
-    );
+    let hints = PutHints { ttl_ms: Some(1_000), ..PutHints::default() };
+    assert!(world.try_put(1, clients[1], "k", &[1], hints, IfExists::Keep).is_ok());
+    assert!(world.try_put(0, clients[0], "d", &[1], hints, IfExists::Keep).is_ok());
     for (node, name) in [(0, "k"), (2, "k"), (1, "d")] {
         world.fetch(node, clients[node], name, &[1]);
     }
@@ -129,10 +100,7 @@ fn without_the_directory_a_delete_says_so() {
     assert_eq!(world.fetch(1, away, "k", &[1]), Path::Local);
     world.unreachable.clear();
     world.advance(3_000);
-    assert_eq!(
-        world.call(1, away, delete("k")),
-        Ok(ClientReply::Deleted { existed: true })
-    );
+    assert_eq!(world.call(1, away, delete("k")), Ok(ClientReply::Deleted { existed: true }));
     world.assert_drained();
 }
 
@@ -149,20 +117,11 @@ fn if_exists_is_one_question_to_the_directory() {
         World::assert_kind(put(&mut world, node, IfExists::Error), ErrorKind::AlreadyExists);
     }
     let kept = put(&mut world, 1, IfExists::Keep);
-    assert!(
-        matches!(kept, Ok(ClientReply::Sealed { kept: true, .. })),
-        "{kept:?}"
-    );
+    assert!(matches!(kept, Ok(ClientReply::Sealed { kept: true, .. })), "{kept:?}");
     let both = put(&mut world, 2, IfExists::Keep);
-    assert!(
-        matches!(both, Ok(ClientReply::Sealed { kept: false, .. })),
-        "{both:?}"
-    );
+    assert!(matches!(both, Ok(ClientReply::Sealed { kept: false, .. })), "{both:?}");
     world.assert_drained();
-    assert_eq!(
-        world.call(0, clients[0], delete("k")),
-        Ok(ClientReply::Deleted { existed: true })
-    );
+    assert_eq!(world.call(0, clients[0], delete("k")), Ok(ClientReply::Deleted { existed: true }));
     assert!(put(&mut world, 0, IfExists::Error).is_ok());
     World::assert_kind(put(&mut world, 2, IfExists::Error), ErrorKind::AlreadyExists);
 }

@@ -8,10 +8,7 @@ use crate::receipt::Path;
 use crate::wire::{ClientMessage, ClientReply, PeerMessage, Range};
 
 fn reading() -> Shape {
-    Shape {
-        threshold_bytes: Some(0),
-        ..Shape::default()
-    }
+    Shape { threshold_bytes: Some(0), ..Shape::default() }
 }
 
 #[test]
@@ -30,23 +27,14 @@ fn small_objects_come_inside_the_answer_and_large_ones_are_read() {
     }
     world.put(1, away, "other way", &pattern(2, 100));
     world.fetch(0, home, "other way", &pattern(2, 100));
-    assert_eq!(
-        (world.status(1).counters.eager, world.status(1).counters.read),
-        (2, 1)
-    );
+    assert_eq!((world.status(1).counters.eager, world.status(1).counters.read), (2, 1));
     world.assert_drained();
 }
 
 #[test]
 fn the_threshold_can_be_forced() {
     for (threshold, path) in [(0, Path::Read), (u64::MAX, Path::Eager)] {
-        let mut world = World::shaped(
-            2,
-            &Shape {
-                threshold_bytes: Some(threshold),
-                ..Shape::default()
-            },
-        );
+        let mut world = World::shaped(2, &Shape { threshold_bytes: Some(threshold), ..Shape::default() });
         let (home, away) = (world.client(0, 1), world.client(1, 1));
         let bytes = pattern(1, 60_000);
         world.put(0, home, "k", &bytes);
@@ -107,46 +95,18 @@ fn parts_travel_alone() {
 fn stat_exists_and_wait_ask_the_owner() {
     let mut world = World::new(2);
     let (home, away) = (world.client(0, 1), world.client(1, 1));
-    let exists = || ClientMessage::Wait {
-        key: key("k"),
-        timeout_ms: 0,
-    };
+    let exists = || ClientMessage::Wait { key: key("k"), timeout_ms: 0 };
     World::assert_kind(world.call(1, away, exists()), ErrorKind::TimedOut);
-    let wait = world.ask(
-        1,
-        away,
-        ClientMessage::Wait {
-            key: key("k"),
-            timeout_ms: 10_000,
-        },
-    );
-    let back = world.ask(
-        0,
-        home,
-        ClientMessage::Wait {
-            key: key("b"),
-            timeout_ms: 10_000,
-        },
-    );
+    let wait = world.ask(1, away, ClientMessage::Wait { key: key("k"), timeout_ms: 10_000 });
+    let back = world.ask(0, home, ClientMessage::Wait { key: key("b"), timeout_ms: 10_000 });
     world.settle();
     assert!(world.answer(1, away, wait).is_none());
     let object = world.put(0, home, "k", &[1, 2, 3]);
-    assert_eq!(
-        world.answer(1, away, wait),
-        Some(Ok(ClientReply::Exists)),
-        "by WATCH and EXISTS"
-    );
+    assert_eq!(world.answer(1, away, wait), Some(Ok(ClientReply::Exists)), "by WATCH and EXISTS");
     world.put(1, away, "b", &[4]);
-    assert_eq!(
-        world.answer(0, home, back),
-        Some(Ok(ClientReply::Exists)),
-        "by the announcement"
-    );
+    assert_eq!(world.answer(0, home, back), Some(Ok(ClientReply::Exists)), "by the announcement");
     assert_eq!(world.call(1, away, exists()), Ok(ClientReply::Exists));
-    let stat = ClientMessage::Stat {
-        key: key("k"),
-        timeout_ms: 1_000,
-    };
+    let stat = ClientMessage::Stat { key: key("k"), timeout_ms: 1_000 };
     let expected = ClientReply::Stat {
         object,
         meta: ObjectMeta::bytes(3).expect("a length"),
@@ -167,10 +127,7 @@ fn one_fetch_serves_all_who_ask_meanwhile() {
     let (home, one, two) = (world.client(0, 1), world.client(1, 1), world.client(1, 2));
     let bytes = pattern(1, 1_000);
     world.put(0, home, "k", &bytes);
-    let requests = [
-        (one, world.ask_get(1, one, "k", true)),
-        (two, world.ask_get(1, two, "k", true)),
-    ];
+    let requests = [(one, world.ask_get(1, one, "k", true)), (two, world.ask_get(1, two, "k", true))];
     world.settle();
     assert_eq!(world.held.len(), 1);
     let read = world.held.remove(0);
@@ -196,10 +153,7 @@ fn a_lease_holds_the_extent_until_it_is_released() {
     let request = world.ask_get(1, away, "k", false);
     world.settle();
     assert_eq!(world.status(0).leases, 1);
-    let evict = ClientMessage::Evict {
-        key: key("k"),
-        force: true,
-    };
+    let evict = ClientMessage::Evict { key: key("k"), force: true };
     assert_eq!(world.call(0, home, evict), Ok(ClientReply::Done));
     world.advance(200);
     assert_eq!(world.status(0).draining, 1);
@@ -207,9 +161,7 @@ fn a_lease_holds_the_extent_until_it_is_released() {
     let read = world.held.remove(0);
     world.finish_read(read);
     world.settle();
-    let Some(Ok(ClientReply::Located(located))) = world.answer(1, away, request) else {
-        panic!("located")
-    };
+    let Some(Ok(ClientReply::Located(located))) = world.answer(1, away, request) else { panic!("located") };
     assert_eq!(world.nodes[1].bytes(located.extent), bytes);
     world.unpin(1, away, located.generation);
     world.assert_drained();
@@ -224,14 +176,7 @@ fn a_lease_ends_with_its_time_and_the_late_read_is_no_success() {
     world.put(0, home, "k", &pattern(1, 1_000));
     let request = world.ask_get(1, away, "k", true);
     world.settle();
-    let _ = world.call(
-        0,
-        home,
-        ClientMessage::Evict {
-            key: key("k"),
-            force: true,
-        },
-    );
+    let _ = world.call(0, home, ClientMessage::Evict { key: key("k"), force: true });
     world.advance(u64::from(LEASE_MS) - 1);
     assert_eq!((world.status(0).draining, world.status(0).leases), (1, 1));
     world.advance(1);
@@ -242,10 +187,7 @@ fn a_lease_ends_with_its_time_and_the_late_read_is_no_success() {
     world.finish_read(read);
     world.settle();
     world.advance(3_000);
-    World::assert_kind(
-        world.answer(1, away, request).expect("an answer"),
-        ErrorKind::NotFound,
-    );
+    World::assert_kind(world.answer(1, away, request).expect("an answer"), ErrorKind::NotFound);
     world.assert_drained();
 }
 
@@ -263,11 +205,7 @@ fn a_read_counts_only_within_four_fifths_of_its_lease() {
         let read = world.held.remove(0);
         world.finish_read(read);
         world.settle();
-        assert_eq!(
-            world.answer(1, away, request).is_some(),
-            expected == 0,
-            "after {after_ms} ms"
-        );
+        assert_eq!(world.answer(1, away, request).is_some(), expected == 0, "after {after_ms} ms");
         world.advance(50);
         assert_eq!(world.held.len(), expected, "read again after {after_ms} ms");
         for read in std::mem::take(&mut world.held) {
@@ -295,9 +233,7 @@ fn a_lease_ends_with_its_link() {
     assert!(world.answer(1, away, request).is_none(), "it is tried again");
     world.hold_reads = false;
     world.advance(500);
-    let Some(Ok(ClientReply::Located(located))) = world.answer(1, away, request) else {
-        panic!("located")
-    };
+    let Some(Ok(ClientReply::Located(located))) = world.answer(1, away, request) else { panic!("located") };
     assert_eq!(world.nodes[1].bytes(located.extent), bytes);
     world.unpin(1, away, located.generation);
     world.assert_drained();
@@ -356,18 +292,9 @@ fn a_get_that_was_given_up_frees_its_extent_when_the_read_has_ended() {
     let transfer = world.held[0].transfer;
     world.held.clear();
     world.advance(3_000);
-    World::assert_kind(
-        world.answer(1, away, request).expect("an answer"),
-        ErrorKind::TimedOut,
-    );
+    World::assert_kind(world.answer(1, away, request).expect("an answer"), ErrorKind::TimedOut);
     assert_eq!(world.used(1), 1_024, "bytes may still land in it");
-    world.feed(
-        1,
-        Input::ReadDone {
-            transfer,
-            result: Ok(()),
-        },
-    );
+    world.feed(1, Input::ReadDone { transfer, result: Ok(()) });
     world.assert_drained();
     assert_eq!(world.used(1), 0);
 }
@@ -408,57 +335,18 @@ fn answers_that_do_not_fit_the_question_are_errors() {
     let link = world.link_between(1, 0).expect("a link");
     let asked = 1 + u64::try_from(world.nodes[1].sent.len()).expect("few");
     let meta = ObjectMeta::bytes(10).expect("a length");
-    let object = crate::ObjectId {
-        origin: crate::NodeId(1),
-        epoch: crate::Epoch(1),
-        number: 1,
-    };
+    let object = crate::ObjectId { origin: crate::NodeId(1), epoch: crate::Epoch(1), number: 1 };
     for guess in 1..asked + 1 {
         let message = PeerMessage::Data { object, meta };
-        world.feed(
-            1,
-            Input::PeerMessage {
-                link,
-                request: guess,
-                message,
-                payload_len: 9,
-            },
-        );
+        world.feed(1, Input::PeerMessage { link, request: guess, message, payload_len: 9 });
     }
-    World::assert_kind(
-        world.answer(1, away, request).expect("an answer"),
-        ErrorKind::Protocol,
-    );
-    let stray = PeerMessage::Announced {
-        refused: vec![key("k")],
-    };
-    world.feed(
-        1,
-        Input::PeerMessage {
-            link,
-            request: 999,
-            message: stray,
-            payload_len: 0,
-        },
-    );
-    let heavy = PeerMessage::Heartbeat { answer: false };
-    world.feed(
-        1,
-        Input::PeerMessage {
-            link,
-            request: 0,
-            message: heavy,
-            payload_len: 9,
-        },
-    );
+    World::assert_kind(world.answer(1, away, request).expect("an answer"), ErrorKind::Protocol);
+    let stray = PeerMessage::Announced { refused: vec![key("k")] };
+    world.feed(1, Input::PeerMessage { link, request: 999, message: stray, payload_len: 0 });
+    let heavy = PeerMessage::Heartbeat;
+    world.feed(1, Input::PeerMessage { link, request: 0, message: heavy, payload_len: 9 });
     assert_eq!(world.status(1).counters.refused, 1);
-    world.feed(
-        1,
-        Input::Refused {
-            link,
-            why: StoreError::protocol("garbage"),
-        },
-    );
+    world.feed(1, Input::Refused { link, why: StoreError::protocol("garbage") });
     assert_eq!(world.status(1).counters.refused, 2);
     world.advance(1_000);
     world.assert_drained();

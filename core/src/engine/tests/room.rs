@@ -9,11 +9,7 @@ use crate::wire::{ClientMessage, ClientReply, IfExists, PutHints};
 
 /// A tier of eight segments of 64 KiB.
 fn small() -> Shape {
-    Shape {
-        capacity_bytes: 512 << 10,
-        quota_bytes: 128 << 10,
-        ..Shape::default()
-    }
+    Shape { capacity_bytes: 512 << 10, quota_bytes: 128 << 10, ..Shape::default() }
 }
 
 const BLOCK: usize = 32 << 10;
@@ -30,10 +26,7 @@ fn fill(world: &mut World, node: usize, client: ClientId, hints: PutHints) -> us
             Err(error) => {
                 assert_eq!(error.kind(), ErrorKind::NoSpace);
                 let text = error.to_string();
-                assert!(
-                    text.contains("host") && text.contains("32768") && text.contains("0 free"),
-                    "{text}"
-                );
+                assert!(text.contains("host") && text.contains("32768") && text.contains("0 free"), "{text}");
                 return number;
             }
         }
@@ -62,34 +55,17 @@ fn only_cache_objects_go_and_not_those_that_are_pinned() {
     let mut world = World::shaped(1, &small());
     let client = world.client(0, 1);
     world.put(0, client, "original", &pattern(200, BLOCK));
-    let pinned = PutHints {
-        cache: true,
-        pin: true,
-        ..PutHints::default()
-    };
-    assert!(
-        world
-            .try_put(0, client, "pinned", &pattern(201, BLOCK), pinned, IfExists::Keep)
-            .is_ok()
-    );
-    let cache = PutHints {
-        cache: true,
-        ..PutHints::default()
-    };
+    let pinned = PutHints { cache: true, pin: true, ..PutHints::default() };
+    assert!(world.try_put(0, client, "pinned", &pattern(201, BLOCK), pinned, IfExists::Keep).is_ok());
+    let cache = PutHints { cache: true, ..PutHints::default() };
     for number in 0..40 {
         let bytes = pattern(u8::try_from(number).expect("few"), BLOCK);
         let put = world.try_put(0, client, &name(number), &bytes, cache, IfExists::Keep);
         assert!(put.is_ok(), "{put:?}");
     }
     assert!(world.status(0).counters.evicted >= 26);
-    assert_eq!(
-        world.fetch(0, client, "original", &pattern(200, BLOCK)),
-        Path::Local
-    );
-    assert_eq!(
-        world.fetch(0, client, "pinned", &pattern(201, BLOCK)),
-        Path::Local
-    );
+    assert_eq!(world.fetch(0, client, "original", &pattern(200, BLOCK)), Path::Local);
+    assert_eq!(world.fetch(0, client, "pinned", &pattern(201, BLOCK)), Path::Local);
     world.assert_drained();
 }
 
@@ -97,37 +73,20 @@ fn only_cache_objects_go_and_not_those_that_are_pinned() {
 fn a_reader_holds_an_evicted_object_in_place() {
     let mut world = World::shaped(1, &small());
     let client = world.client(0, 1);
-    let cache = PutHints {
-        cache: true,
-        ..PutHints::default()
-    };
+    let cache = PutHints { cache: true, ..PutHints::default() };
     for number in 0..16 {
         let bytes = pattern(u8::try_from(number).expect("few"), BLOCK);
-        assert!(
-            world
-                .try_put(0, client, &name(number), &bytes, cache, IfExists::Keep)
-                .is_ok()
-        );
+        assert!(world.try_put(0, client, &name(number), &bytes, cache, IfExists::Keep).is_ok());
     }
-    let read: Vec<_> = (0..16)
-        .map(|n| world.get(0, client, &name(n)).expect("the object"))
-        .collect();
+    let read: Vec<_> = (0..16).map(|n| world.get(0, client, &name(n)).expect("the object")).collect();
     let put = world.try_put(0, client, "x", &pattern(77, BLOCK), cache, IfExists::Keep);
     World::assert_kind(put, ErrorKind::NoSpace);
     for (number, located) in read.iter().enumerate() {
         let bytes = pattern(u8::try_from(number).expect("few"), BLOCK);
-        assert_eq!(
-            world.nodes[0].bytes(located.extent),
-            bytes,
-            "in place while it is read"
-        );
+        assert_eq!(world.nodes[0].bytes(located.extent), bytes, "in place while it is read");
         world.unpin(0, client, located.generation);
     }
-    assert!(
-        world
-            .try_put(0, client, "x", &pattern(77, BLOCK), cache, IfExists::Keep)
-            .is_ok()
-    );
+    assert!(world.try_put(0, client, "x", &pattern(77, BLOCK), cache, IfExists::Keep).is_ok());
     world.assert_drained();
 }
 
@@ -140,12 +99,7 @@ fn copies_go_while_their_origin_lives() {
         world.put(0, home, &name(number), &bytes);
     }
     for number in 100..108 {
-        world.put(
-            1,
-            away,
-            &name(number),
-            &pattern(u8::try_from(number).expect("few"), BLOCK),
-        );
+        world.put(1, away, &name(number), &pattern(u8::try_from(number).expect("few"), BLOCK));
     }
     for turn in 0..3 {
         for number in 0..14 {
@@ -168,27 +122,15 @@ fn copies_go_while_their_origin_lives() {
     world.cut(1, link);
     world.settle();
     let before = world.status(1).objects;
-    let put = world.try_put(
-        1,
-        away,
-        "one more",
-        &pattern(101, 2 * BLOCK),
-        PutHints::default(),
-        IfExists::Keep,
-    );
+    let put =
+        world.try_put(1, away, "one more", &pattern(101, 2 * BLOCK), PutHints::default(), IfExists::Keep);
     World::assert_kind(put, ErrorKind::NoSpace);
     assert_eq!(world.status(1).objects, before);
 }
 
 #[test]
 fn a_full_index_evicts_too() {
-    let mut world = World::shaped(
-        2,
-        &Shape {
-            objects_max: 4,
-            ..Shape::default()
-        },
-    );
+    let mut world = World::shaped(2, &Shape { objects_max: 4, ..Shape::default() });
     let (home, away) = (world.client(0, 1), world.client(1, 1));
     for number in 0..4 {
         world.put(0, home, &name(number), &[1, 2, 3]);
@@ -214,20 +156,10 @@ fn segments_are_made_for_what_is_longer_than_those_that_are_there() {
     let mut world = World::shaped(1, &small());
     let client = world.client(0, 1);
     let answer = world.reserve(0, client, "long", 300 << 10);
-    let Ok(ClientReply::Reserved {
-        map: None,
-        reservation,
-        extent,
-    }) = answer
-    else {
-        panic!("{answer:?}")
-    };
+    let Ok(ClientReply::Reserved { map: None, reservation, extent }) = answer else { panic!("{answer:?}") };
     world.write(0, extent, &pattern(1, 300 << 10));
     assert!(world.seal(0, client, reservation).is_ok());
-    assert_eq!(
-        world.fetch(0, client, "long", &pattern(1, 300 << 10)),
-        Path::Local
-    );
+    assert_eq!(world.fetch(0, client, "long", &pattern(1, 300 << 10)), Path::Local);
     World::assert_kind(world.reserve(0, client, "longer", 400 << 10), ErrorKind::NoSpace);
     let _ = world.call(0, client, ClientMessage::Delete { key: key("long") });
     let answer = world.reserve(0, client, "longer", 400 << 10);
@@ -242,14 +174,7 @@ fn a_segment_that_cannot_be_made_costs_a_put_but_no_memory() {
     world.fail_segments = 100;
     // Granted memory cannot be had: the node's own has room.
     let answer = world.reserve(0, client, "fallback", 1_000);
-    let Ok(ClientReply::Reserved {
-        map: None,
-        reservation,
-        ..
-    }) = answer
-    else {
-        panic!("{answer:?}")
-    };
+    let Ok(ClientReply::Reserved { map: None, reservation, .. }) = answer else { panic!("{answer:?}") };
     let _ = world.call(0, client, ClientMessage::Abort { reservation });
     World::assert_kind(world.reserve(0, client, "long", 300 << 10), ErrorKind::NoSpace);
     world.fail_segments = 0;
@@ -263,12 +188,8 @@ fn who_leaves_while_waiting_for_room_gets_none() {
     let mut world = World::shaped(1, &small());
     let client = world.client(0, 1);
     let meta = crate::ObjectMeta::bytes(1_000).expect("a length");
-    let reserve = ClientMessage::Reserve {
-        key: key("k"),
-        meta,
-        hints: PutHints::default(),
-        if_exists: IfExists::Keep,
-    };
+    let reserve =
+        ClientMessage::Reserve { key: key("k"), meta, hints: PutHints::default(), if_exists: IfExists::Keep };
     // Its segment is still being made when the session ends.
     let request = world.ask(0, client, reserve);
     world.feed(0, Input::ClientLeft { client });
@@ -277,9 +198,5 @@ fn who_leaves_while_waiting_for_room_gets_none() {
     world.feed(0, Input::ClientProcessGone { client });
     world.assert_drained();
     let other = world.client(0, 2);
-    assert_eq!(
-        fill(&mut world, 0, other, PutHints::default()),
-        16,
-        "all memory is there"
-    );
+    assert_eq!(fill(&mut world, 0, other, PutHints::default()), 16, "all memory is there");
 }

@@ -8,46 +8,20 @@ use crate::tier::{Epoch, LinkId, NodeId};
 use crate::wire::{ClientMessage, ClientReply, Member, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage};
 
 fn member(name: &str, node: u64, epoch: u64) -> Member {
-    Member {
-        node: NodeId(node),
-        epoch: Epoch(epoch),
-        name: name.to_owned(),
-        address: name.to_owned(),
-    }
+    Member { node: NodeId(node), epoch: Epoch(epoch), name: name.to_owned(), address: name.to_owned() }
 }
 
 fn hello(member: Member, version: u16, join: bool) -> PeerMessage {
-    PeerMessage::Hello {
-        member,
-        version_min: version,
-        version_max: version,
-        join,
-    }
+    PeerMessage::Hello { member, version_min: version, version_max: version, join }
 }
 
 /// A link to a peer that is played by the test, and what the node thinks of its HELLO.
 fn greet(world: &mut World, node: usize, link: u64, message: PeerMessage) -> Option<StoreError> {
     let link = LinkId(link);
     let address = "elsewhere".to_owned();
-    world.feed(
-        node,
-        Input::LinkUp {
-            link,
-            fabric: FABRIC,
-            address,
-            inbound: true,
-        },
-    );
+    world.feed(node, Input::LinkUp { link, fabric: FABRIC, address, inbound: true });
     world.nodes[node].sent.clear();
-    world.feed(
-        node,
-        Input::PeerMessage {
-            link,
-            request: 0,
-            message,
-            payload_len: 0,
-        },
-    );
+    world.feed(node, Input::PeerMessage { link, request: 0, message, payload_len: 0 });
     world.nodes[node].sent.iter().find_map(|message| match message {
         PeerMessage::Failed { error } => Some(error.clone()),
         _ => None,
@@ -67,35 +41,13 @@ fn hellos_are_refused_for_a_reason() {
     let error = greet(&mut world, 1, 102, hello(member("x", 50, 1), PROTOCOL_MIN, true)).expect("refused");
     assert_eq!(error.kind(), ErrorKind::Denied);
     let error = greet(&mut world, 0, 103, hello(member("n1", 2, 0), PROTOCOL_MIN, true)).expect("refused");
-    assert_eq!(
-        error.kind(),
-        ErrorKind::Stale,
-        "an older incarnation of a node that is there"
-    );
+    assert_eq!(error.kind(), ErrorKind::Stale, "an older incarnation of a node that is there");
     assert_eq!(world.status(0).counters.refused, 3);
-    assert_eq!(
-        greet(&mut world, 0, 104, hello(member("x", 50, 1), PROTOCOL_MIN, false)),
-        None
-    );
-    let early = PeerMessage::Heartbeat { answer: false };
-    world.feed(
-        0,
-        Input::LinkUp {
-            link: LinkId(105),
-            fabric: FABRIC,
-            address: "e".to_owned(),
-            inbound: true,
-        },
-    );
-    world.feed(
-        0,
-        Input::PeerMessage {
-            link: LinkId(105),
-            request: 0,
-            message: early,
-            payload_len: 0,
-        },
-    );
+    assert_eq!(greet(&mut world, 0, 104, hello(member("x", 50, 1), PROTOCOL_MIN, false)), None);
+    let early = PeerMessage::Heartbeat;
+    world
+        .feed(0, Input::LinkUp { link: LinkId(105), fabric: FABRIC, address: "e".to_owned(), inbound: true });
+    world.feed(0, Input::PeerMessage { link: LinkId(105), request: 0, message: early, payload_len: 0 });
     assert_eq!(world.status(0).counters.refused, 4, "something came before HELLO");
 }
 
@@ -123,57 +75,28 @@ fn everyone_is_asked_before_not_found() {
     let unknown = PeerMessage::Withdraw {
         objects: vec![crate::wire::Announced {
             key: key("k"),
-            object: crate::ObjectId {
-                origin: NodeId(2),
-                epoch: Epoch(1),
-                number: 1,
-            },
+            object: crate::ObjectId { origin: NodeId(2), epoch: Epoch(1), number: 1 },
             len_bytes: 2,
         }],
     };
     let link = world.link_between(0, 1).expect("a link");
-    world.feed(
-        0,
-        Input::PeerMessage {
-            link,
-            request: 0,
-            message: unknown,
-            payload_len: 0,
-        },
-    );
+    world.feed(0, Input::PeerMessage { link, request: 0, message: unknown, payload_len: 0 });
     assert_eq!(world.fetch(2, two, "k", &[1, 2]), Path::Eager);
     World::assert_kind(world.get(2, two, "nothing"), ErrorKind::NotFound);
-    let asks = world.nodes[0]
-        .sent
-        .iter()
-        .filter(|m| matches!(m, PeerMessage::Ask { .. }))
-        .count();
+    let asks = world.nodes[0].sent.iter().filter(|m| matches!(m, PeerMessage::Ask { .. })).count();
     assert_eq!(asks, 2, "one for each question: not the asker, once the other");
 }
 
 #[test]
 fn a_lost_holder_is_replaced_by_another() {
-    let mut world = World::shaped(
-        3,
-        &Shape {
-            threshold_bytes: Some(0),
-            ..Shape::default()
-        },
-    );
+    let mut world = World::shaped(3, &Shape { threshold_bytes: Some(0), ..Shape::default() });
     let clients: Vec<_> = (0..3).map(|node| world.client(node, 1)).collect();
     let bytes = pattern(1, 1_000);
     world.put(1, clients[1], "k", &bytes);
     world.fetch(0, clients[0], "k", &bytes);
     // The directory's node has a copy too, but the third node remembers the second as the holder.
     world.hold_reads = true;
-    let _ = world.call(
-        0,
-        clients[0],
-        ClientMessage::Evict {
-            key: key("k"),
-            force: true,
-        },
-    );
+    let _ = world.call(0, clients[0], ClientMessage::Evict { key: key("k"), force: true });
     let request = world.ask_get(2, clients[2], "k", true);
     world.settle();
     assert_eq!(world.held.len(), 1);
@@ -203,23 +126,14 @@ fn an_unreachable_holder_is_passed_over() {
     world.fetch(2, clients[2], "k", &[7, 8, 9]);
     let request = world.ask_get(2, clients[2], "alone", true);
     world.advance(4_000);
-    let error = world
-        .answer(2, clients[2], request)
-        .expect("an answer")
-        .expect_err("unreachable");
+    let error = world.answer(2, clients[2], request).expect("an answer").expect_err("unreachable");
     assert_eq!(error.kind(), ErrorKind::PeerLost);
     assert!(error.to_string().contains("a1"), "{error}");
 }
 
 #[test]
 fn the_only_holder_lost_on_the_way_is_peer_lost_and_then_not_found() {
-    let mut world = World::shaped(
-        2,
-        &Shape {
-            threshold_bytes: Some(0),
-            ..Shape::default()
-        },
-    );
+    let mut world = World::shaped(2, &Shape { threshold_bytes: Some(0), ..Shape::default() });
     world.hold_reads = true;
     let (home, away) = (world.client(0, 1), world.client(1, 1));
     world.put(1, away, "k", &pattern(1, 500));
@@ -229,10 +143,7 @@ fn the_only_holder_lost_on_the_way_is_peer_lost_and_then_not_found() {
     world.unreachable.insert("a0".to_owned());
     world.cut(0, link);
     world.advance(100);
-    let error = world
-        .answer(0, home, request)
-        .expect("an answer")
-        .expect_err("lost");
+    let error = world.answer(0, home, request).expect("an answer").expect_err("lost");
     assert_eq!(error.kind(), ErrorKind::PeerLost, "{error}");
     World::assert_kind(world.get(0, home, "k"), ErrorKind::NotFound);
     world.assert_drained();
@@ -241,27 +152,13 @@ fn the_only_holder_lost_on_the_way_is_peer_lost_and_then_not_found() {
 #[test]
 fn a_silent_peer_is_lost_after_five_heartbeats() {
     let mut world = World::new(1);
-    assert_eq!(
-        greet(
-            &mut world,
-            0,
-            100,
-            hello(member("mute", 50, 1), PROTOCOL_MIN, true)
-        ),
-        None
-    );
+    assert_eq!(greet(&mut world, 0, 100, hello(member("mute", 50, 1), PROTOCOL_MIN, true)), None);
     assert_eq!(world.status(0).peers.len(), 1);
     world.advance(5 * HEARTBEAT_MS);
     assert_eq!(world.status(0).peers.len(), 1);
     world.advance(2 * HEARTBEAT_MS);
     // The test plays the fabric: LinkDown follows the Disconnect.
-    world.feed(
-        0,
-        Input::LinkDown {
-            link: LinkId(100),
-            why: StoreError::unavailable("it", "gone"),
-        },
-    );
+    world.feed(0, Input::LinkDown { link: LinkId(100), why: StoreError::unavailable("it", "gone") });
     assert!(world.status(0).peers.is_empty());
     let down = |event: &Event| matches!(event, Event::PeerDown { name, .. } if name == "mute");
     assert!(world.nodes[0].events.iter().any(down));
@@ -280,11 +177,7 @@ fn a_restarted_node_has_lost_its_objects() {
     World::assert_kind(world.get(2, clients[2], "lost"), ErrorKind::NotFound);
     World::assert_kind(world.get(0, clients[0], "lost"), ErrorKind::NotFound);
     let again = world.client(1, 2);
-    assert_eq!(
-        world.fetch(1, again, "copied", &[2]),
-        Path::Eager,
-        "from the node with the copy"
-    );
+    assert_eq!(world.fetch(1, again, "copied", &[2]), Path::Eager, "from the node with the copy");
     world.put(1, again, "lost", &[3]);
     world.fetch(0, clients[0], "lost", &[3]);
     assert_eq!(world.status(0).peers.iter().filter(|peer| peer.linked).count(), 2);
@@ -295,52 +188,22 @@ fn a_restarted_node_has_lost_its_objects() {
 fn an_incarnation_that_is_still_linked_gives_way_to_the_next() {
     let mut world = World::new(1);
     let client = world.client(0, 1);
-    assert_eq!(
-        greet(&mut world, 0, 100, hello(member("x", 50, 1), PROTOCOL_MIN, true)),
-        None
-    );
-    let object = |epoch| crate::ObjectId {
-        origin: NodeId(50),
-        epoch: Epoch(epoch),
-        number: 1,
-    };
+    assert_eq!(greet(&mut world, 0, 100, hello(member("x", 50, 1), PROTOCOL_MIN, true)), None);
+    let object = |epoch| crate::ObjectId { origin: NodeId(50), epoch: Epoch(epoch), number: 1 };
     let announce = |name: &str, epoch| PeerMessage::Announce {
-        objects: vec![crate::wire::Announced {
-            key: key(name),
-            object: object(epoch),
-            len_bytes: 1,
-        }],
+        objects: vec![crate::wire::Announced { key: key(name), object: object(epoch), len_bytes: 1 }],
         exclusive: false,
     };
-    let says = |link: u64, message| Input::PeerMessage {
-        link: LinkId(link),
-        request: 5,
-        message,
-        payload_len: 0,
-    };
+    let says =
+        |link: u64, message| Input::PeerMessage { link: LinkId(link), request: 5, message, payload_len: 0 };
     world.feed(0, says(100, announce("old", 1)));
-    assert_eq!(
-        greet(&mut world, 0, 101, hello(member("x", 50, 2), PROTOCOL_MIN, true)),
-        None
-    );
+    assert_eq!(greet(&mut world, 0, 101, hello(member("x", 50, 2), PROTOCOL_MIN, true)), None);
     world.feed(0, says(101, announce("new", 2)));
     // What the old incarnation still says is not believed, and its link going down does not hurt the new one.
     world.feed(0, says(100, announce("ghost", 1)));
-    world.feed(
-        0,
-        Input::LinkDown {
-            link: LinkId(100),
-            why: StoreError::unavailable("it", "gone"),
-        },
-    );
-    let list = ClientMessage::List {
-        prefix: String::new(),
-        after: None,
-        limit: 10,
-    };
-    let Ok(ClientReply::Listed { objects, .. }) = world.call(0, client, list) else {
-        panic!("a list")
-    };
+    world.feed(0, Input::LinkDown { link: LinkId(100), why: StoreError::unavailable("it", "gone") });
+    let list = ClientMessage::List { prefix: String::new(), after: None, limit: 10 };
+    let Ok(ClientReply::Listed { objects, .. }) = world.call(0, client, list) else { panic!("a list") };
     let names: Vec<_> = objects.iter().map(|object| object.key.as_str()).collect();
     assert_eq!(names, ["new"]);
 }
@@ -350,34 +213,17 @@ fn a_directory_that_starts_again_is_told_everything() {
     let mut world = World::new(3);
     let clients: Vec<_> = (0..3).map(|node| world.client(node, 1)).collect();
     world.put(1, clients[1], "k", &[1]);
-    let wait = world.ask(
-        2,
-        clients[2],
-        ClientMessage::Wait {
-            key: key("later"),
-            timeout_ms: 60_000,
-        },
-    );
+    let wait = world.ask(2, clients[2], ClientMessage::Wait { key: key("later"), timeout_ms: 60_000 });
     world.settle();
     let shape = Shape::default();
     world.restart(0, config(0, 2, None, &shape));
     world.advance(5_000);
     assert_eq!(world.fetch(2, clients[2], "k", &[1]), Path::Eager);
-    let list = ClientMessage::List {
-        prefix: String::new(),
-        after: None,
-        limit: 10,
-    };
-    let Ok(ClientReply::Listed { objects, .. }) = world.call(2, clients[2], list) else {
-        panic!("a list")
-    };
+    let list = ClientMessage::List { prefix: String::new(), after: None, limit: 10 };
+    let Ok(ClientReply::Listed { objects, .. }) = world.call(2, clients[2], list) else { panic!("a list") };
     assert_eq!(objects.len(), 1);
     world.put(1, clients[1], "later", &[1]);
-    assert_eq!(
-        world.answer(2, clients[2], wait),
-        Some(Ok(ClientReply::Exists)),
-        "watched again"
-    );
+    assert_eq!(world.answer(2, clients[2], wait), Some(Ok(ClientReply::Exists)), "watched again");
     world.assert_drained();
 }
 
@@ -390,17 +236,8 @@ fn what_was_withdrawn_while_cut_off_leaves_the_directory() {
     world.unreachable.insert("a0".to_owned());
     // Only this end notices for now.
     let link = world.link_between(1, 0).expect("a link");
-    world.feed(
-        1,
-        Input::LinkDown {
-            link,
-            why: StoreError::unavailable("it", "gone"),
-        },
-    );
-    let evict = ClientMessage::Evict {
-        key: key("k"),
-        force: true,
-    };
+    world.feed(1, Input::LinkDown { link, why: StoreError::unavailable("it", "gone") });
+    let evict = ClientMessage::Evict { key: key("k"), force: true };
     assert_eq!(world.call(1, clients[1], evict), Ok(ClientReply::Done));
     world.unreachable.clear();
     world.advance(3_000);
@@ -419,10 +256,7 @@ fn a_node_alone_waits_for_the_directory_and_says_what_it_waits_for() {
     world.put(0, home, "k", &[1]);
     let request = world.ask_get(1, away, "k", true);
     world.advance(3_100);
-    let error = world
-        .answer(1, away, request)
-        .expect("an answer")
-        .expect_err("no directory");
+    let error = world.answer(1, away, request).expect("an answer").expect_err("no directory");
     assert_eq!(error.kind(), ErrorKind::Unavailable);
     assert!(error.to_string().contains("directory"), "{error}");
     world.unreachable.clear();
@@ -438,22 +272,8 @@ fn a_link_that_breaks_before_hello_is_dialled_again() {
     world.unreachable.insert("a0".to_owned());
     world.add(config(1, 1, Some("a0".to_owned()), &shape));
     let link = LinkId(77);
-    world.feed(
-        1,
-        Input::LinkUp {
-            link,
-            fabric: FABRIC,
-            address: "a0".to_owned(),
-            inbound: false,
-        },
-    );
-    world.feed(
-        1,
-        Input::LinkDown {
-            link,
-            why: StoreError::unavailable("it", "gone"),
-        },
-    );
+    world.feed(1, Input::LinkUp { link, fabric: FABRIC, address: "a0".to_owned(), inbound: false });
+    world.feed(1, Input::LinkDown { link, why: StoreError::unavailable("it", "gone") });
     world.unreachable.clear();
     world.advance(3_000);
     assert!(world.link_between(1, 0).is_some());

@@ -96,12 +96,7 @@ pub(super) struct Shape {
 
 impl Default for Shape {
     fn default() -> Self {
-        Self {
-            capacity_bytes: 8 << 20,
-            quota_bytes: 4 << 20,
-            objects_max: 1_000,
-            threshold_bytes: None,
-        }
+        Self { capacity_bytes: 8 << 20, quota_bytes: 4 << 20, objects_max: 1_000, threshold_bytes: None }
     }
 }
 
@@ -213,13 +208,7 @@ impl World {
             let ends = (read.node, read.link);
             if ends == (node, link) || ends == (peer, theirs) {
                 let why = lost();
-                self.push(
-                    read.node,
-                    Input::ReadDone {
-                        transfer: read.transfer,
-                        result: Err(why),
-                    },
-                );
+                self.push(read.node, Input::ReadDone { transfer: read.transfer, result: Err(why) });
             } else {
                 self.held.push(read);
             }
@@ -251,13 +240,7 @@ impl World {
                 if let Action::Land { request, extent } = action {
                     let bytes = payload.take().expect("a payload to land, once");
                     self.write(node, extent, &bytes);
-                    self.push(
-                        node,
-                        Input::Landed {
-                            request,
-                            result: Ok(()),
-                        },
-                    );
+                    self.push(node, Input::Landed { request, result: Ok(()) });
                 } else if let Some(next) = self.act(node, action) {
                     inputs.push_front(next);
                 }
@@ -268,20 +251,11 @@ impl World {
     fn act(&mut self, node: usize, action: Action) -> Option<Input> {
         let at = &mut self.nodes[node];
         match action {
-            Action::Reply {
-                client,
-                request,
-                reply,
-                attachment,
-            } => {
+            Action::Reply { client, request, reply, attachment } => {
                 at.attachments.extend(attachment);
                 self.answered(node, client, request, reply);
             }
-            Action::PinAndReply {
-                client,
-                request,
-                mut located,
-            } => {
+            Action::PinAndReply { client, request, mut located } => {
                 let pins = at.pins.entry(client).or_default();
                 located.pin = u32::try_from(pins.len()).expect("few pins");
                 pins.push(located.generation);
@@ -295,29 +269,16 @@ impl World {
                 if self.hold_copies {
                     self.copies.push((node, generation));
                 } else {
-                    self.push(
-                        node,
-                        Input::CopyDone {
-                            generation,
-                            result: Ok(()),
-                        },
-                    );
+                    self.push(node, Input::CopyDone { generation, result: Ok(()) });
                 }
             }
             Action::Publish { slot, object } => assert!(at.index.insert(slot, object).is_none()),
             Action::Withdraw { slot } => assert!(at.index.remove(&slot).is_some()),
             Action::ScanPins => {
                 let pinned: HashSet<Generation> = at.pins.values().flatten().copied().collect();
-                return Some(Input::PinScan {
-                    pinned,
-                    touched: Vec::new(),
-                });
+                return Some(Input::PinScan { pinned, touched: Vec::new() });
             }
-            Action::CreateSegment {
-                segment,
-                len_bytes,
-                owner,
-            } => {
+            Action::CreateSegment { segment, len_bytes, owner } => {
                 if self.fail_segments > 0 {
                     self.fail_segments -= 1;
                     let why = StoreError::os("memfd_create", "no descriptor is left");
@@ -346,12 +307,7 @@ impl World {
         match action {
             Action::Connect { address } => self.connect(node, address),
             Action::Disconnect { link } => self.cut(node, link),
-            Action::Send {
-                link,
-                request,
-                message,
-                payload,
-            } => {
+            Action::Send { link, request, message, payload } => {
                 let at = &mut self.nodes[node];
                 at.sent.push(message.clone());
                 let bytes = payload.map(|(extent, _)| at.bytes(extent).to_vec());
@@ -365,27 +321,11 @@ impl World {
                 }
                 let Some((peer, link)) = end else { return };
                 let payload_len = bytes.as_ref().map_or(0, |bytes| bytes.len() as u64);
-                let input = Input::PeerMessage {
-                    link,
-                    request,
-                    message,
-                    payload_len,
-                };
+                let input = Input::PeerMessage { link, request, message, payload_len };
                 self.queue.push_back((peer, input, bytes));
             }
-            Action::Read {
-                link,
-                transfer,
-                remote,
-                local,
-            } => {
-                let read = Held {
-                    node,
-                    link,
-                    transfer,
-                    remote,
-                    local,
-                };
+            Action::Read { link, transfer, remote, local } => {
+                let read = Held { node, link, transfer, remote, local };
                 if self.hold_reads {
                     self.held.push(read);
                 } else {
@@ -393,10 +333,7 @@ impl World {
                 }
             }
             Action::CancelRead { transfer } => {
-                let at = self
-                    .held
-                    .iter()
-                    .position(|read| (read.node, read.transfer) == (node, transfer));
+                let at = self.held.iter().position(|read| (read.node, read.transfer) == (node, transfer));
                 if let Some(at) = at {
                     self.held.remove(at);
                     let result = Err(StoreError::unavailable("the read", "it was given up"));
@@ -418,15 +355,7 @@ impl World {
         self.nodes[peer].links.insert(theirs, (node, ours));
         let from = self.nodes[node].address.clone();
         for (at, link, address, inbound) in [(node, ours, address, false), (peer, theirs, from, true)] {
-            self.push(
-                at,
-                Input::LinkUp {
-                    link,
-                    fabric: FABRIC,
-                    address,
-                    inbound,
-                },
-            );
+            self.push(at, Input::LinkUp { link, fabric: FABRIC, address, inbound });
         }
     }
 
@@ -440,29 +369,16 @@ impl World {
     pub(super) fn finish_read(&mut self, read: Held) {
         let (peer, _) = self.nodes[read.node].links[&read.link];
         let segment = SegmentId(u32::try_from(read.remote.key.0 - 100).expect("a key"));
-        let remote = Extent {
-            segment,
-            offset: read.remote.offset,
-            len_bytes: read.remote.len_bytes,
-        };
+        let remote = Extent { segment, offset: read.remote.offset, len_bytes: read.remote.len_bytes };
         let bytes = self.nodes[peer].bytes(remote).to_vec();
         self.write(read.node, read.local, &bytes);
-        self.push(
-            read.node,
-            Input::ReadDone {
-                transfer: read.transfer,
-                result: Ok(()),
-            },
-        );
+        self.push(read.node, Input::ReadDone { transfer: read.transfer, result: Ok(()) });
     }
 
     pub(super) fn write(&mut self, node: usize, extent: Extent, bytes: &[u8]) {
         assert_eq!(bytes.len() as u64, extent.len_bytes);
         let range = span(extent.offset, extent.len_bytes);
-        let memory = self.nodes[node]
-            .segments
-            .get_mut(&extent.segment)
-            .expect("a segment");
+        let memory = self.nodes[node].segments.get_mut(&extent.segment).expect("a segment");
         memory[range].copy_from_slice(bytes);
     }
 
@@ -501,17 +417,8 @@ impl World {
 
     pub(super) fn client(&mut self, node: usize, number: u32) -> ClientId {
         let client = ClientId(number);
-        self.feed(
-            node,
-            Input::ClientJoined {
-                client,
-                trusted: false,
-            },
-        );
-        let hello = ClientMessage::Hello {
-            version_min: PROTOCOL_MIN,
-            version_max: PROTOCOL_MAX,
-        };
+        self.feed(node, Input::ClientJoined { client, trusted: false });
+        let hello = ClientMessage::Hello { version_min: PROTOCOL_MIN, version_max: PROTOCOL_MAX };
         let answer = self.call(node, client, hello);
         assert!(matches!(answer, Ok(ClientReply::Welcome { .. })), "{answer:?}");
         client
@@ -527,15 +434,7 @@ impl World {
         let request = self.nodes[node].next_request;
         self.nodes[node].next_request += 1;
         let payload = Bytes::copy_from_slice(payload);
-        self.feed(
-            node,
-            Input::ClientRequest {
-                client,
-                request,
-                message,
-                payload,
-            },
-        );
+        self.feed(node, Input::ClientRequest { client, request, message, payload });
         request
     }
 
@@ -571,12 +470,7 @@ impl World {
         if_exists: IfExists,
     ) -> Answer {
         let meta = ObjectMeta::bytes(bytes.len() as u64).expect("a length");
-        let message = ClientMessage::Put {
-            key: key(name),
-            meta,
-            hints,
-            if_exists,
-        };
+        let message = ClientMessage::Put { key: key(name), meta, hints, if_exists };
         let request = self.ask_with(node, client, message, bytes);
         self.settle();
         self.answer(node, client, request).expect("an answer")
@@ -595,30 +489,17 @@ impl World {
         hints: PutHints,
     ) -> Answer {
         let meta = ObjectMeta::bytes(len_bytes).expect("a length");
-        let message = ClientMessage::Reserve {
-            key: key(name),
-            meta,
-            hints,
-            if_exists: IfExists::Keep,
-        };
+        let message = ClientMessage::Reserve { key: key(name), meta, hints, if_exists: IfExists::Keep };
         self.call(node, client, message)
     }
 
     pub(super) fn seal(&mut self, node: usize, client: ClientId, reservation: Generation) -> Answer {
-        let message = ClientMessage::Seal {
-            reservation,
-            checksum: Checksum::None,
-        };
+        let message = ClientMessage::Seal { reservation, checksum: Checksum::None };
         self.call(node, client, message)
     }
 
     pub(super) fn ask_get(&mut self, node: usize, client: ClientId, name: &str, keep: bool) -> u64 {
-        let message = ClientMessage::Get {
-            key: key(name),
-            range: None,
-            timeout_ms: 3_000,
-            keep,
-        };
+        let message = ClientMessage::Get { key: key(name), range: None, timeout_ms: 3_000, keep };
         self.ask(node, client, message)
     }
 
@@ -641,21 +522,14 @@ impl World {
         expected: &[u8],
     ) -> crate::receipt::Path {
         let located = self.get(node, client, name).expect("the object");
-        assert_eq!(
-            self.nodes[node].bytes(located.extent),
-            expected,
-            "the bytes of {name}"
-        );
+        assert_eq!(self.nodes[node].bytes(located.extent), expected, "the bytes of {name}");
         self.unpin(node, client, located.generation);
         located.path
     }
 
     pub(super) fn unpin(&mut self, node: usize, client: ClientId, generation: Generation) {
         let pins = self.nodes[node].pins.get_mut(&client).expect("pins");
-        let at = pins
-            .iter()
-            .position(|pinned| *pinned == generation)
-            .expect("a pin");
+        let at = pins.iter().position(|pinned| *pinned == generation).expect("a pin");
         pins.swap_remove(at);
     }
 
@@ -685,11 +559,7 @@ impl World {
             );
             let objects = self.nodes[node].index.values();
             let sealed: u64 = objects.map(|o| o.extent.len_bytes.max(1).div_ceil(64) * 64).sum();
-            assert_eq!(
-                sealed,
-                self.used(node),
-                "node {node}: bytes in use are those of sealed objects"
-            );
+            assert_eq!(sealed, self.used(node), "node {node}: bytes in use are those of sealed objects");
         }
     }
 

@@ -1,0 +1,375 @@
+//! Puts: reserving, writing, sealing, publishing, giving up. Not the finding of room (`room`). Invariant: an object is
+//! shown to readers only when all its bytes are in place.
+
+use bytes::Bytes;
+
+use super::action::{Action, Attachment};
+use super::cluster::Pending;
+use super::directory::Verdict;
+use super::objects::Object;
+use super::room::{NewObject, Purpose};
+use super::space::Owner;
+use super::timer::Timer;
+use super::{Engine, INLINE_PUT_MAX, State};
+use crate::checksum::Checksum;
+use crate::error::StoreError;
+use crate::tier::{ClientId, Extent, Generation, ObjectId, SegmentId};
+use crate::wire::{ClientReply, IfExists, PeerMessage};
+
+impl Engine {
+    /// Checks a put, and answers at once if the object that is there is kept.
+    fn check_new(&self, object: &NewObject) -> Result<Option<ClientReply>, StoreError> {
+        object.meta.check()?;
+        if object.meta.len_bytes > self.space.capacity_bytes() {
+            let operation = format!("put {:?}", object.key);
+            let limit = self.space.capacity_bytes();
+            return Err(StoreError::too_large(
+                operation,
+                "object length in bytes",
+                object.meta.len_bytes,
+                limit,
+            ));
+        }
+        match self.objects.sealed(&object.key) {
+            None => Ok(None),
+            Some(_) if object.if_exists == IfExists::Error => {
+                Err(StoreError::AlreadyExists { key: object.key.to_string() })
+            }
+            Some((_, there)) => {
+                Ok(Some(ClientReply::Sealed { object: there.id, kept: true, slot: there.slot }))
+            }
+        }
+    }
+
+    pub(super) fn put(
+        &mut self,
+        client: ClientId,
+        request: u64,
+        object: NewObject,
+        payload: Bytes,
+    ) -> Result<Option<ClientReply>, StoreError> {
+        let len_bytes = payload.len() as u64;
+        if len_bytes != object.meta.len_bytes {
+            return Err(StoreError::invalid(
+                "payload",
+                format!(
+                    "put {:?}: {len_bytes} bytes, the metadata says {}",
+                    object.key, object.meta.len_bytes
+                ),
+            ));
+        }
+        if len_bytes > u64::from(INLINE_PUT_MAX) {
+            let limit = u64::from(INLINE_PUT_MAX);
+            return Err(StoreError::too_large(
+                "put",
+                "payload in bytes (reserve and seal instead)",
+                len_bytes,
+                limit,
+            ));
+        }
+        if let Some(kept) = self.check_new(&object)? {
+            return Ok(Some(kept));
+        }
+        self.want_space(Purpose::Put { client, request, object, payload }, Owner::Node, len_bytes);
+        Ok(None)
+    }
+
+    pub(super) fn put_into(
+        &mut self,
+        client: ClientId,
+        request: u64,
+        object: NewObject,
+        payload: Bytes,
+        extent: Extent,
+    ) {
+        let checksum = object.meta.checksum;
+        let generation = self.insert_new(object, extent, client, false);
+        if !payload.is_empty() {
+            self.out.push(Action::Fill { extent, bytes: payload });
+        }
+        self.seal(client, request, generation, checksum);
+    }
+
+    fn insert_new(&mut self, new: NewObject, extent: Extent, client: ClientId, in_place: bool) -> Generation {
+        let id = self.new_object_id();
+        self.objects.insert(Object {
+            key: new.key,
+            id,
+            meta: new.meta,
+            extent,
+            state: State::Reserved,
+            slot: None,
+            hints: new.hints,
+            if_exists: new.if_exists,
+            writer: Some(client),
+            in_place,
+            copied_here: false,
+            leases: 0,
+            sends: 0,
+            filling: false,
+        })
+    }
+
+    fn new_object_id(&mut self) -> ObjectId {
+        let number = self.objects.next_object_number();
+        ObjectId { origin: self.config.member.node, epoch: self.config.member.epoch, number }
+    }
+
+    pub(super) fn reserve(
+        &mut self,
+        client: ClientId,
+        request: u64,
+        object: NewObject,
+    ) -> Result<Option<ClientReply>, StoreError> {
+        if let Some(kept) = self.check_new(&object)? {
+            return Ok(Some(kept));
+        }
+        let len_bytes = object.meta.len_bytes;
+        self.want_space(Purpose::Reserve { client, request, object }, Owner::Client(client), len_bytes);
+        Ok(None)
+    }
+
+    pub(super) fn reserve_in(
+        &mut self,
+        client: ClientId,
+        request: u64,
+        object: NewObject,
+        extent: Extent,
+        in_place: bool,
+    ) {
+        let reservation = self.insert_new(object, extent, client, in_place);
+        let Some(state) = self.clients.get_mut(&client) else {
+            self.abort(reservation);
+            return;
+        };
+        state.reservations.insert(reservation);
+        let mut attachment = None;
+        if in_place && !self.space.is_closed_to_writers(extent.segment) {
+            state.unmapped.insert(extent.segment);
+            attachment = Some(Attachment::Segment(extent.segment));
+        }
+        let map = if in_place { self.space.len_bytes(extent.segment) } else { None };
+        let reply = Ok(ClientReply::Reserved { reservation, extent, map });
+        self.out.push(Action::Reply { client, request, reply, attachment });
+    }
+
+    pub(super) fn mapped(&mut self, client: ClientId, segment: SegmentId) -> Result<(), StoreError> {
+        let granted = self.clients.get_mut(&client).is_some_and(|state| state.unmapped.remove(&segment));
+        if granted {
+            self.space.close_to_writers(segment);
+            self.out.push(Action::CloseToWriters { segment });
+            return Ok(());
+        }
+        if self.space.owner(segment) == Some(Owner::Client(client)) {
+            return Ok(());
+        }
+        Err(StoreError::denied("mapped", format!("segment {segment} was not granted to this client")))
+    }
+
+    pub(super) fn reservation_of(&self, client: ClientId, reservation: Generation) -> Result<&Object, StoreError> {
+        match self.objects.get(reservation) {
+            Some(object) if object.state == State::Reserved && object.writer == Some(client) => Ok(object),
+            _ => Err(StoreError::stale("reservation", reservation, "this client has no such reservation")),
+        }
+    }
+
+    pub(super) fn write(
+        &mut self,
+        client: ClientId,
+        reservation: Generation,
+        offset: u64,
+        payload: Bytes,
+    ) -> Result<(), StoreError> {
+        let object = self.reservation_of(client, reservation)?;
+        if object.in_place {
+            return Err(StoreError::invalid(
+                "write",
+                "this reservation is written in place, through its mapping",
+            ));
+        }
+        let extent = object.extent.slice(offset, payload.len() as u64)?;
+        self.out.push(Action::Fill { extent, bytes: payload });
+        Ok(())
+    }
+
+    pub(super) fn seal_request(
+        &mut self,
+        client: ClientId,
+        request: u64,
+        reservation: Generation,
+        checksum: Checksum,
+    ) -> Result<Option<ClientReply>, StoreError> {
+        let object = self.reservation_of(client, reservation)?;
+        if object.in_place && !self.space.is_closed_to_writers(object.extent.segment) {
+            return Err(StoreError::invalid(
+                "seal",
+                format!("segment {} was granted but never acknowledged as mapped", object.extent.segment),
+            ));
+        }
+        let (copy, len_bytes) = (object.hints.seal_copy && object.in_place, object.extent.len_bytes);
+        if let Some(state) = self.clients.get_mut(&client) {
+            state.reservations.remove(&reservation);
+        }
+        if !copy {
+            self.seal(client, request, reservation, checksum);
+            return Ok(None);
+        }
+        if let Some(object) = self.objects.get_mut(reservation) {
+            object.state.advance(State::Filling, object.key.as_str())?;
+            object.meta.checksum = checksum;
+            object.filling = true;
+            // The request number travels in the pending table: the copy outlives this call.
+            self.pending_copies.insert(reservation, (client, request));
+        }
+        self.want_space(Purpose::SealCopy { generation: reservation }, Owner::Node, len_bytes);
+        Ok(None)
+    }
+
+    pub(super) fn seal_copy_into(&mut self, generation: Generation, to: Extent) {
+        let Some(object) = self.objects.get(generation) else {
+            // It was given up while it waited for room.
+            let _ = self.space.free(to);
+            return;
+        };
+        let from = object.extent;
+        self.copy_targets.insert(generation, to);
+        self.out.push(Action::Copy { generation, from, to });
+    }
+
+    pub(super) fn copy_done(&mut self, generation: Generation, result: Result<(), StoreError>) {
+        let Some(to) = self.copy_targets.remove(&generation) else {
+            return;
+        };
+        if let Err(error) = result {
+            let _ = self.space.free(to);
+            return self.seal_failed(generation, error);
+        }
+        let Some((client, request)) = self.pending_copies.remove(&generation) else {
+            return;
+        };
+        let Some(object) = self.objects.get_mut(generation) else {
+            return;
+        };
+        let from = std::mem::replace(&mut object.extent, to);
+        object.filling = false;
+        object.in_place = false;
+        let checksum = object.meta.checksum;
+        let _ = self.space.free(from);
+        self.seal(client, request, generation, checksum);
+    }
+
+    /// A copy at seal came to nothing.
+    pub(super) fn seal_failed(&mut self, generation: Generation, error: StoreError) {
+        if let Some((client, request)) = self.pending_copies.remove(&generation) {
+            self.reply(client, request, Err(error));
+        }
+        self.free_object(generation);
+    }
+
+    /// Makes an object visible, asking the directory first where the put must be the only one of its key.
+    fn seal(&mut self, client: ClientId, request: u64, generation: Generation, checksum: Checksum) {
+        let Some(object) = self.objects.get(generation) else {
+            return;
+        };
+        // If the key was taken here meanwhile, `seal_now` says so.
+        if object.if_exists == IfExists::Keep || self.objects.sealed(&object.key).is_some() {
+            return self.seal_now(client, request, generation, checksum);
+        }
+        let announced = object.announced();
+        if let Some(directory) = &mut self.directory {
+            let verdict = directory.announce(self.config.member.node, &announced, true);
+            let refused = (verdict == Verdict::Refused).then_some(announced.key);
+            return self.exclusive_answer(
+                client,
+                request,
+                generation,
+                checksum,
+                refused.into_iter().collect(),
+            );
+        }
+        let Some(link) = self.directory_link else {
+            let why = format!(
+                "put {:?}: if_exists = error has to ask the node that keeps it, and there is no link to that; it is being dialled",
+                announced.key
+            );
+            self.free_object(generation);
+            return self.reply(client, request, Err(StoreError::unavailable("the directory", why)));
+        };
+        let pending = Pending::Exclusive { client, request, generation, checksum };
+        let message = PeerMessage::Announce { objects: vec![announced], exclusive: true };
+        self.ask_peer(link, message, pending);
+    }
+
+    /// Makes an object visible here and answers its client.
+    pub(super) fn seal_now(
+        &mut self,
+        client: ClientId,
+        request: u64,
+        generation: Generation,
+        checksum: Checksum,
+    ) {
+        let reply = self.publish(generation, checksum);
+        self.reply(client, request, reply);
+    }
+
+    /// Seals, shows and announces an object. If its key was taken meanwhile, the put gives way as its caller wished.
+    pub(super) fn publish(
+        &mut self,
+        generation: Generation,
+        checksum: Checksum,
+    ) -> Result<ClientReply, StoreError> {
+        self.make_slot();
+        let slot = match self.objects.seal(generation, checksum) {
+            Ok(slot) => slot,
+            Err(error) => {
+                let gone = self.objects.get(generation).map(|object| (object.key.clone(), object.if_exists));
+                self.free_object(generation);
+                let there = gone.and_then(|(key, if_exists)| {
+                    let (_, there) = self.objects.sealed(&key)?;
+                    (if_exists == IfExists::Keep).then_some((there.id, there.slot))
+                });
+                let Some((object, slot)) = there else {
+                    return Err(error);
+                };
+                return Ok(ClientReply::Sealed { object, kept: true, slot });
+            }
+        };
+        let Some(object) = self.objects.get(generation) else {
+            return Err(StoreError::stale("seal", generation, "there is no such reservation"));
+        };
+        let (id, key, hints) = (object.id, object.key.clone(), object.hints);
+        let (announced, copied_here, len_bytes) =
+            (object.announced(), object.copied_here, object.extent.len_bytes);
+        self.out.push(Action::Publish { slot, object: object.published(generation) });
+        if copied_here || hints.cache {
+            self.eviction.insert(generation, key.fingerprint(), len_bytes);
+        }
+        if !copied_here {
+            self.counters.puts += 1;
+        }
+        if let Some(ttl_ms) = hints.ttl_ms {
+            self.timers.set(self.now.after_ms(ttl_ms), Timer::Ttl(generation));
+        }
+        self.announce(announced);
+        self.key_exists(&key);
+        Ok(ClientReply::Sealed { object: id, kept: false, slot: Some(slot) })
+    }
+
+    /// Sees to it that the index has a free slot, if an object may go for that.
+    pub(super) fn make_slot(&mut self) {
+        if self.objects.is_full() {
+            self.evict_for_slot();
+        }
+    }
+
+    pub(super) fn abort(&mut self, reservation: Generation) {
+        let Some(object) = self.objects.get(reservation) else {
+            return;
+        };
+        if let Some(state) = object.writer.and_then(|client| self.clients.get_mut(&client)) {
+            state.reservations.remove(&reservation);
+        }
+        self.free_object(reservation);
+        self.retry_space();
+    }
+}

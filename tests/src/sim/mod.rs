@@ -1,0 +1,121 @@
+//! A whole cluster in one thread from one seed: real engines, a simulated network, simulated memory, clients, and
+//! faults; and checks that know nothing of the engine's books. Not a model of speed. Invariant: a seed gives the same
+//! history every time, so that a failing one can be replayed.
+//!
+//! What is checked (see `history`, `guards`, `world`): a get returns whole bytes of one object of its key, never of
+//! one whose delete was acknowledged before it began or whose put failed; no byte that someone reads, sends, leases
+//! or lands is written by anyone else; every request of a live client is answered once, in time; an object that was
+//! put and never deleted is found from every node once links are whole; originals leave only by a delete; nothing is
+//! held once nobody is there.
+
+mod client;
+mod guards;
+mod history;
+mod node;
+mod pattern;
+mod plan;
+mod rng;
+mod world;
+
+use std::fmt;
+
+/// What happened in one or more seeds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    /// Requests of clients to their nodes.
+    pub operations: u64,
+    /// Links cut, partitions, deaths of nodes, memory that could not be made, copies that failed.
+    pub faults: u64,
+    /// Inputs of engines.
+    pub inputs: u64,
+    /// Gets whose bytes were read and compared.
+    pub reads: u64,
+    /// Bytes compared.
+    pub verified: u64,
+    /// Gets that found their object in the index, without the node.
+    pub hits: u64,
+    /// Gets that saw an object leave the index between pinning it and looking again.
+    pub misses: u64,
+    /// Objects sealed by clients.
+    pub sealed: u64,
+    /// Gets answered by DATA, on nodes that lived to the end.
+    pub eager: u64,
+    /// Gets answered by GRANT and Read, on nodes that lived to the end.
+    pub rendezvous: u64,
+    /// Objects evicted.
+    pub evicted: u64,
+    /// Keys that every node had to find at the end.
+    pub durable: u64,
+}
+
+impl Tally {
+    /// Adds another one.
+    pub fn add(&mut self, other: &Self) {
+        self.operations += other.operations;
+        self.faults += other.faults;
+        self.inputs += other.inputs;
+        self.reads += other.reads;
+        self.verified += other.verified;
+        self.hits += other.hits;
+        self.misses += other.misses;
+        self.sealed += other.sealed;
+        self.eager += other.eager;
+        self.rendezvous += other.rendezvous;
+        self.evicted += other.evicted;
+        self.durable += other.durable;
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} operations, {} faults, {} engine inputs, {} gets compared ({} bytes; {} in place, {} raced a withdrawal), \
+             {} objects sealed, {} fetched eagerly, {} by read, {} evicted, {} keys found everywhere at the end",
+            self.operations,
+            self.faults,
+            self.inputs,
+            self.reads,
+            self.verified,
+            self.hits,
+            self.misses,
+            self.sealed,
+            self.eager,
+            self.rendezvous,
+            self.evicted,
+            self.durable
+        )
+    }
+}
+
+/// How a seed went.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The seed.
+    pub seed: u64,
+    /// What was found, if anything.
+    pub failure: Option<String>,
+    /// What happened.
+    pub tally: Tally,
+    /// A hash over every input and action, for comparing two runs of a seed.
+    pub trace: u64,
+}
+
+/// Runs one seed. `verbose` prints every input and action of every engine.
+#[must_use]
+pub fn run(seed: u64, verbose: bool) -> Outcome {
+    let world = world::World::start(seed, verbose);
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| world::run(&world)));
+    let mut world = world.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let panicked = result.err().map(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+        format!("a panic: {}", text.unwrap_or("without words"))
+    });
+    Outcome {
+        seed,
+        failure: world.failure.take().or(panicked),
+        tally: world.tally,
+        trace: world.trace,
+    }
+}
