@@ -41,7 +41,7 @@ fn note(event: &Event) {
             tracing::debug!(%segment, %client, len_bytes, "a segment is granted");
         }
         Event::SegmentRetired { segment, len_bytes } => {
-            tracing::debug!(%segment, len_bytes, "a segment is retired")
+            tracing::debug!(%segment, len_bytes, "a segment is retired");
         }
     }
 }

@@ -89,7 +89,7 @@ impl Node {
         let mut node = Self {
             driver,
             fabric,
-            socket: config.socket.clone(),
+            socket: config.socket,
             name,
             address,
             stop,

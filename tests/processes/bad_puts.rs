@@ -51,13 +51,23 @@ fn a_full_store_says_so_and_loses_nothing() {
     }
     verify(&store, "pinned", large);
     assert_eq!(store.status().expect("it answers").reservations, 0);
-    // Room again, also for another client.
+    // Room again for who made it; for others once it has gone, since what was granted to it is its own until then.
     for (name, _) in names.iter().take(8) {
         assert!(store.delete(&key(name)).expect("deleted"));
     }
+    store.put_bytes(&key("more"), &bytes_of("more", large, 0)).expect("there is room now");
     let other = node.connect();
-    other.put_bytes(&key("more"), &bytes_of("more", large, 0)).expect("there is room now");
-    verify(&store, "more", large);
+    verify(&other, "more", large);
+    for (name, _) in names.iter().skip(8) {
+        assert!(other.delete(&key(name)).expect("deleted"));
+    }
+    drop(store);
+    node.settles(&other, "the first client has gone", |status| (status.clients, status.draining) == (1, 0));
+    for number in 0..8 {
+        let name = format!("other-{number}");
+        other.put_bytes(&key(&name), &bytes_of(&name, large, 0)).expect("there is room now");
+        verify(&other, &name, large);
+    }
     node.assert_sound();
 }
 

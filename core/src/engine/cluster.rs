@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use super::Engine;
 use super::action::Action;
 use super::fetch::FetchId;
+use super::objects::Object;
 use super::timer::Time;
 use crate::checksum::Checksum;
 use crate::error::StoreError;
@@ -279,7 +280,15 @@ impl Engine {
         refused: Vec<Key>,
     ) {
         match refused.into_iter().next() {
-            None => self.seal_now(client, request, generation, checksum),
+            None => {
+                let announced = self.objects.get(generation).map(Object::announced);
+                let reply = self.publish(generation, checksum);
+                if let (Some(announced), None) = (announced, self.objects.get(generation)) {
+                    // It was announced and could not be sealed after all.
+                    self.withdraw_from_directory(announced);
+                }
+                self.reply(client, request, reply);
+            }
             Some(key) => {
                 self.free_object(generation);
                 self.reply(client, request, Err(StoreError::AlreadyExists { key: key.to_string() }));

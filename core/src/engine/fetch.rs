@@ -225,13 +225,12 @@ impl Engine {
             return self.dial(&holder.address);
         }
         fetch.tried.clear();
-        let addresses: Vec<&str> = holders.iter().map(|holder| holder.address.as_str()).collect();
-        let why = StoreError::PeerLost {
-            operation: "get".into(),
-            subject: fetch.key.to_string(),
-            peer: addresses.join(", "),
-            why: "none of the nodes that are said to hold it gave it".into(),
-        };
+        // A node that was lost on the way stays the reason; else they have dropped it, and the directory is about to
+        // hear of that.
+        let lost = fetch.obstacle.take().filter(|why| why.kind() == ErrorKind::PeerLost);
+        let why = lost.unwrap_or_else(|| {
+            StoreError::stale("get", &fetch.key, "the nodes that are said to hold it do not have it")
+        });
         self.fetch_obstacle(id, why);
     }
 
@@ -382,16 +381,14 @@ impl Engine {
     }
 
     pub(super) fn fetch_retry(&mut self, id: FetchId) {
-        let Some(fetch) = self.fetches.get_mut(&id) else {
+        let Some(fetch) = self.fetches.get(&id) else {
             return;
         };
         match fetch.stage {
             Stage::Waiting => self.fetch_start(id),
             Stage::Dialling { node } => {
-                // It takes long to get through to that one; another may have the object too.
-                fetch.tried.push(node);
-                fetch.stage = Stage::Waiting;
-                self.fetch_start(id);
+                let why = format!("no connection to it came up within {DIAL_MS} ms");
+                self.fetch_gets_no_link(id, node, &why);
             }
             _ => {}
         }
@@ -413,11 +410,23 @@ impl Engine {
         let waiting: Vec<FetchId> =
             self.fetches.iter().filter(|(_, f)| waits(&f.stage)).map(|(&id, _)| id).collect();
         for id in waiting {
-            if let Some(fetch) = self.fetches.get_mut(&id) {
-                fetch.tried.push(node);
-                fetch.obstacle = Some(why.clone());
-            }
-            self.fetch_retry(id);
+            self.fetch_gets_no_link(id, node, &why.to_string());
+        }
+    }
+
+    /// A holder does not take the connection; another may have the object too.
+    fn fetch_gets_no_link(&mut self, id: FetchId, node: NodeId, why: &str) {
+        let peer = self.peers.get(&node).map(|peer| peer.member.address.clone());
+        if let Some(fetch) = self.fetches.get_mut(&id) {
+            fetch.tried.push(node);
+            fetch.stage = Stage::Waiting;
+            fetch.obstacle = Some(StoreError::PeerLost {
+                operation: "get".into(),
+                subject: fetch.key.to_string(),
+                peer: peer.unwrap_or_else(|| format!("node {node}")),
+                why: why.to_owned().into(),
+            });
+            self.fetch_start(id);
         }
     }
 

@@ -82,8 +82,8 @@ impl Engine {
             .find(|peer| peer.link.is_none() && peer.member.address == address)
             .map(|peer| peer.member.node);
         if let Some(node) = unreached {
-            self.peers.remove(&node);
             self.fetches_undialled(node, why);
+            self.peers.remove(&node);
         }
     }
 

@@ -119,7 +119,7 @@ impl Engine {
             }
             ClientMessage::Mapped { segment } => self.mapped(client, segment)?,
             ClientMessage::Write { reservation, offset } => {
-                self.write(client, reservation, offset, payload)?
+                self.write(client, reservation, offset, payload)?;
             }
             ClientMessage::Seal { reservation, checksum } => {
                 return self.seal_request(client, request, reservation, checksum);

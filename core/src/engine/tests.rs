@@ -1,5 +1,6 @@
 //! The engine, driven by hand: one to three of them, wired to each other, with plain vectors for memory. Not the
 //! simulation (`tests/`), which looks for what nobody thought of. Invariant: time moves only when a test moves it.
+#![allow(clippy::needless_range_loop, reason = "a node's number names it in several lists")]
 
 mod deletes;
 mod local;
