@@ -13,10 +13,12 @@ use hetmem_host_mem::{IndexEntry, Pinned};
 use crate::shared::Shared;
 
 /// The bytes of an object, or of a part of it, where they are. Dropping it lets go of them: one store to memory.
+///
+/// It does not keep its key, which whoever got it knows: to count the key's holders up and down would cost a fifth
+/// of a get.
 #[must_use = "an object holds its memory until it is dropped"]
 pub struct Object {
     shared: Arc<Shared>,
-    key: Key,
     /// What the index says, but that the extent may be a part of the object's.
     entry: IndexEntry,
     pin: u32,
@@ -27,10 +29,9 @@ impl Object {
     /// Takes over a pin of the index; from here on dropping the object gives it back. The segment must be mapped
     /// before the object is handed out.
     #[inline]
-    pub(crate) fn local(shared: &Arc<Shared>, key: &Key, pinned: &Pinned) -> Self {
+    pub(crate) fn local(shared: &Arc<Shared>, pinned: &Pinned) -> Self {
         Self {
             shared: Arc::clone(shared),
-            key: key.clone(),
             entry: pinned.entry,
             pin: pinned.pin,
             path: Path::Local,
@@ -38,10 +39,9 @@ impl Object {
     }
 
     /// The same with a pin that the node has made.
-    pub(crate) fn located(shared: &Arc<Shared>, key: &Key, located: &Located) -> Self {
+    pub(crate) fn located(shared: &Arc<Shared>, located: &Located) -> Self {
         Self {
             shared: Arc::clone(shared),
-            key: key.clone(),
             entry: IndexEntry {
                 object: located.object,
                 meta: located.meta,
@@ -63,18 +63,12 @@ impl Object {
     }
 
     /// Keeps only a part of the bytes.
-    pub(crate) fn narrow(&mut self, range: Option<Range>) -> Result<(), StoreError> {
+    pub(crate) fn narrow(&mut self, key: &Key, range: Option<Range>) -> Result<(), StoreError> {
         if let Some(range) = range {
-            range.check(&self.key, self.entry.meta.len_bytes)?;
+            range.check(key, self.entry.meta.len_bytes)?;
             self.entry.extent = self.entry.extent.slice(range.start, range.len_bytes)?;
         }
         Ok(())
-    }
-
-    /// Its name.
-    #[must_use]
-    pub fn key(&self) -> &Key {
-        &self.key
     }
 
     /// What the bytes of the whole object mean.
@@ -113,16 +107,26 @@ impl Object {
     /// # Errors
     /// [`hetmem_core::ErrorKind::Corrupt`] naming both values if they differ.
     pub fn verify(&self) -> Result<bool, StoreError> {
+        let ObjectId { origin, epoch, number } = self.entry.object;
+        self.verify_as(format_args!("object {number} of node {origin}, incarnation {epoch}"))
+    }
+
+    /// The same; an error names `subject`.
+    pub(crate) fn verify_as(&self, subject: impl fmt::Display) -> Result<bool, StoreError> {
         if !self.is_whole() {
             return Ok(false);
         }
-        self.entry.meta.checksum.verify(self.key.as_str(), self)
+        match self.entry.meta.checksum.verify("", self) {
+            Err(StoreError::Corrupt { why, .. }) => Err(StoreError::corrupt(subject, why)),
+            verified => verified,
+        }
     }
 }
 
 impl Deref for Object {
     type Target = [u8];
 
+    #[inline]
     fn deref(&self) -> &[u8] {
         self.shared.segments.bytes(&self.entry.extent).unwrap_or_default()
     }
@@ -135,6 +139,7 @@ impl AsRef<[u8]> for Object {
 }
 
 impl Drop for Object {
+    #[inline]
     fn drop(&mut self) {
         self.shared.page.unpin(self.pin);
     }
@@ -143,7 +148,6 @@ impl Drop for Object {
 impl fmt::Debug for Object {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Object")
-            .field("key", &self.key)
             .field("entry", &self.entry)
             .field("path", &self.path)
             .finish_non_exhaustive()

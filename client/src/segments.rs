@@ -29,12 +29,14 @@ impl ReadMappings {
     }
 
     /// The segment's mapping, if it is here.
+    #[inline]
     pub(crate) fn get(&self, segment: SegmentId) -> Option<&ReadMapping> {
         let (chunk, place) = place_of(segment);
         self.chunks.get(chunk)?.get()?.get(place)?.get()
     }
 
     /// The bytes of an extent whose segment is here; `None` outside of it.
+    #[inline]
     pub(crate) fn bytes(&self, extent: &Extent) -> Option<&[u8]> {
         self.get(extent.segment)?.bytes(extent.offset, extent.len_bytes)
     }
@@ -63,6 +65,7 @@ impl ReadMappings {
     }
 }
 
+#[inline]
 fn place_of(segment: SegmentId) -> (usize, usize) {
     let number = usize::try_from(segment.0).unwrap_or(usize::MAX);
     (number / PER_CHUNK, number % PER_CHUNK)

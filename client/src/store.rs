@@ -424,9 +424,9 @@ impl Store {
         let shared = &self.shared;
         match shared.index.get(key, key.fingerprint(), &shared.page) {
             Ok(Some(pinned)) if shared.is_mapped(&pinned.entry.extent, pinned.entry.tier) => {
-                Some(Ok(Object::local(shared, key, &pinned)))
+                Some(Ok(Object::local(shared, &pinned)))
             }
-            Ok(Some(pinned)) => Some(self.map(Object::local(shared, key, &pinned))),
+            Ok(Some(pinned)) => Some(self.map(Object::local(shared, &pinned))),
             Ok(None) => None,
             Err(error) => Some(Err(error)),
         }
@@ -442,8 +442,8 @@ impl Store {
     /// The part that the options ask for, if the object is on this node.
     fn local_part(&self, key: &Key, options: &GetOptions) -> Option<Result<Object, StoreError>> {
         let part = |mut object: Object| {
-            object.narrow(options.range)?;
-            verified(object, options)
+            object.narrow(key, options.range)?;
+            verified(key, object, options)
         };
         self.local(key).map(|found| found.and_then(part))
     }
@@ -460,21 +460,21 @@ impl Store {
             ClientReply::Located(located) => located,
             reply => return Err(unexpected(message, &reply)),
         };
-        let object = Object::located(&self.shared, key, &located);
+        let object = Object::located(&self.shared, &located);
         let wanted = options.range.map_or(located.meta.len_bytes, |range| range.len_bytes);
         if located.extent.len_bytes != wanted {
             return Err(wrong_length(key, &located.extent, wanted));
         }
         if self.shared.is_mapped(object.extent(), object.tier()) {
-            return verified(object, options);
+            return verified(key, object, options);
         }
-        verified(self.map(object)?, options)
+        verified(key, self.map(object)?, options)
     }
 }
 
-fn verified(object: Object, options: &GetOptions) -> Result<Object, StoreError> {
+fn verified(key: &Key, object: Object, options: &GetOptions) -> Result<Object, StoreError> {
     if options.verify {
-        object.verify()?;
+        object.verify_as(key)?;
     }
     Ok(object)
 }

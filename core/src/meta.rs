@@ -168,14 +168,28 @@ impl Shape {
         Ok(shape)
     }
 
+    /// A shape of `count` dimensions, each from its position; `None` for more than [`DIMS_MAX`] of them.
+    #[must_use]
+    #[inline]
+    pub fn from_fn(count: usize, mut dim: impl FnMut(usize) -> u64) -> Option<Self> {
+        let mut shape = Self::default();
+        for (position, place) in shape.dims.get_mut(..count)?.iter_mut().enumerate() {
+            *place = dim(position);
+        }
+        shape.count = u8::try_from(count).ok()?;
+        Some(shape)
+    }
+
     /// The dimensions.
     #[must_use]
+    #[inline]
     pub fn dims(&self) -> &[u64] {
         &self.dims[..usize::from(self.count)]
     }
 
     /// The number of elements, unless that overflows 64 bits.
     #[must_use]
+    #[inline]
     pub fn elements(&self) -> Option<u64> {
         self.dims().iter().try_fold(1_u64, |product, dim| product.checked_mul(*dim))
     }
@@ -274,7 +288,23 @@ impl ObjectMeta {
     ///
     /// # Errors
     /// As [`ObjectMeta::new`].
+    #[inline]
     pub fn check(&self) -> Result<(), StoreError> {
+        if self.is_consistent() {
+            return Ok(());
+        }
+        self.fault()
+    }
+
+    /// Whether [`ObjectMeta::check`] finds nothing wrong, without saying what: every get asks this.
+    #[must_use]
+    #[inline]
+    pub fn is_consistent(&self) -> bool {
+        self.len_bytes <= OBJECT_LEN_MAX && len_bytes_in(self.dtype, &self.shape) == Some(self.len_bytes)
+    }
+
+    #[cold]
+    fn fault(&self) -> Result<(), StoreError> {
         if self.len_bytes > OBJECT_LEN_MAX {
             return Err(StoreError::too_large(
                 "put",
@@ -297,15 +327,20 @@ impl ObjectMeta {
     }
 }
 
+/// What elements of this shape fill, unless their bits overflow 64 bits.
+#[inline]
+fn len_bytes_in(dtype: DType, shape: &Shape) -> Option<u64> {
+    let bits = shape.elements()?.checked_mul(dtype.bits())?;
+    Some(bits.div_ceil(8))
+}
+
 fn len_bytes_of(dtype: DType, shape: &Shape) -> Result<u64, StoreError> {
-    let bits = shape.elements().and_then(|elements| elements.checked_mul(dtype.bits()));
-    let Some(bits) = bits else {
-        return Err(StoreError::invalid(
+    len_bytes_in(dtype, shape).ok_or_else(|| {
+        StoreError::invalid(
             "shape",
             format!("{shape:?} of {dtype} has more bits than a 64-bit number counts"),
-        ));
-    };
-    Ok(bits.div_ceil(8))
+        )
+    })
 }
 
 #[cfg(test)]

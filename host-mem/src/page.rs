@@ -139,10 +139,10 @@ impl NodePage {
 static THREADS: AtomicUsize = AtomicUsize::new(0);
 
 #[derive(Clone, Copy)]
-struct Place {
+pub(crate) struct Place {
     lane: usize,
     /// Where this thread most likely finds a free pin word.
-    start: usize,
+    pub(crate) start: usize,
 }
 
 thread_local! {
@@ -217,7 +217,12 @@ impl ClientPage {
     /// both numbers only guide.
     #[inline]
     pub fn touch(&self, slot: SlotId) {
-        let lane = place().lane;
+        self.touch_in(place(), slot);
+    }
+
+    /// The same for a thread that knows its place.
+    #[inline]
+    pub(crate) fn touch_in(&self, Place { lane, .. }: Place, slot: SlotId) {
         let counter = counter(&self.mapping, lane);
         let hits = counter.load(Ordering::Relaxed);
         counter.store(hits.wrapping_add(1), Ordering::Relaxed);
@@ -228,14 +233,14 @@ impl ClientPage {
 
     /// The pin words and where this thread looks first.
     #[inline]
-    pub(crate) fn pins(&self) -> (Pins<'_>, usize) {
-        (pins(&self.mapping), place().start)
+    pub(crate) fn pins(&self) -> (Pins<'_>, Place) {
+        (pins(&self.mapping), place())
     }
 
     /// Tells the thread that it has claimed a word.
     #[inline]
-    pub(crate) fn claimed(&self, pin: usize) -> u32 {
-        self.pinned_at(place(), pin).unwrap_or(u32::MAX)
+    pub(crate) fn claimed(&self, place: Place, pin: usize) -> u32 {
+        self.pinned_at(place, pin).unwrap_or(u32::MAX)
     }
 }
 

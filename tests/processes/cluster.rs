@@ -49,28 +49,30 @@ fn two_nodes_of_one_name_are_told_apart_by_nobody_so_the_second_is_refused() {
 }
 
 #[test]
-fn two_members_of_one_name_leave_the_rest_alone() {
+fn of_two_members_of_one_name_the_first_stays_until_it_is_gone() {
     let folder = tempfile::tempdir().expect("a folder");
     let mut first = Serve::new(folder.path(), "seed").start();
     let here = first.connect();
     let mut older = Serve::new(folder.path(), "member").join(&first.address).start();
     is_linked(&first, &here, 1);
     put(&older.connect(), "on-the-older");
+    eventually("it is in", || is_found(&here, "on-the-older"));
     let socket = folder.path().join("newer.sock");
     let mut newer = Serve::new(folder.path(), "member").socket(&socket).join(&first.address).start();
-    // The later one counts as the same node started again.
+    newer.says("give each its own name");
     put(&newer.connect(), "on-the-newer");
-    eventually("the later one is in", || is_found(&here, "on-the-newer"));
-    eventually("the earlier one is told", || {
-        let said = older.said();
-        if said.contains("later incarnation") { Ok(()) } else { Err(said) }
-    });
     put(&here, "on-the-seed");
+    is_found(&older.connect(), "on-the-seed").expect("the cluster works");
+    assert!(is_found(&here, "on-the-newer").is_err(), "it is in no cluster");
+    first.assert_sound();
+    older.assert_sound();
+    // A name is free when its node is gone; the other one has been trying since.
+    older.kill();
+    eventually("the later one is in", || is_found(&here, "on-the-newer"));
     is_found(&newer.connect(), "on-the-seed").expect("the cluster works");
-    is_found(&older.connect(), "on-the-older").expect("it keeps what it has");
-    for node in [&mut first, &mut older, &mut newer] {
-        node.assert_sound();
-    }
+    assert!(is_found(&here, "on-the-older").is_err(), "it went with its node");
+    first.assert_sound();
+    newer.assert_sound();
 }
 
 #[test]

@@ -104,9 +104,10 @@ fn tensors(store: &Store, key: &str, options: &GetOptions, file: &mut NewFile) -
     let mut done = Done::default();
     for batch in parts.chunks(BATCH) {
         let wanted: Vec<Key> = batch.iter().filter_map(|(name, _)| keys.get(name).cloned()).collect();
-        for ((_, meta), object) in batch.iter().zip(store.get_many_with(&wanted, options)) {
+        let objects = store.get_many_with(&wanted, options);
+        for (((_, meta), key), object) in batch.iter().zip(&wanted).zip(objects) {
             let object = object?;
-            check_unchanged(&object, meta)?;
+            check_unchanged(key, &object, meta)?;
             file.write(&object)?;
             done.objects += 1;
             done.len_bytes += object.len() as u64;
@@ -126,11 +127,11 @@ fn stat_of(store: &Store, key: &Key, under: &str) -> Result<ObjectMeta, StoreErr
 }
 
 /// The header was written from what `stat` said; an object that was replaced since does not belong under it.
-fn check_unchanged(object: &Object, meta: &ObjectMeta) -> Result<(), StoreError> {
+fn check_unchanged(key: &Key, object: &Object, meta: &ObjectMeta) -> Result<(), StoreError> {
     if object.meta() == meta {
         return Ok(());
     }
-    Err(StoreError::stale("get", object.key(), "another object took this key meanwhile: get it again"))
+    Err(StoreError::stale("get", key, "another object took this key meanwhile: get it again"))
 }
 
 fn metadata_of(store: &Store, prefix: &str, options: &GetOptions) -> Result<Metadata, StoreError> {

@@ -35,6 +35,8 @@ pub(super) struct Delete {
     only: Option<ObjectId>,
     asker: Asker,
     existed: bool,
+    /// What nodes said that they hold; some of it another delete may have taken out of the directory already.
+    found: BTreeSet<ObjectId>,
     left: usize,
     deadline: Time,
 }
@@ -72,7 +74,7 @@ impl Engine {
         let operation = self.next_operation;
         self.next_operation += 1;
         let deadline = self.now.after_ms(DELETE_MS);
-        let delete = Delete { key: key.clone(), only, asker, existed: false, left: 1, deadline };
+        let delete = Delete { key: key.clone(), only, asker, existed: false, found: BTreeSet::new(), left: 1, deadline };
         self.deletes.insert(operation, delete);
         self.timers.set(deadline, Timer::Operation(operation));
         match (self.directory.is_some(), self.directory_link, only) {
@@ -96,6 +98,13 @@ impl Engine {
         }
     }
 
+    /// A node was asked, and holds this object.
+    pub(super) fn delete_found(&mut self, operation: u64, object: Option<ObjectId>) {
+        if let Some(delete) = self.deletes.get_mut(&operation) {
+            delete.found.extend(object);
+        }
+    }
+
     /// Everything that the directory knows under the key goes, wherever it is. Everyone is told, not only holders:
     /// a copy may be on its way to a node that does not hold it yet.
     pub(super) fn delete_from_holders(&mut self, operation: u64) {
@@ -110,6 +119,7 @@ impl Engine {
             directory.holders(&key).filter(|(_, object)| only.is_none_or(|only| only == *object)).collect();
         let mut objects: BTreeSet<ObjectId> = holders.iter().map(|(_, object)| *object).collect();
         objects.extend(only);
+        objects.extend(&delete.found);
         for object in &objects {
             directory.deleted(*object);
             self.deleted.insert(*object);

@@ -24,6 +24,8 @@ pub enum Verdict {
 struct Held {
     object: ObjectId,
     len_bytes: u64,
+    /// It may be sealed, but is not yet: its key is taken, and nobody is told of it.
+    reserved: bool,
 }
 
 /// Objects that were deleted, the latest of them.
@@ -59,7 +61,8 @@ pub struct Directory {
 }
 
 impl Directory {
-    /// Notes that `node` holds an object.
+    /// Notes that `node` holds an object or, if `exclusive`, is about to: then its key is kept for it until it is
+    /// announced again or withdrawn.
     ///
     /// Refused are objects that were deleted, other objects under a known key if `exclusive`, and copies of an
     /// object that is no longer the one of its key. Two nodes that each put the key stay both: the bytes of an
@@ -77,7 +80,8 @@ impl Directory {
                 return Verdict::Refused;
             }
         }
-        let held = Held { object: announced.object, len_bytes: announced.len_bytes };
+        let held =
+            Held { object: announced.object, len_bytes: announced.len_bytes, reserved: exclusive };
         self.keys.entry(announced.key.clone()).or_default().insert(node, held);
         self.by_node.entry(node).or_default().insert(announced.key.clone());
         Verdict::Kept
@@ -114,7 +118,8 @@ impl Directory {
 
     /// Who holds an object of this key, and which.
     pub fn holders(&self, key: &Key) -> impl Iterator<Item = (NodeId, ObjectId)> + '_ {
-        self.keys.get(key).into_iter().flatten().map(|(&node, held)| (node, held.object))
+        let held = self.keys.get(key).into_iter().flatten();
+        held.filter(|(_, held)| !held.reserved).map(|(&node, held)| (node, held.object))
     }
 
     /// Remembers that an object was deleted.
@@ -136,10 +141,11 @@ impl Directory {
             .range::<str, _>((start, Bound::Unbounded))
             .take_while(move |(key, _)| key.as_str().starts_with(prefix))
             .filter_map(|(key, holders)| {
-                let held = holders.values().next()?;
+                let mut held = holders.iter().filter(|(_, held)| !held.reserved).peekable();
+                let (_, first) = *held.peek()?;
                 let announced =
-                    Announced { key: key.clone(), object: held.object, len_bytes: held.len_bytes };
-                Some((announced, holders.keys().copied().collect()))
+                    Announced { key: key.clone(), object: first.object, len_bytes: first.len_bytes };
+                Some((announced, held.map(|(node, _)| *node).collect()))
             })
     }
 
@@ -198,6 +204,19 @@ mod tests {
         let own = announced("k", 2, 5);
         assert_eq!(directory.announce(NodeId(2), &own, true), Verdict::Refused, "exclusive");
         assert_eq!(directory.announce(NodeId(2), &own, false), Verdict::Kept, "put on both nodes");
+    }
+
+    #[test]
+    fn a_key_that_is_kept_for_a_put_is_not_shown() {
+        let mut directory = Directory::default();
+        let put = announced("k", 1, 1);
+        assert_eq!(directory.announce(NodeId(1), &put, true), Verdict::Kept);
+        assert_eq!(directory.announce(NodeId(2), &announced("k", 2, 1), true), Verdict::Refused);
+        assert_eq!(directory.holders(&put.key).count(), 0);
+        assert_eq!(directory.list("", None).count(), 0);
+        assert_eq!(directory.announce(NodeId(1), &put, false), Verdict::Kept);
+        assert_eq!(directory.holders(&put.key).count(), 1);
+        assert_eq!(directory.list("", None).count(), 1);
     }
 
     #[test]

@@ -89,7 +89,8 @@ impl Engine {
             }
         }
         self.answer_peer(link, request, PeerMessage::Announced { refused });
-        for key in kept {
+        // What is only about to be sealed is announced once more when it is.
+        for key in kept.into_iter().filter(|_| !exclusive) {
             self.key_exists(&key);
         }
     }
@@ -146,6 +147,7 @@ impl Engine {
     }
 
     pub(super) fn asked(&mut self, operation: u64, node: Option<NodeId>, object: Option<Announced>) {
+        let object_id = object.as_ref().map(|announced| announced.object);
         if let (Some(node), Some(announced), Some(directory)) = (node, object, &mut self.directory) {
             directory.announce(node, &announced, false);
         }
@@ -153,6 +155,9 @@ impl Engine {
             return;
         };
         ask.left = ask.left.saturating_sub(1);
+        if let AskFor::Delete(delete) = ask.why {
+            self.delete_found(delete, object_id);
+        }
         let Some(ask) = self.asks.get(&operation) else {
             return;
         };

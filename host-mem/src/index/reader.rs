@@ -75,15 +75,15 @@ impl IndexReader {
     /// [`hetmem_core::ErrorKind::Corrupt`] when the entry makes no sense.
     #[inline]
     pub fn get(&self, key: &Key, fingerprint: u64, page: &ClientPage) -> Result<Option<Pinned>, StoreError> {
-        let (pins, start) = page.pins();
+        let (pins, place) = page.pins();
         let memory = self.mapping.words();
-        let mut record = Record::EMPTY;
+        let mut record = Record::default();
         let probe = |number: u32| {
             let Some(words) = self.slot(memory, number) else {
                 return Probe::Differs;
             };
             let read = |words: &[_]| record.read(memory, &self.geometry, number, words, key, fingerprint);
-            match slot::take(words, pins, start, read) {
+            match slot::take(words, pins, place.start, read) {
                 Taken::Pinned(position) => Probe::Found(Some((number, position))),
                 Taken::NoPins => Probe::Found(None),
                 Taken::Differs => Probe::Differs,
@@ -96,11 +96,11 @@ impl IndexReader {
         let Some((number, position)) = taken else {
             return Err(no_pins(pins.words.len()));
         };
-        let pin = page.claimed(position);
+        let pin = page.claimed(place, position);
         match record.decode(key) {
             Ok(entry) => {
                 let slot = SlotId(number);
-                page.touch(slot);
+                page.touch_in(place, slot);
                 Ok(Some(Pinned { slot, entry, pin }))
             }
             Err(error) => {
@@ -118,7 +118,7 @@ impl IndexReader {
     /// [`hetmem_core::ErrorKind::Corrupt`] when the entry makes no sense.
     pub fn find(&self, key: &Key, fingerprint: u64) -> Result<Option<Found>, StoreError> {
         let memory = self.mapping.words();
-        let mut record = Record::EMPTY;
+        let mut record = Record::default();
         let probe = |number: u32| {
             let Some(words) = self.slot(memory, number) else {
                 return Probe::Differs;

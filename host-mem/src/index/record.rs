@@ -14,10 +14,18 @@ use crate::index::layout::{
 use crate::sync::{AtomicU64, Ordering};
 
 /// The words of a slot as they were read, the key and the sequence left out.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Record {
-    words: [u64; TAIL],
-    dims: [u64; DIMS_MAX],
+    generation: u64,
+    offset: u64,
+    len_bytes: u64,
+    place: u64,
+    head: u64,
+    checksum: u64,
+    origin: u64,
+    epoch: u64,
+    number: u64,
+    shape: Shape,
 }
 
 fn dims_in(head: u64) -> usize {
@@ -29,19 +37,43 @@ fn fits(key_len: usize, dims: usize) -> bool {
     dims + key_len.div_ceil(8) <= TAIL_WORDS
 }
 
-/// The key as little-endian words, the last one filled up with zeros.
-fn key_words(key: &[u8]) -> impl Iterator<Item = u64> {
+/// The key as little-endian words, the last one filled up with zeros: the whole words, and what is left.
+#[inline]
+fn key_words(key: &[u8]) -> (&[[u8; 8]], Option<u64>) {
     let (whole, rest) = key.as_chunks::<8>();
-    let mut last = [0; 8];
-    last[..rest.len()].copy_from_slice(rest);
-    let last = (!rest.is_empty()).then(|| u64::from_le_bytes(last));
-    whole.iter().map(|word| u64::from_le_bytes(*word)).chain(last)
+    if rest.is_empty() {
+        return (whole, None);
+    }
+    let last = match key.last_chunk() {
+        // One load and a shift: a copy of a few bytes costs more than the rest of the comparison.
+        Some(end) => u64::from_le_bytes(*end) >> (64 - 8 * rest.len()),
+        None => rest
+            .iter()
+            .rev()
+            .fold(0, |word, byte| word << 8 | u64::from(*byte)),
+    };
+    (whole, Some(last))
+}
+
+/// Whether the words at `stored` are this key's.
+#[inline]
+fn shows(stored: &[AtomicU64], key: &[u8]) -> bool {
+    let (whole, last) = key_words(key);
+    let Some((stored, after)) = stored.split_at_checked(whole.len()) else {
+        return false;
+    };
+    let same = |(word, stored): (&[u8; 8], &AtomicU64)| {
+        u64::from_le_bytes(*word) == stored.load(Ordering::Relaxed)
+    };
+    whole.iter().zip(stored).all(same)
+        && last.is_none_or(|last| {
+            after
+                .first()
+                .is_some_and(|stored| stored.load(Ordering::Relaxed) == last)
+        })
 }
 
 impl Record {
-    /// Nothing read yet.
-    pub(crate) const EMPTY: Self = Self { words: [0; TAIL], dims: [0; DIMS_MAX] };
-
     /// Reads the slot if it shows `key`, and returns the generation, not 0. What was read may be torn: the caller
     /// looks at the sequence again. It stays where it is read to, since moving it costs as much as reading it.
     #[inline]
@@ -67,18 +99,24 @@ impl Record {
         } else {
             memory.get(geometry.long_key_at(slot)..)?
         };
-        if !key_words(key).zip(stored).all(|(word, stored)| word == stored.load(Ordering::Relaxed)) {
+        if !shows(stored, key) {
             return None;
         }
-        for (position, word) in self.words.iter_mut().enumerate() {
-            *word = load(position);
-        }
-        for (dim, stored) in self.dims[..dims].iter_mut().zip(&words[TAIL..]) {
-            *dim = stored.load(Ordering::Relaxed);
-        }
+        *self = Self {
+            generation: load(GENERATION),
+            offset: load(OFFSET),
+            len_bytes: load(LEN_BYTES),
+            place: load(PLACE),
+            head,
+            checksum: load(CHECKSUM),
+            origin: load(ORIGIN),
+            epoch: load(EPOCH),
+            number: load(NUMBER),
+            shape: Shape::from_fn(dims, |dim| load(TAIL + dim))?,
+        };
         // Two loads of one word need not agree while the slot changes; the generation is claimed in a pin word, where
         // 0 would claim nothing.
-        Some(self.words[GENERATION]).filter(|generation| *generation != 0)
+        Some(self.generation).filter(|generation| *generation != 0)
     }
 
     /// What the words mean.
@@ -87,32 +125,38 @@ impl Record {
         self.sensible().ok_or_else(|| {
             StoreError::corrupt(
                 key,
-                format!("its entry in the shared index makes no sense: {:x?}", self.words),
+                format!("its entry in the shared index makes no sense: {self:x?}"),
             )
         })
     }
 
+    #[inline]
     #[expect(clippy::cast_possible_truncation, reason = "fields are cut out of words")]
     fn sensible(&self) -> Option<IndexEntry> {
-        let [head, place] = [self.words[HEAD], self.words[PLACE]];
+        let Self { head, place, .. } = *self;
+        if dims_in(head) != self.shape.dims().len() {
+            return None;
+        }
         let meta = ObjectMeta {
             dtype: DType::from_code((head >> 16) as u8)?,
-            shape: Shape::new(self.dims.get(..dims_in(head))?).ok()?,
-            len_bytes: self.words[LEN_BYTES],
-            checksum: Checksum::from_parts((head >> 32) as u8, self.words[CHECKSUM])?,
+            shape: self.shape,
+            len_bytes: self.len_bytes,
+            checksum: Checksum::from_parts((head >> 32) as u8, self.checksum)?,
         };
-        meta.check().ok()?;
+        if !meta.is_consistent() {
+            return None;
+        }
         Some(IndexEntry {
             object: ObjectId {
-                origin: NodeId(self.words[ORIGIN]),
-                epoch: Epoch(self.words[EPOCH]),
-                number: self.words[NUMBER],
+                origin: NodeId(self.origin),
+                epoch: Epoch(self.epoch),
+                number: self.number,
             },
             meta,
-            generation: Generation(self.words[GENERATION]),
+            generation: Generation(self.generation),
             extent: Extent {
                 segment: SegmentId(place as u32),
-                offset: self.words[OFFSET],
+                offset: self.offset,
                 len_bytes: meta.len_bytes,
             },
             tier: Tier::from_code((place >> 32) as u32)?,
@@ -155,7 +199,9 @@ pub(crate) fn write(
     } else {
         &memory[geometry.long_key_at(slot)..]
     };
-    for (word, place) in key_words(bytes).zip(place) {
+    let (whole, last) = key_words(bytes);
+    let whole = whole.iter().map(|word| u64::from_le_bytes(*word));
+    for (word, place) in whole.chain(last).zip(place) {
         place.store(word, Ordering::Relaxed);
     }
 }

@@ -92,7 +92,7 @@ impl IndexWriter {
         let fingerprint = key.fingerprint();
         let used = words[GENERATION].load(Ordering::Relaxed) != 0;
         let shows = |key| {
-            let mut old = Record::EMPTY;
+            let mut old = Record::default();
             old.read(memory.words(), memory.geometry(), slot.0, words, key, fingerprint).is_some()
         };
         if used && !shows(key) {

@@ -36,7 +36,7 @@ pub(super) enum Kind {
     Abort,
     Get { key: usize, range: Option<Range>, timeout_ms: u64, began: u64 },
     Segment,
-    Wait { key: usize },
+    Wait { key: usize, timeout_ms: u64 },
     Stat { key: usize },
     List { all: bool },
     Delete { key: usize, deletion: usize },
@@ -269,11 +269,11 @@ impl World {
             4 => {
                 let timeout_ms = self.rng.between(1, 500);
                 let message = ClientMessage::Wait { key: self.key(key), timeout_ms };
-                self.ask_plain(id, Kind::Wait { key }, timeout_ms, message);
+                self.ask_plain(id, Kind::Wait { key, timeout_ms }, timeout_ms, message);
             }
             5 => {
                 let message = ClientMessage::Wait { key: self.key(key), timeout_ms: 0 };
-                self.ask_plain(id, Kind::Wait { key }, 5_000, message);
+                self.ask_plain(id, Kind::Wait { key, timeout_ms: 0 }, 5_000, message);
             }
             6 => {
                 let now = self.now();

@@ -508,7 +508,7 @@ impl World {
         let (key, began, patient) = match asked.kind {
             Kind::Get { key, began, timeout_ms, .. } => (key, began, timeout_ms >= 3_000),
             Kind::Stat { key } => (key, asked.began, true),
-            Kind::Wait { key } => (key, asked.began, true),
+            Kind::Wait { key, timeout_ms } => (key, asked.began, timeout_ms == 0 || timeout_ms >= 300),
             _ => return Ok(()),
         };
         let claims_absence = match error.kind() {
@@ -567,7 +567,7 @@ impl World {
             (Kind::Stat { key }, Ok(ClientReply::Stat { meta, .. })) => {
                 self.history.saw_len(key, meta.len_bytes)?;
             }
-            (Kind::Wait { key }, Ok(ClientReply::Exists)) if !self.history.may_exist(key) => {
+            (Kind::Wait { key, .. }, Ok(ClientReply::Exists)) if !self.history.may_exist(key) => {
                 return Err(format!("key {key} is said to exist and was never put"));
             }
             (Kind::List { .. }, Ok(ClientReply::Listed { objects, more })) => {

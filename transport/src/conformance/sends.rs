@@ -173,12 +173,13 @@ pub fn a_sink_may_call_back(bench: &dyn Bench) {
     b.answers(move |link, header, _| {
         let fabric = fabric.upgrade().expect("alive");
         let payload = Extent { segment: SHARED, offset: 0, len_bytes: 1000 };
+        // Counted first: the asker may see the answer before `send` has returned.
+        count.fetch_add(1, Ordering::SeqCst);
         // A simulated queue may be full for no reason: as often as it takes.
         while fabric
             .send(link, frame(header.request, 1000), Some(payload), SendToken(header.request))
             .is_err()
         {}
-        count.fetch_add(1, Ordering::SeqCst);
         Landing::Discard
     });
     for number in 0..COUNT {

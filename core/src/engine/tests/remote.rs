@@ -247,11 +247,11 @@ fn only_the_link_that_got_a_lease_gives_it_back() {
     world.put(0, home, "k", &pattern(1, 1_000));
     let _ = world.ask_get(1, away, "k", true);
     world.settle();
-    let leases = world.nodes[0].sent.iter().filter_map(|message| match message {
+    let mut leases = world.nodes[0].sent.iter().filter_map(|message| match message {
         PeerMessage::Grant { granted, .. } => Some(granted.lease),
         _ => None,
     });
-    let lease = leases.last().expect("a grant");
+    let lease = leases.next_back().expect("a grant");
     let stranger = world.link_between(0, 2).expect("a link");
     let release = Input::PeerMessage {
         link: stranger,
