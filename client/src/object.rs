@@ -18,6 +18,11 @@ use crate::shared::Shared;
 /// of a get.
 #[must_use = "an object holds its memory until it is dropped"]
 pub struct Object {
+    /// Two hundred bytes: to allocate them costs less than to copy them at every hand-over.
+    held: Box<Held>,
+}
+
+struct Held {
     shared: Arc<Shared>,
     /// What the index says, but that the extent may be a part of the object's.
     entry: IndexEntry,
@@ -30,17 +35,17 @@ impl Object {
     /// before the object is handed out.
     #[inline]
     pub(crate) fn local(shared: &Arc<Shared>, pinned: &Pinned) -> Self {
+        // Memory first, then what goes there: made on the stack and copied, it would cost half as much as all else.
+        let held = Box::new_uninit();
+        let shared = Arc::clone(shared);
         Self {
-            shared: Arc::clone(shared),
-            entry: pinned.entry,
-            pin: pinned.pin,
-            path: Path::Local,
+            held: Box::write(held, Held { shared, entry: pinned.entry, pin: pinned.pin, path: Path::Local }),
         }
     }
 
     /// The same with a pin that the node has made.
     pub(crate) fn located(shared: &Arc<Shared>, located: &Located) -> Self {
-        Self {
+        let held = Held {
             shared: Arc::clone(shared),
             entry: IndexEntry {
                 object: located.object,
@@ -51,22 +56,23 @@ impl Object {
             },
             pin: located.pin,
             path: located.path,
-        }
+        };
+        Self { held: Box::new(held) }
     }
 
     pub(crate) fn extent(&self) -> &Extent {
-        &self.entry.extent
+        &self.held.entry.extent
     }
 
     pub(crate) fn tier(&self) -> Tier {
-        self.entry.tier
+        self.held.entry.tier
     }
 
     /// Keeps only a part of the bytes.
     pub(crate) fn narrow(&mut self, key: &Key, range: Option<Range>) -> Result<(), StoreError> {
         if let Some(range) = range {
-            range.check(key, self.entry.meta.len_bytes)?;
-            self.entry.extent = self.entry.extent.slice(range.start, range.len_bytes)?;
+            range.check(key, self.held.entry.meta.len_bytes)?;
+            self.held.entry.extent = self.held.entry.extent.slice(range.start, range.len_bytes)?;
         }
         Ok(())
     }
@@ -74,31 +80,31 @@ impl Object {
     /// What the bytes of the whole object mean.
     #[must_use]
     pub fn meta(&self) -> &ObjectMeta {
-        &self.entry.meta
+        &self.held.entry.meta
     }
 
     /// Which object of the key it is.
     #[must_use]
     pub fn id(&self) -> ObjectId {
-        self.entry.object
+        self.held.entry.object
     }
 
     /// The number of this use of its memory.
     #[must_use]
     pub fn generation(&self) -> Generation {
-        self.entry.generation
+        self.held.entry.generation
     }
 
     /// How the bytes came here for this get.
     #[must_use]
     pub fn path(&self) -> Path {
-        self.path
+        self.held.path
     }
 
     /// Whether these are all bytes of the object.
     #[must_use]
     pub fn is_whole(&self) -> bool {
-        self.entry.extent.len_bytes == self.entry.meta.len_bytes
+        self.held.entry.extent.len_bytes == self.held.entry.meta.len_bytes
     }
 
     /// Compares the bytes with the checksum that their producer stored. `Ok(false)` where there is nothing to
@@ -107,7 +113,7 @@ impl Object {
     /// # Errors
     /// [`hetmem_core::ErrorKind::Corrupt`] naming both values if they differ.
     pub fn verify(&self) -> Result<bool, StoreError> {
-        let ObjectId { origin, epoch, number } = self.entry.object;
+        let ObjectId { origin, epoch, number } = self.held.entry.object;
         self.verify_as(format_args!("object {number} of node {origin}, incarnation {epoch}"))
     }
 
@@ -116,7 +122,7 @@ impl Object {
         if !self.is_whole() {
             return Ok(false);
         }
-        match self.entry.meta.checksum.verify("", self) {
+        match self.held.entry.meta.checksum.verify("", self) {
             Err(StoreError::Corrupt { why, .. }) => Err(StoreError::corrupt(subject, why)),
             verified => verified,
         }
@@ -128,7 +134,7 @@ impl Deref for Object {
 
     #[inline]
     fn deref(&self) -> &[u8] {
-        self.shared.segments.bytes(&self.entry.extent).unwrap_or_default()
+        self.held.shared.segments.bytes(&self.held.entry.extent).unwrap_or_default()
     }
 }
 
@@ -141,15 +147,15 @@ impl AsRef<[u8]> for Object {
 impl Drop for Object {
     #[inline]
     fn drop(&mut self) {
-        self.shared.page.unpin(self.pin);
+        self.held.shared.page.unpin(self.held.pin);
     }
 }
 
 impl fmt::Debug for Object {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Object")
-            .field("entry", &self.entry)
-            .field("path", &self.path)
+            .field("entry", &self.held.entry)
+            .field("path", &self.held.path)
             .finish_non_exhaustive()
     }
 }

@@ -417,8 +417,8 @@ impl Store {
         }
     }
 
-    /// The whole object, if it is on this node. Allocates nothing and takes no lock once its segment is mapped; what
-    /// it costs beyond the index is to copy what the index says once.
+    /// The whole object, if it is on this node. Takes no lock and asks nobody once its segment is mapped; what it
+    /// costs beyond the index is to keep what the index says in an allocation of its own.
     #[inline]
     fn local(&self, key: &Key) -> Option<Result<Object, StoreError>> {
         let shared = &self.shared;

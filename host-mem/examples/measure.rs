@@ -1,5 +1,7 @@
 //! Figures of this crate beside what bounds them, alternating in one run: copies beside `copy_nonoverlapping`, a get
 //! beside its parts, population with and without huge pages. Not a test: nothing is asserted about time.
+//!
+//! Holds unsafe code: the bare copies that it measures against.
 #![allow(clippy::print_stdout, clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 use std::hint::black_box;

@@ -1,5 +1,7 @@
 //! Copies of object bytes, alone or fused with the checksum. Not copies between tiers. Invariant: the checksum is
 //! that of the bytes that were copied, block by block, however many threads did it.
+//!
+//! Holds unsafe code: streaming stores, within the bounds of the slices given.
 #![allow(unsafe_code)]
 
 use hetmem_core::checksum::{self, BLOCK_LEN, Root};

@@ -1,5 +1,7 @@
 //! Ordinary files, mapped for reading. Not shared memory. Invariant: the mapping is as long as the file was when it
 //! was opened.
+//!
+//! Holds unsafe code: the mapping of a file that others may change.
 #![allow(unsafe_code)]
 
 use std::fs::File;

@@ -1,6 +1,8 @@
 //! Mappings of memory files. Not the files (`memfd`), and not what the bytes mean. Invariant: a `Mapping` owns its
 //! addresses from `new` to `drop`, all of them lie inside a file that cannot shrink, and every access is checked
 //! against its length. Other processes may change the bytes at any time.
+//!
+//! Holds unsafe code: mapping, advising and unmapping, and the views of what is mapped.
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
@@ -215,7 +217,13 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        // A long mapping has the rest of its last 2 MiB too: huge pages are unmapped as a whole, and where there are
+        // none that rest is still reserved.
+        let whole = match self.len {
+            len if len < HUGE_PAGE_LEN => len,
+            len => len.next_multiple_of(HUGE_PAGE_LEN),
+        };
         // SAFETY: these addresses were mapped by `new` and belong to `self`; borrows of them ended before `drop`.
-        let _ = unsafe { munmap(self.base().cast(), self.len) };
+        let _ = unsafe { munmap(self.base().cast(), whole) };
     }
 }

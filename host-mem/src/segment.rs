@@ -1,6 +1,8 @@
 //! Segments as the node holds them: one allocation of host shared memory each, populated, sealed and mapped writable.
 //! Not the clients' views of them (`view`), and not who may use which extent (the engine). Invariant: a segment's
 //! file never changes its length, and all of it has memory, so no access inside it can fault in any process.
+//!
+//! Holds unsafe code: copies between raw ranges that `Mapping` has checked.
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

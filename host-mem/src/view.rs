@@ -1,6 +1,8 @@
 //! Segments as clients map them: read-only, or writable where the node granted it. Not the node's own mapping
 //! (`segment`). Invariants: a view's file cannot shrink, so no access faults; two `ExtentMut` of one view never
 //! overlap, and nothing else writes where one is out.
+//!
+//! Holds unsafe code: slices of mapped ranges whose exclusiveness is kept here.
 #![allow(unsafe_code)]
 
 use std::ops::{Deref, DerefMut, Range};

@@ -86,17 +86,8 @@ impl Node {
                 return Err(error);
             }
         };
-        let mut node = Self {
-            driver,
-            fabric,
-            socket: config.socket,
-            name,
-            address,
-            stop,
-            jobs,
-            threads,
-            ticker: None,
-        };
+        let mut node =
+            Self { driver, fabric, socket: config.socket, name, address, stop, jobs, threads, ticker: None };
         node.ticker = Some(start_ticker(&node.driver)?);
         Ok(node)
     }

@@ -319,7 +319,7 @@ fn a_peer_that_lies_about_an_object_costs_an_error_and_no_memory() {
             liar.send(&[1; 2000]);
         }),
         ("an object that nobody can read there", 300_000, |liar, request| {
-            liar.say(request, &grant(300_000), 0)
+            liar.say(request, &grant(300_000), 0);
         }),
         ("another length than it is granted for", 300_000, |liar, request| {
             let PeerMessage::Grant { object, granted, .. } = grant(300_000) else { return };

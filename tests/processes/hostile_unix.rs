@@ -300,6 +300,9 @@ fn clients_cannot_write_to_the_index_or_to_others_segments() {
     scene.is_unharmed();
 }
 
+/// What a reservation came with: its number, its place, and the descriptor and length of a granted segment.
+type Reservation = (Generation, Extent, Option<(OwnedFd, u64)>);
+
 /// A session that asks what it likes.
 struct Granted {
     session: UnixSession,
@@ -319,11 +322,7 @@ impl Granted {
         self.session.call(message, &[], Duration::from_secs(30))
     }
 
-    fn reserve(
-        &self,
-        name: &str,
-        len: u64,
-    ) -> Result<(Generation, Extent, Option<(OwnedFd, u64)>), StoreError> {
+    fn reserve(&self, name: &str, len: u64) -> Result<Reservation, StoreError> {
         let message = ClientMessage::Reserve {
             key: key(name),
             meta: ObjectMeta::bytes(len).expect("a length"),
@@ -445,7 +444,8 @@ fn whatever_a_client_writes_into_its_page_harms_nobody_else() {
         let mut state = 11;
         while !told.load(Ordering::Relaxed) {
             // Words that could be generations, and words that could not.
-            let value = if next(&mut state) % 2 == 0 { next(&mut state) % 400 } else { next(&mut state) };
+            let value =
+                if next(&mut state).is_multiple_of(2) { next(&mut state) % 400 } else { next(&mut state) };
             let words: Vec<u8> = (0..512).flat_map(|add| value.wrapping_add(add).to_le_bytes()).collect();
             let at = below(&mut state, usize::try_from(len / 8 - 512).expect("fits")) as u64 * 8;
             page.write_all_at(&words, at).expect("its own page");

@@ -1,6 +1,8 @@
 //! Memory that fabrics read and write: the promise that others make about theirs, and a plain piece of heap for
 //! tests and simulations. Not registration (`region`). Invariant: bytes are only moved through raw pointers, since
 //! other processes may write the same memory at any time.
+//!
+//! Holds unsafe code: the promise about others' memory, and copies in and out of it.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};

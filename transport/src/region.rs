@@ -2,6 +2,8 @@
 //! policy of when to move them. Invariant: a region's memory is touched only between `enter` and the drop of its
 //! `Entered`, and `Region::close` returns only when no `Entered` of that region is left; so the memory may
 //! go away right after. Nobody calls the sink or takes a lock between the two.
+//!
+//! Holds unsafe code: reads and writes of registered memory within checked bounds.
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;

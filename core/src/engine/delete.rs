@@ -35,7 +35,8 @@ pub(super) struct Delete {
     only: Option<ObjectId>,
     asker: Asker,
     existed: bool,
-    /// What nodes said that they hold; some of it another delete may have taken out of the directory already.
+    /// What was known when it began, and what nodes said that they hold: by now, another delete or an eviction may
+    /// have taken some of it out of the directory.
     found: BTreeSet<ObjectId>,
     left: usize,
     deadline: Time,
@@ -74,7 +75,10 @@ impl Engine {
         let operation = self.next_operation;
         self.next_operation += 1;
         let deadline = self.now.after_ms(DELETE_MS);
-        let delete = Delete { key: key.clone(), only, asker, existed: false, found: BTreeSet::new(), left: 1, deadline };
+        // What is evicted while nodes are asked may have left a copy on its way to one that was asked before.
+        let held = self.directory.iter().flat_map(|directory| directory.holders(&key));
+        let found = held.filter(|_| only.is_none()).map(|(_, object)| object).collect();
+        let delete = Delete { key: key.clone(), only, asker, existed: false, found, left: 1, deadline };
         self.deletes.insert(operation, delete);
         self.timers.set(deadline, Timer::Operation(operation));
         match (self.directory.is_some(), self.directory_link, only) {

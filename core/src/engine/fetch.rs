@@ -41,6 +41,8 @@ pub(super) struct FetchWaiter {
     pub(super) request: u64,
     deadline: Time,
     timeout_ms: u64,
+    /// Questions that had been asked when it came: "no such object" is an answer to it only from a later one.
+    came_after: u64,
 }
 
 #[derive(Debug)]
@@ -85,6 +87,8 @@ pub(super) struct Fetch {
     pub(super) want: Want,
     pub(super) waiters: Vec<FetchWaiter>,
     pub(super) stage: Stage,
+    /// How many questions were asked for it.
+    questions: u64,
     /// Nodes that did not give it since it was last tried from the start.
     tried: Vec<NodeId>,
     /// What was last in the way.
@@ -136,10 +140,11 @@ impl Engine {
         timeout_ms: u64,
     ) {
         let deadline = self.now.after_ms(timeout_ms);
-        let waiter = FetchWaiter { client, request, deadline, timeout_ms };
+        let mut waiter = FetchWaiter { client, request, deadline, timeout_ms, came_after: 0 };
         let same = |fetch: &Fetch| fetch.key == key && fetch.range == range && fetch.want == want;
         let joinable = matches!(want, Want::Object { keep: true });
         if joinable && let Some((&id, fetch)) = self.fetches.iter_mut().find(|(_, fetch)| same(fetch)) {
+            waiter.came_after = fetch.questions;
             fetch.waiters.push(waiter);
             self.timers.set(deadline, Timer::Fetch(id));
             return;
@@ -152,6 +157,7 @@ impl Engine {
             want,
             waiters: vec![waiter],
             stage: Stage::Waiting,
+            questions: 0,
             tried: Vec::new(),
             obstacle: None,
         };
@@ -186,6 +192,7 @@ impl Engine {
                 return self.fetch_from(id, &holders);
             }
             self.set_stage(id, Stage::AskingAll);
+            self.fetch_questioned(id);
             return self.ask_everyone(key, AskFor::Fetch(id));
         }
         match self.directory_link {
@@ -246,6 +253,13 @@ impl Engine {
         let at = self.now;
         let request = self.ask_peer(link, message, Pending::Get { fetch: id });
         self.set_stage(id, Stage::Asked { link, request, at });
+        self.fetch_questioned(id);
+    }
+
+    fn fetch_questioned(&mut self, id: FetchId) {
+        if let Some(fetch) = self.fetches.get_mut(&id) {
+            fetch.questions += 1;
+        }
     }
 
     /// Whether a fetch still waits for the answer to this very question, and when that was asked.
@@ -295,7 +309,7 @@ impl Engine {
 
     /// Nobody has it. If somebody had it and was lost on the way, that is the answer.
     fn fetch_not_found(&mut self, id: FetchId) {
-        let Some(fetch) = self.fetches.get(&id) else {
+        let Some(fetch) = self.fetches.get_mut(&id) else {
             return;
         };
         let lost = fetch
@@ -303,7 +317,19 @@ impl Engine {
             .as_ref()
             .filter(|why| why.kind() == ErrorKind::PeerLost && fetch.want != Want::Existence);
         let why = lost.cloned().unwrap_or_else(|| StoreError::not_found("get", &fetch.key));
-        self.fetch_failed(id, &why);
+        // Who came after the question may have put the object in between: that takes a question of its own.
+        let questions = fetch.questions;
+        let (answered, newer): (Vec<_>, Vec<_>) = std::mem::take(&mut fetch.waiters)
+            .into_iter()
+            .partition(|waiter| waiter.came_after < questions);
+        if newer.is_empty() {
+            fetch.waiters = answered;
+            return self.fetch_failed(id, &why);
+        }
+        fetch.waiters = newer;
+        fetch.obstacle = None;
+        self.answer_all(answered, &why);
+        self.fetch_restart(id);
     }
 
     pub(super) fn answer_all(&mut self, waiters: Vec<FetchWaiter>, why: &StoreError) {
@@ -489,9 +515,7 @@ impl Engine {
         let ids: Vec<FetchId> = self.fetches.keys().copied().collect();
         for id in ids {
             if let Some(fetch) = self.fetches.get_mut(&id) {
-                for waiter in fetch.waiters.extract_if(.., |waiter| waiter.client == client) {
-                    self.timers.unset(waiter.deadline, Timer::Fetch(id));
-                }
+                fetch.waiters.retain(|waiter| waiter.client != client);
             }
             self.drop_fetch_without_waiters(id);
         }

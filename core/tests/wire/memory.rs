@@ -1,5 +1,7 @@
 //! The allocator of this test binary: the system's, counting what each thread holds. Not part of the crate.
 //! Invariant: every call is handed to the system's allocator as it came.
+//!
+//! Holds unsafe code: a global allocator that counts.
 
 #![allow(unsafe_code)]
 

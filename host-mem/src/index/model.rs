@@ -1,6 +1,8 @@
 //! What loom checks: every interleaving, and every old value that the memory model lets a thread see, of a reader
 //! that gets and pins against a writer that withdraws, reclaims and publishes again. The code is that of the index
 //! and the pins; only the atomics, one entry per bucket, and slots of three words differ.
+//!
+//! Holds unsafe code: what the model checker needs in place of shared memory.
 
 use loom::cell::UnsafeCell;
 use loom::sync::Arc;

@@ -47,10 +47,7 @@ fn key_words(key: &[u8]) -> (&[[u8; 8]], Option<u64>) {
     let last = match key.last_chunk() {
         // One load and a shift: a copy of a few bytes costs more than the rest of the comparison.
         Some(end) => u64::from_le_bytes(*end) >> (64 - 8 * rest.len()),
-        None => rest
-            .iter()
-            .rev()
-            .fold(0, |word, byte| word << 8 | u64::from(*byte)),
+        None => rest.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte)),
     };
     (whole, Some(last))
 }
@@ -62,15 +59,10 @@ fn shows(stored: &[AtomicU64], key: &[u8]) -> bool {
     let Some((stored, after)) = stored.split_at_checked(whole.len()) else {
         return false;
     };
-    let same = |(word, stored): (&[u8; 8], &AtomicU64)| {
-        u64::from_le_bytes(*word) == stored.load(Ordering::Relaxed)
-    };
+    let same =
+        |(word, stored): (&[u8; 8], &AtomicU64)| u64::from_le_bytes(*word) == stored.load(Ordering::Relaxed);
     whole.iter().zip(stored).all(same)
-        && last.is_none_or(|last| {
-            after
-                .first()
-                .is_some_and(|stored| stored.load(Ordering::Relaxed) == last)
-        })
+        && last.is_none_or(|last| after.first().is_some_and(|stored| stored.load(Ordering::Relaxed) == last))
 }
 
 impl Record {
@@ -123,10 +115,7 @@ impl Record {
     #[inline]
     pub(crate) fn decode(&self, key: &Key) -> Result<IndexEntry, StoreError> {
         self.sensible().ok_or_else(|| {
-            StoreError::corrupt(
-                key,
-                format!("its entry in the shared index makes no sense: {self:x?}"),
-            )
+            StoreError::corrupt(key, format!("its entry in the shared index makes no sense: {self:x?}"))
         })
     }
 
@@ -147,11 +136,7 @@ impl Record {
             return None;
         }
         Some(IndexEntry {
-            object: ObjectId {
-                origin: NodeId(self.origin),
-                epoch: Epoch(self.epoch),
-                number: self.number,
-            },
+            object: ObjectId { origin: NodeId(self.origin), epoch: Epoch(self.epoch), number: self.number },
             meta,
             generation: Generation(self.generation),
             extent: Extent {
