@@ -36,6 +36,7 @@ fn the_seeds_reach_what_they_are_for() {
         ("gets that raced a withdrawal", tally.misses),
         ("eager gets", tally.eager),
         ("gets by read", tally.rendezvous),
+        ("reads that came too late", tally.late_reads),
         ("evictions", tally.evicted),
         ("objects sealed", tally.sealed),
         ("keys found everywhere", tally.durable),

@@ -39,11 +39,11 @@ pub(super) enum Kind {
     Wait { key: usize, timeout_ms: u64 },
     Stat { key: usize },
     List { all: bool },
-    Delete { key: usize, deletion: usize },
+    Delete { deletion: usize },
     Pin,
     Evict { force: bool },
     Status,
-    Return { segment: SegmentId },
+    Return,
 }
 
 /// An object that is being written.
@@ -279,7 +279,7 @@ impl World {
                 let now = self.now();
                 let deletion = self.history.begin_delete(key, now);
                 let message = ClientMessage::Delete { key: self.key(key) };
-                self.ask_plain(id, Kind::Delete { key, deletion }, 0, message);
+                self.ask_plain(id, Kind::Delete { deletion }, 0, message);
             }
             7 => {
                 let prefix = if self.rng.percent(50) { "k" } else { "k1" }.to_owned();
@@ -300,7 +300,7 @@ impl World {
                 Some(segment) => {
                     self.client(id).granted.remove(&segment);
                     let message = ClientMessage::Return { segment };
-                    self.ask_plain(id, Kind::Return { segment }, 0, message);
+                    self.ask_plain(id, Kind::Return, 0, message);
                 }
                 None => self.rest(id),
             },
@@ -410,7 +410,13 @@ impl World {
             place: None,
         };
         self.client(id).doing = Doing::Finding(found);
-        self.step_later(id, 0, 50_000);
+        self.hesitate(id);
+    }
+
+    /// Mostly goes on at once; now and then something comes in between.
+    fn hesitate(&mut self, id: ClientId) {
+        let most = if self.rng.percent(15) { 10 * MS } else { 50_000 };
+        self.step_later(id, 0, most);
     }
 
     fn ask_get(&mut self, id: ClientId, key: usize, range: Option<Range>, began: u64) {
@@ -434,7 +440,7 @@ impl World {
             node.touched.push(found.slot);
             found.place = Some(free);
             self.client(id).doing = Doing::Finding(found);
-            return self.step_later(id, 0, 50_000);
+            return self.hesitate(id);
         };
         let shown = node.index.get(&found.slot);
         let same = shown.is_some_and(|shown| shown.object.generation == found.generation);
@@ -491,7 +497,7 @@ impl World {
             };
             reading.bytes.extend_from_slice(&chunk);
             self.client(id).doing = Doing::Reading(reading);
-            return self.step_later(id, 1_000, MS);
+            return self.hesitate(id);
         }
         let seen = Seen {
             key: reading.key,

@@ -42,6 +42,8 @@ pub struct Tally {
     pub eager: u64,
     /// Gets answered by GRANT and Read, on nodes that lived to the end.
     pub rendezvous: u64,
+    /// Reads whose last byte came after their lease had run out.
+    pub late_reads: u64,
     /// Objects evicted.
     pub evicted: u64,
     /// Keys that every node had to find at the end.
@@ -61,6 +63,7 @@ impl Tally {
         self.sealed += other.sealed;
         self.eager += other.eager;
         self.rendezvous += other.rendezvous;
+        self.late_reads += other.late_reads;
         self.evicted += other.evicted;
         self.durable += other.durable;
     }
@@ -71,7 +74,7 @@ impl fmt::Display for Tally {
         write!(
             f,
             "{} operations, {} faults, {} engine inputs, {} gets compared ({} bytes; {} in place, {} raced a withdrawal), \
-             {} objects sealed, {} fetched eagerly, {} by read, {} evicted, {} keys found everywhere at the end",
+             {} objects sealed, {} fetched eagerly, {} by read ({} too late), {} evicted, {} keys found everywhere at the end",
             self.operations,
             self.faults,
             self.inputs,
@@ -82,6 +85,7 @@ impl fmt::Display for Tally {
             self.sealed,
             self.eager,
             self.rendezvous,
+            self.late_reads,
             self.evicted,
             self.durable
         )

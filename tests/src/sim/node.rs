@@ -84,7 +84,7 @@ pub(super) struct Node {
     emptying: bool,
     deferred: BTreeMap<LinkId, VecDeque<Message>>,
     dialling: BTreeMap<LinkId, String>,
-    reads: BTreeMap<TransferId, Extent>,
+    reads: BTreeMap<TransferId, (Extent, u64)>,
     landings: BTreeMap<u64, Extent>,
     sends: BTreeMap<u64, Extent>,
     leases: BTreeMap<LeaseId, (LinkId, SegmentId, u64)>,
@@ -253,8 +253,11 @@ impl World {
                     node.guards.remove(extent.segment, Hold::Landing(*request));
                 }
             }
-            Input::ReadDone { transfer, .. } => {
-                if let Some(extent) = node.reads.remove(transfer) {
+            Input::ReadDone { transfer, result } => {
+                if let Some((extent, began)) = node.reads.remove(transfer) {
+                    let lease_ns = u64::from(self.plan.lease_ms) * MS;
+                    let late = result.is_ok() && node.clock.at(self.net.now()) - began > lease_ns;
+                    self.tally.late_reads += u64::from(late);
                     node.guards.remove(extent.segment, Hold::Reading(*transfer));
                 }
             }
@@ -395,7 +398,8 @@ impl World {
         match action {
             Action::Read { transfer, local, .. } => {
                 self.hold(at, *local, Hold::Reading(*transfer));
-                self.nodes[at].reads.insert(*transfer, *local);
+                let began = self.nodes[at].clock.at(self.now());
+                self.nodes[at].reads.insert(*transfer, (*local, began));
             }
             Action::Send {
                 payload: Some((extent, send)),

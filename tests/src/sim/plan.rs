@@ -81,7 +81,7 @@ impl Plan {
             threshold_bytes: rng.pick(&[Some(0), Some(1_024), Some(8_192), None, Some(u64::MAX)]),
             lease_ms: u32::try_from(lease).unwrap_or(u32::MAX),
             len_max: rng.pick(&[200, 2_000, 20_000, 100_000]).min(capacity_bytes / 4),
-            busy_ns: rng.between(600, 2_500) * MS,
+            busy_ns: rng.between(500, 6_000) * MS,
             pause_ns: rng.pick(&[MS / 2, 3 * MS, 10 * MS]),
             segment_failures: rng.pick(&[0, 0, 10, 50]),
             copy_failures: rng.pick(&[0, 0, 20]),

@@ -552,7 +552,7 @@ impl World {
             (Kind::Reserve { attempt }, Ok(ClientReply::Sealed { kept: true, .. }) | Err(_)) => {
                 self.history.end_put(attempt, Outcome::Never)?;
             }
-            (Kind::Delete { deletion, .. }, Ok(ClientReply::Deleted { .. })) => {
+            (Kind::Delete { deletion }, Ok(ClientReply::Deleted { .. })) => {
                 let certain = self.is_calm(asked.began, now);
                 self.history.end_delete(deletion, now, certain);
             }
@@ -585,7 +585,7 @@ impl World {
             }
             (Kind::Hello, Ok(ClientReply::Welcome { .. }))
             | (
-                Kind::Mapped | Kind::Write | Kind::Abort | Kind::Pin | Kind::Evict { .. } | Kind::Return { .. },
+                Kind::Mapped | Kind::Write | Kind::Abort | Kind::Pin | Kind::Evict { .. } | Kind::Return,
                 Ok(ClientReply::Done),
             )
             | (Kind::Segment, Ok(ClientReply::Segment { .. }))

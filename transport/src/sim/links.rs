@@ -16,8 +16,8 @@ const FRAMES_MAX: usize = 64;
 /// One side of a link.
 pub(super) struct End {
     pub(super) node: usize,
-    /// The other side, once it exists.
-    peer: Option<LinkId>,
+    /// The other side, once it exists and until it is gone.
+    pub(super) peer: Option<LinkId>,
     pub(super) peer_node: Option<usize>,
     /// What its owner calls the other side.
     address: String,

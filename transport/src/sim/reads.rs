@@ -3,6 +3,7 @@
 
 use hetmem_core::{Extent, LinkId, RemoteExtent, SegmentId, StoreError, TransferId};
 
+use super::links::End;
 use super::net::{Event, Net};
 use crate::fabric::{FabricEvent, ReadStats};
 use crate::region::Piece;
@@ -113,8 +114,8 @@ impl Net {
         let Some(end) = self.ends.get(&read.end) else {
             return;
         };
-        let (delay_ns, peer) = (end.delay_ns, end.peer_node);
-        let Some(peer) = peer.filter(|peer| self.is_alive(*peer)) else {
+        let (delay_ns, peer) = (end.delay_ns, self.owner_of(end));
+        let Some(peer) = peer else {
             return;
         };
         let source = match self.nodes[peer].regions.remote(remote) {
@@ -145,21 +146,28 @@ impl Net {
         let Some(source) = &read.source else {
             return;
         };
+        if self.ends.get(&read.end).and_then(|end| self.owner_of(end)).is_none() {
+            return;
+        }
         let bytes =
             if source.is_word() { source.word().map(Vec::from) } else { source.copy_out(from, upto - from) };
         let delay_ns = self.ends.get(&read.end).map_or(0, |end| end.delay_ns);
-        let peer_lives =
-            self.ends.get(&read.end).and_then(|end| end.peer_node).is_some_and(|peer| self.is_alive(peer));
         let delay = delay_ns + self.jitter();
         match bytes {
             Some(bytes) => self.after(delay, Event::Put { read: number, from, bytes }),
-            None if peer_lives => {
+            None => {
                 let why = "the owner deregistered the segment while it was read";
                 let subject = format!("remote key {:016x}", self.reads[&number].remote.key.0);
                 self.end_read(number, delay, Err(StoreError::stale("read", subject, why)));
             }
-            None => {}
         }
+    }
+
+    /// The node that serves reads through this end: none once its own end is down, since from then on it takes the
+    /// peer's leases to have ended.
+    fn owner_of(&self, end: &End) -> Option<usize> {
+        let other = self.ends.get(&end.peer?)?;
+        Some(other.node).filter(|node| self.is_alive(*node))
     }
 
     pub(super) fn put(&mut self, number: u64, from: usize, bytes: &[u8]) {
