@@ -373,5 +373,7 @@ mod tests {
         }
         assert_eq!(ObjectMeta::bytes(u64::MAX).expect_err("too long").kind(), ErrorKind::TooLarge);
         assert_eq!(Shape::new(&[1; 9]).expect_err("nine dimensions").kind(), ErrorKind::Invalid);
+        assert_eq!(Shape::from_fn(9, |_| 1), None);
+        assert_eq!(Shape::from_fn(3, |at| [5, 6, 7][at]), Shape::new(&[5, 6, 7]).ok());
     }
 }

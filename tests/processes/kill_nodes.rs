@@ -8,6 +8,7 @@ use hetmem_client::{ErrorKind, GetOptions, Store, StoreError};
 use hetmem_tests::content::{below, bytes_of, key};
 use hetmem_tests::daemon::{Daemon, PATIENCE, Serve, eventually, free_port};
 use hetmem_tests::load::{content_of, name_of};
+use rustix::process::Signal;
 
 /// What a get may answer when the node that has the object is gone.
 const CLEAR: [ErrorKind; 4] =
@@ -70,22 +71,28 @@ fn load(
     }
 }
 
-/// Kills `victim` while clients of both nodes get what the other has.
-fn kill_under_load(victim: &mut Daemon, survivor: &Daemon, theirs: &[String], ours: &[String]) {
+/// Strikes `victim` while clients of both nodes get what the other has.
+fn strike_under_load(
+    victim: &mut Daemon,
+    survivor: &Daemon,
+    theirs: &[String],
+    ours: &[String],
+    strike: impl FnOnce(&mut Daemon),
+) {
     let (gets, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
     let (here, there) = (survivor.connect(), victim.connect());
     std::thread::scope(|scope| {
         for seed in 0..3 {
             let (here, gets, stop) = (&here, &gets, &stop);
-            scope.spawn(move || load(here, theirs, seed, gets, stop, 4));
+            scope.spawn(move || load(here, theirs, seed, gets, stop, 3));
         }
         let (gets, stop) = (&gets, &stop);
-        scope.spawn(move || load(&there, ours, 9, gets, stop, 4));
+        scope.spawn(move || load(&there, ours, 9, gets, stop, 1));
         eventually("gets under load", || {
             let count = gets.load(Ordering::Relaxed);
             if count > 200 { Ok(()) } else { Err(format!("{count} gets")) }
         });
-        victim.kill();
+        strike(victim);
         // The clients of the survivor go on until each has learnt several times that an object is lost.
     });
 }
@@ -106,7 +113,7 @@ fn a_killed_node_takes_only_its_own_objects_with_it() {
     let before = (used_bytes(&here), there.status().expect("it answers").epoch);
     drop(there);
 
-    kill_under_load(&mut victim, &first, &theirs, &ours);
+    strike_under_load(&mut victim, &first, &theirs, &ours, Daemon::kill);
 
     let took = first.settles(&here, "nothing left of the dead node", |status| {
         let gone = status.peers.iter().all(|peer| !peer.linked);
@@ -163,7 +170,7 @@ fn a_node_that_keeps_the_directory_comes_back_and_learns_everything_again() {
     put_all(&first.connect(), &ours);
     put_all(&there, &theirs);
 
-    kill_under_load(&mut first, &second, &ours, &theirs);
+    strike_under_load(&mut first, &second, &ours, &theirs, Daemon::kill);
 
     // Without a directory a node still has what it has, takes what is put, and says clearly what it cannot do.
     for name in &theirs {
@@ -197,5 +204,48 @@ fn a_node_that_keeps_the_directory_comes_back_and_learns_everything_again() {
     left.sort();
     assert_eq!(left, expected);
     again.assert_sound();
+    second.assert_sound();
+}
+
+#[test]
+fn a_node_that_hangs_is_noticed_by_its_silence_and_comes_back_when_it_wakes() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut first = Serve::new(folder.path(), "awake").start();
+    let mut second = Serve::new(folder.path(), "hangs").join(&first.address).start();
+    let (here, there) = (first.connect(), second.connect());
+    let (ours, theirs) = (names("ours"), names("theirs"));
+    put_all(&here, &ours);
+    put_all(&there, &theirs);
+    let used = used_bytes(&here);
+    // Its connections stay open: nothing but missed heartbeats tells.
+    strike_under_load(&mut second, &first, &theirs, &ours, |node| node.signal(Signal::STOP));
+    first.settles(&here, "the silent node is given up, with all that was held for it", |status| {
+        let gone = status.peers.iter().all(|peer| !peer.linked);
+        gone && (status.reservations, status.draining, status.leases) == (0, 0, 0)
+    });
+    assert_eq!(used_bytes(&here), used, "extents that were to be filled are free again");
+    let mut left = listed(&here);
+    left.sort();
+    let mut expected = ours.clone();
+    expected.sort();
+    assert_eq!(left, expected, "its objects have left the directory");
+    for name in &ours {
+        get(&here, name).expect("it is here");
+    }
+    second.signal(Signal::CONT);
+    for name in &theirs {
+        eventually(&format!("{name} is announced again"), || {
+            get(&here, name).map_err(|error| error.to_string())
+        });
+    }
+    for name in &ours {
+        get(&there, name).expect("both ways");
+    }
+    for (node, store) in [(&first, &here), (&second, &there)] {
+        node.settles(store, "nothing is held", |status| {
+            (status.reservations, status.draining, status.leases) == (0, 0, 0)
+        });
+    }
+    first.assert_sound();
     second.assert_sound();
 }

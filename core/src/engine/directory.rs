@@ -80,8 +80,7 @@ impl Directory {
                 return Verdict::Refused;
             }
         }
-        let held =
-            Held { object: announced.object, len_bytes: announced.len_bytes, reserved: exclusive };
+        let held = Held { object: announced.object, len_bytes: announced.len_bytes, reserved: exclusive };
         self.keys.entry(announced.key.clone()).or_default().insert(node, held);
         self.by_node.entry(node).or_default().insert(announced.key.clone());
         Verdict::Kept

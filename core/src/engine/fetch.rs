@@ -319,9 +319,8 @@ impl Engine {
         let why = lost.cloned().unwrap_or_else(|| StoreError::not_found("get", &fetch.key));
         // Who came after the question may have put the object in between: that takes a question of its own.
         let questions = fetch.questions;
-        let (answered, newer): (Vec<_>, Vec<_>) = std::mem::take(&mut fetch.waiters)
-            .into_iter()
-            .partition(|waiter| waiter.came_after < questions);
+        let (answered, newer): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut fetch.waiters).into_iter().partition(|waiter| waiter.came_after < questions);
         if newer.is_empty() {
             fetch.waiters = answered;
             return self.fetch_failed(id, &why);

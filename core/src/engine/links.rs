@@ -212,7 +212,9 @@ impl Engine {
                 // The same name at the same address is a restart; elsewhere, while the link still lives, another node.
                 Some(peer) if peer.member.epoch < member.epoch && self.is_another(peer, &member) => {
                     let (name, address) = (&member.name, &peer.member.address);
-                    let why = format!("a node named {name:?} is in this cluster at {address}: give each its own name");
+                    let why = format!(
+                        "a node named {name:?} is in this cluster at {address}: give each its own name"
+                    );
                     Some(StoreError::denied("join", why))
                 }
                 _ => None,

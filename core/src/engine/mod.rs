@@ -40,12 +40,12 @@ use directory::Deleted;
 use fetch::{Fetch, FetchId, Hints};
 use links::{Link, Peer};
 use local::Client;
-use waiting::WaitingKey;
 use objects::Objects;
 use owner::Lease;
 use room::SpaceRequest;
 use space::Space;
 use timer::{Timer, Timers};
+use waiting::WaitingKey;
 
 /// The largest put that travels inside its message, in bytes.
 pub const INLINE_PUT_MAX: u32 = 64 * 1024;

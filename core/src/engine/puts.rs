@@ -166,7 +166,11 @@ impl Engine {
         Err(StoreError::denied("mapped", format!("segment {segment} was not granted to this client")))
     }
 
-    pub(super) fn reservation_of(&self, client: ClientId, reservation: Generation) -> Result<&Object, StoreError> {
+    pub(super) fn reservation_of(
+        &self,
+        client: ClientId,
+        reservation: Generation,
+    ) -> Result<&Object, StoreError> {
         match self.objects.get(reservation) {
             Some(object) if object.state == State::Reserved && object.writer == Some(client) => Ok(object),
             _ => Err(StoreError::stale("reservation", reservation, "this client has no such reservation")),

@@ -400,11 +400,8 @@ pub(crate) fn client_reply() -> BoxedStrategy<ClientReply> {
             .prop_map(|(object, kept, slot)| { R::Sealed { object, kept, slot: slot.map(SlotId) } }),
         Just(R::Done),
         located().prop_map(R::Located),
-        (number(), tier(), vec(any::<u32>().prop_map(SegmentId), 0..5)).prop_map(|(len_bytes, tier, retired)| R::Segment {
-            len_bytes,
-            tier,
-            retired,
-        }),
+        (number(), tier(), vec(any::<u32>().prop_map(SegmentId), 0..5))
+            .prop_map(|(len_bytes, tier, retired)| R::Segment { len_bytes, tier, retired }),
         Just(R::Exists),
         (object(), meta(), prop::option::of(tier()), any::<bool>(), vec(text(), 0..4)).prop_map(
             |(object, meta, tier, pinned, holders)| R::Stat { object, meta, tier, pinned, holders }

@@ -190,3 +190,29 @@ pub(crate) fn write(
         place.store(word, Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A key is compared only where its fingerprint and length are the slot's, so no get of another key comes here.
+    #[test]
+    fn a_key_is_only_itself_at_every_length() {
+        for len in 1..=40_usize {
+            let key: Vec<u8> = (0..len).map(|at| u8::try_from(0xf0 - at).expect("a byte")).collect();
+            let padded: Vec<u8> = key.iter().copied().chain([0; 8]).take(len.next_multiple_of(8)).collect();
+            let stored = || -> Vec<AtomicU64> {
+                let (words, _) = padded.as_chunks::<8>();
+                words.iter().map(|word| AtomicU64::new(u64::from_le_bytes(*word))).collect()
+            };
+            let words = stored();
+            assert!(shows(&words, &key), "{len}");
+            assert!(!shows(&words[1..], &key), "{len}: a word is missing");
+            for at in 0..padded.len() {
+                let words = stored();
+                words[at / 8].fetch_xor(1 << (at % 8 * 8), Ordering::Relaxed);
+                assert!(!shows(&words, &key), "{len}: byte {at} differs");
+            }
+        }
+    }
+}

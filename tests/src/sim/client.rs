@@ -9,9 +9,9 @@ use hetmem_core::engine::{INLINE_PUT_MAX, Input};
 use hetmem_core::wire::{ClientMessage, ClientReply, IfExists, PROTOCOL_MAX, PROTOCOL_MIN, PutHints, Range};
 use hetmem_core::{Checksum, ClientId, Extent, Generation, ObjectMeta, SegmentId, SlotId};
 
-use super::pattern;
 use super::guards::Hold;
 use super::history::{History, Seen};
+use super::pattern;
 use super::plan::MS;
 use super::world::{Due, World};
 
@@ -285,7 +285,12 @@ impl World {
                 let prefix = if self.rng.percent(50) { "k" } else { "k1" }.to_owned();
                 let after = self.rng.percent(50).then(|| self.key(key));
                 let limit = u32::try_from(self.rng.between(1, 8)).unwrap_or(1);
-                self.ask_plain(id, Kind::List { all: false }, 0, ClientMessage::List { prefix, after, limit });
+                self.ask_plain(
+                    id,
+                    Kind::List { all: false },
+                    0,
+                    ClientMessage::List { prefix, after, limit },
+                );
             }
             8 => {
                 let pin = self.rng.percent(50);
@@ -293,7 +298,12 @@ impl World {
             }
             9 => {
                 let force = self.rng.percent(25);
-                self.ask_plain(id, Kind::Evict { force }, 0, ClientMessage::Evict { key: self.key(key), force });
+                self.ask_plain(
+                    id,
+                    Kind::Evict { force },
+                    0,
+                    ClientMessage::Evict { key: self.key(key), force },
+                );
             }
             10 => self.ask_plain(id, Kind::Status, 0, ClientMessage::Status),
             11 => match self.client(id).granted.first().copied() {
@@ -450,7 +460,14 @@ impl World {
             Ok(extent) if same => {
                 self.tally.hits += 1;
                 self.hold(at, extent, Hold::Pinned(id, place));
-                self.begin_reading(id, found.key, (range.start, found.object_len), extent, found.began, place);
+                self.begin_reading(
+                    id,
+                    found.key,
+                    (range.start, found.object_len),
+                    extent,
+                    found.began,
+                    place,
+                );
             }
             _ => {
                 page.pins[place] = None;

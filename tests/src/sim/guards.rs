@@ -31,10 +31,7 @@ pub(super) enum Hold {
 
 impl Hold {
     const fn writes(self) -> bool {
-        matches!(
-            self,
-            Self::CopiedTo(_) | Self::Landing(_) | Self::Reading(_) | Self::Reserved(..)
-        )
+        matches!(self, Self::CopiedTo(_) | Self::Landing(_) | Self::Reading(_) | Self::Reserved(..))
     }
 }
 
@@ -45,12 +42,7 @@ pub(super) struct Guards {
 
 impl Guards {
     /// Who else holds any byte of this extent.
-    pub(super) fn conflict(
-        &self,
-        extent: Extent,
-        now: u64,
-        allowed: impl Fn(Hold) -> bool,
-    ) -> Option<Hold> {
+    pub(super) fn conflict(&self, extent: Extent, now: u64, allowed: impl Fn(Hold) -> bool) -> Option<Hold> {
         let (start, end) = (extent.offset, extent.offset + extent.len_bytes);
         let holds = self.segments.get(&extent.segment)?;
         let mut others = holds.iter().filter(|(from, to, hold)| {

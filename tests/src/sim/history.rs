@@ -67,10 +67,7 @@ pub(super) struct History {
 
 impl History {
     pub(super) fn new(keys: usize) -> Self {
-        Self {
-            by_key: vec![Vec::new(); keys],
-            ..Self::default()
-        }
+        Self { by_key: vec![Vec::new(); keys], ..Self::default() }
     }
 
     pub(super) fn begin_put(&mut self, attempt: Attempt) -> usize {
@@ -115,12 +112,7 @@ impl History {
     }
 
     pub(super) fn begin_delete(&mut self, key: usize, invoked: u64) -> usize {
-        let deletion = Deletion {
-            key,
-            invoked,
-            ended: None,
-            certain: false,
-        };
+        let deletion = Deletion { key, invoked, ended: None, certain: false };
         self.deletions.push(deletion);
         self.deletions.len() - 1
     }
@@ -193,10 +185,7 @@ impl History {
         let mut runs: Vec<String> = Vec::new();
         for (number, chunk) in seen.bytes.chunks(8).enumerate() {
             let start = seen.start + 8 * number as u64;
-            let owner = self
-                .attempts
-                .iter()
-                .find(|attempt| pattern::are_of(attempt.tag, start, chunk));
+            let owner = self.attempts.iter().find(|attempt| pattern::are_of(attempt.tag, start, chunk));
             let name = match owner {
                 Some(attempt) => format!("of key {} tag {:x} there", attempt.key, attempt.tag),
                 None if chunk.iter().all(|byte| *byte == 0) => "of zeros".to_owned(),
@@ -221,9 +210,7 @@ impl History {
         if known {
             return Ok(());
         }
-        Err(format!(
-            "a stat of key {key} says {len} bytes; no such object was put"
-        ))
+        Err(format!("a stat of key {key} says {len} bytes; no such object was put"))
     }
 
     /// An object that has to be found by whoever asks from `began` on: sealed before, not fleeting, on a node that
@@ -244,9 +231,7 @@ impl History {
     }
 
     fn was_forced(&self, attempt: &Attempt) -> bool {
-        self.forced
-            .iter()
-            .any(|(key, at)| *key == attempt.key && *at >= attempt.invoked)
+        self.forced.iter().any(|(key, at)| *key == attempt.key && *at >= attempt.invoked)
     }
 
     /// Whether anything that clients did explains that an object of this key left the node's index.
@@ -282,15 +267,11 @@ impl History {
 
     /// Keys that have to be readable everywhere once all is well.
     pub(super) fn durable_keys(&self, now: u64) -> Vec<usize> {
-        (0..self.by_key.len())
-            .filter(|&key| self.must_exist(key, now).is_some())
-            .collect()
+        (0..self.by_key.len()).filter(|&key| self.must_exist(key, now).is_some()).collect()
     }
 
     /// Whether any object of this key can be there.
     pub(super) fn may_exist(&self, key: usize) -> bool {
-        self.by_key[key]
-            .iter()
-            .any(|&index| self.attempts[index].outcome != Outcome::Never)
+        self.by_key[key].iter().any(|&index| self.attempts[index].outcome != Outcome::Never)
     }
 }

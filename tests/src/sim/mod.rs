@@ -116,10 +116,5 @@ pub fn run(seed: u64, verbose: bool) -> Outcome {
         let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
         format!("a panic: {}", text.unwrap_or("without words"))
     });
-    Outcome {
-        seed,
-        failure: world.failure.take().or(panicked),
-        tally: world.tally,
-        trace: world.trace,
-    }
+    Outcome { seed, failure: world.failure.take().or(panicked), tally: world.tally, trace: world.trace }
 }

@@ -5,15 +5,17 @@
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, Weak};
 
-use hetmem_core::engine::{Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, PublishedObject, Time};
+use hetmem_core::engine::{
+    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, PublishedObject, Time,
+};
 use hetmem_core::wire::{ClientReply, FrameHeader, FrameKind, Member, PeerMessage, decode, encode};
 use hetmem_core::{
-    ClientId, Epoch, ErrorKind, Extent, Generation, Key, LeaseId, LinkId, NodeId, RemoteKey, SegmentId, SlotId,
-    StoreError, TransferId,
+    ClientId, Epoch, ErrorKind, Extent, Generation, Key, LeaseId, LinkId, NodeId, RemoteKey, SegmentId,
+    SlotId, StoreError, TransferId,
 };
 use hetmem_transport::{
-    Access, Fabric, FabricEvent, FabricSink, HeapRegion, Landing, LandingToken, RegionMemory, SendToken, Sent,
-    SimFabric,
+    Access, Fabric, FabricEvent, FabricSink, HeapRegion, Landing, LandingToken, RegionMemory, SendToken,
+    Sent, SimFabric,
 };
 
 use super::guards::{Guards, Hold};
@@ -110,19 +112,15 @@ impl Sink {
 impl FabricSink for Sink {
     fn message(&self, link: LinkId, header: FrameHeader, body: &[u8]) -> Landing {
         let input = match decode::<PeerMessage>(body) {
-            Ok(message) => Input::PeerMessage {
-                link,
-                request: header.request,
-                message,
-                payload_len: header.payload_len,
-            },
+            Ok(message) => {
+                Input::PeerMessage { link, request: header.request, message, payload_len: header.payload_len }
+            }
             Err(why) => Input::Refused { link, why },
         };
         match self.with(|world| world.feed(self.node, input)).flatten() {
-            Some(extent) if header.payload_len > 0 => Landing::Into {
-                extent,
-                token: LandingToken(header.request),
-            },
+            Some(extent) if header.payload_len > 0 => {
+                Landing::Into { extent, token: LandingToken(header.request) }
+            }
             _ => Landing::Discard,
         }
     }
@@ -136,11 +134,7 @@ impl Node {
     pub(super) fn start(world: &World, number: usize, epoch: u64, clock: Clock) -> Self {
         let name = format!("n{number}");
         let plan = &world.plan;
-        let sink = Arc::new(Sink {
-            world: Weak::clone(&world.me),
-            node: number,
-            epoch,
-        });
+        let sink = Arc::new(Sink { world: Weak::clone(&world.me), node: number, epoch });
         let fabric = world.net.fabric(&name, sink).expect("the name is free");
         let slots = usize::try_from(SLOT_LEN * u64::from(plan.objects_max)).expect("a small index");
         let words = Arc::new(HeapRegion::new(slots));
@@ -200,12 +194,7 @@ impl Node {
 fn config(plan: &Plan, number: usize, epoch: u64, key: RemoteKey) -> EngineConfig {
     let name = format!("n{number}");
     EngineConfig {
-        member: Member {
-            node: NodeId(number as u64 + 1),
-            epoch: Epoch(epoch),
-            address: name.clone(),
-            name,
-        },
+        member: Member { node: NodeId(number as u64 + 1), epoch: Epoch(epoch), address: name.clone(), name },
         join: (number > 0).then(|| "n0".to_owned()),
         capacity_bytes: plan.capacity_bytes,
         client_quota_bytes: plan.quota_bytes,
@@ -261,11 +250,7 @@ impl World {
                     node.guards.remove(extent.segment, Hold::Reading(*transfer));
                 }
             }
-            Input::PeerMessage {
-                link,
-                message: PeerMessage::Release { lease },
-                ..
-            } => {
+            Input::PeerMessage { link, message: PeerMessage::Release { lease }, .. } => {
                 if node.leases.get(lease).is_some_and(|(of, ..)| of == link) {
                     node.end_lease(*lease);
                 }
@@ -312,23 +297,14 @@ impl World {
 
     fn act(&mut self, at: usize, action: Action, landing: &mut Option<Extent>) -> Option<Input> {
         match action {
-            Action::Reply {
-                client,
-                request,
-                reply,
-                attachment,
-            } => {
+            Action::Reply { client, request, reply, attachment } => {
                 let descriptor = match attachment {
                     Some(Attachment::Segment(segment)) => Some(segment),
                     _ => None,
                 };
                 self.replied(at, client, request, reply, descriptor);
             }
-            Action::PinAndReply {
-                client,
-                request,
-                mut located,
-            } => {
+            Action::PinAndReply { client, request, mut located } => {
                 let page = self.nodes[at].pages.get_mut(&client);
                 let free = page.and_then(|page| {
                     let place = page.pins.iter().position(Option::is_none)?;
@@ -401,26 +377,16 @@ impl World {
                 let began = self.nodes[at].clock.at(self.now());
                 self.nodes[at].reads.insert(*transfer, (*local, began));
             }
-            Action::Send {
-                payload: Some((extent, send)),
-                ..
-            } => {
+            Action::Send { payload: Some((extent, send)), .. } => {
                 self.hold(at, *extent, Hold::Sending(*send));
                 self.nodes[at].sends.insert(*send, *extent);
             }
-            Action::Send {
-                link,
-                message: PeerMessage::Grant { granted, .. },
-                ..
-            } => {
+            Action::Send { link, message: PeerMessage::Grant { granted, .. }, .. } => {
                 let Some(&segment) = self.nodes[at].keys.get(&granted.extent.key) else {
                     return self.fail(format!("node {at} grants a key that it does not have: {granted:?}"));
                 };
-                let extent = Extent {
-                    segment,
-                    offset: granted.extent.offset,
-                    len_bytes: granted.extent.len_bytes,
-                };
+                let extent =
+                    Extent { segment, offset: granted.extent.offset, len_bytes: granted.extent.len_bytes };
                 let until = self.nodes[at].clock.at(self.now()) + u64::from(granted.lease_ms) * MS;
                 self.hold(at, extent, Hold::Leased(granted.lease, until));
                 self.nodes[at].leases.insert(granted.lease, (*link, segment, until));
@@ -470,7 +436,9 @@ impl World {
             self.fail(format!("node {at}: segment {segment} is retired while {hold:?}"));
         }
         if memory.is_none_or(|memory| memory.len_bytes() != len_bytes) {
-            self.fail(format!("node {at}: segment {segment} of {len_bytes} bytes is retired and is not there"));
+            self.fail(format!(
+                "node {at}: segment {segment} of {len_bytes} bytes is retired and is not there"
+            ));
         }
     }
 
@@ -551,15 +519,13 @@ impl World {
                     Input::LinkDown { link, why }
                 }
             },
-            FabricEvent::ReadDone { transfer, result } => Input::ReadDone {
-                transfer,
-                result: result.map(|_| ()),
-            },
+            FabricEvent::ReadDone { transfer, result } => {
+                Input::ReadDone { transfer, result: result.map(|_| ()) }
+            }
             FabricEvent::SendDone { token, .. } => Input::SendDone { send: token.0 },
-            FabricEvent::Landed { token, result, .. } => Input::Landed {
-                request: token.0,
-                result: result.map(|_| ()),
-            },
+            FabricEvent::Landed { token, result, .. } => {
+                Input::Landed { request: token.0, result: result.map(|_| ()) }
+            }
         };
         self.feed(at, input);
     }
@@ -583,12 +549,7 @@ impl World {
     fn on_fabric(&mut self, at: usize, action: Action) {
         let fabric = Arc::clone(&self.nodes[at].fabric);
         match action {
-            Action::Send {
-                link,
-                request,
-                message,
-                payload,
-            } => {
+            Action::Send { link, request, message, payload } => {
                 let message = Message { request, message, payload };
                 if let Some(waiting) = self.nodes[at].deferred.get_mut(&link) {
                     waiting.push_back(message);
@@ -600,12 +561,7 @@ impl World {
                     self.later(MS / 5, Due::Deferred { at, epoch, link });
                 }
             }
-            Action::Read {
-                link,
-                transfer,
-                remote,
-                local,
-            } => {
+            Action::Read { link, transfer, remote, local } => {
                 if let Err(why) = fabric.read(link, transfer, remote, local) {
                     self.feed(at, Input::ReadDone { transfer, result: Err(why) });
                 }

@@ -36,8 +36,9 @@ mod tests {
     fn parts_are_parts_of_the_whole() {
         let whole = of(7, 0, 100);
         for (start, len) in [(0, 100), (3, 20), (8, 8), (95, 5), (13, 0)] {
-            assert_eq!(of(7, start, len), whole[start as usize..][..len]);
-            assert!(are_of(7, start, &whole[start as usize..][..len]));
+            let part = &whole[start..][..len];
+            assert_eq!(of(7, start as u64, len), part);
+            assert!(are_of(7, start as u64, part));
         }
         assert!(!are_of(8, 0, &whole));
         assert!(!are_of(7, 1, &whole[..50]));

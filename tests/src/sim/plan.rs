@@ -14,8 +14,9 @@ pub(super) enum Weather {
     Calm,
     /// The network is rough, but nobody is lost.
     Rough,
+    /// Nodes stop hearing each other for moments, too short for anyone to be lost.
+    Stalls,
     /// Links break.
-    Cuts,
     /// Nodes stop hearing each other for a while.
     Partitions,
     /// Nodes die and start again.
@@ -59,12 +60,13 @@ impl Plan {
     pub(super) fn new(seed: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0x5eed_0f0e_c105_7e55);
         let weather = rng.weighted(&[
-            (25, Weather::Calm),
-            (25, Weather::Rough),
-            (12, Weather::Cuts),
-            (12, Weather::Partitions),
-            (13, Weather::Deaths),
-            (13, Weather::Storm),
+            (20, Weather::Calm),
+            (20, Weather::Rough),
+            (20, Weather::Stalls),
+            (10, Weather::Cuts),
+            (10, Weather::Partitions),
+            (10, Weather::Deaths),
+            (10, Weather::Storm),
         ]);
         let network = network(&mut rng, weather);
         let one_way_ms = (network.delay_ns.1 + network.jitter_ns).div_ceil(MS);
@@ -78,7 +80,7 @@ impl Plan {
             capacity_bytes,
             quota_bytes: rng.pick(&[0, capacity_bytes / 4, capacity_bytes / 2]),
             objects_max: rng.weighted(&[(15, 6), (15, 16), (70, 256)]),
-            threshold_bytes: rng.pick(&[Some(0), Some(1_024), Some(8_192), None, Some(u64::MAX)]),
+            threshold_bytes: rng.pick(&[Some(0), Some(0), Some(1_024), Some(8_192), None, Some(u64::MAX)]),
             lease_ms: u32::try_from(lease).unwrap_or(u32::MAX),
             len_max: rng.pick(&[200, 2_000, 20_000, 100_000]).min(capacity_bytes / 4),
             busy_ns: rng.between(500, 6_000) * MS,
@@ -96,16 +98,12 @@ impl Plan {
 
     /// Whether a lost link is the weather's doing.
     pub(super) fn breaks_links(&self) -> bool {
-        !matches!(self.weather, Weather::Calm | Weather::Rough)
+        !matches!(self.weather, Weather::Calm | Weather::Rough | Weather::Stalls)
     }
 }
 
 fn network(rng: &mut Rng, weather: Weather) -> SimFaults {
-    let mut network = if weather == Weather::Calm {
-        SimFaults::none()
-    } else {
-        SimFaults::default()
-    };
+    let mut network = if weather == Weather::Calm { SimFaults::none() } else { SimFaults::default() };
     network.delay_ns = rng.pick(&[(5_000, 50_000), (20_000, 2 * MS), (MS, 20 * MS)]);
     network.jitter_ns = rng.pick(&[0, 20_000, MS / 2, 5 * MS]);
     network.pieces_max = rng.pick(&[1, 3, 8]);

@@ -23,6 +23,8 @@ use super::rng::{Rng, mix};
 pub(super) const JOINED_NS: u64 = 400 * MS;
 /// After links are whole again, how long announcements may take to arrive, in nanoseconds.
 const GRACE_NS: u64 = 1_000 * MS;
+/// The longest silence that is no loss: heartbeats come every 100 ms, and five may be missed.
+const STALL_NS_MAX: u64 = 300 * MS;
 const AUDIT_NS: u64 = 20 * MS;
 /// How long a cluster without clients may take to come to rest, in nanoseconds.
 const SETTLE_NS: u64 = 4_000 * MS;
@@ -56,7 +58,9 @@ enum Phase {
     /// Everything that has to be there is looked at, from every node.
     Touring,
     /// Nobody is there; everything comes to rest.
-    Settling { until: u64 },
+    Settling {
+        until: u64,
+    },
     Over,
 }
 
@@ -147,14 +151,15 @@ impl World {
             }
         }
         self.later(AUDIT_NS, Due::Audit);
-        if self.plan.breaks_links() {
+        if !matches!(self.plan.weather, Weather::Calm | Weather::Rough) {
             self.at(JOINED_NS + 50 * MS, Due::Fault);
         }
     }
 
     fn clock(&mut self) -> Clock {
         let most = self.plan.clock_ppm;
-        let ppm = i64::try_from(self.rng.between(0, 2 * most)).unwrap_or(0) - i64::try_from(most).unwrap_or(0);
+        let ppm =
+            i64::try_from(self.rng.between(0, 2 * most)).unwrap_or(0) - i64::try_from(most).unwrap_or(0);
         Clock { ppm, offset: self.rng.between(0, 1_000_000 * MS) }
     }
 
@@ -214,10 +219,8 @@ impl World {
             _ => ("", 0),
         };
         self.fold(at, (std::mem::discriminant(input), detail));
-        let chatter = matches!(
-            input,
-            Input::Tick | Input::PeerMessage { message: PeerMessage::Heartbeat, .. }
-        );
+        let chatter =
+            matches!(input, Input::Tick | Input::PeerMessage { message: PeerMessage::Heartbeat, .. });
         if self.verbose && !chatter {
             self.say(&format!("node {at} <- {input:?}"));
         }
@@ -274,7 +277,8 @@ impl World {
     fn audit(&mut self) {
         let now = self.now();
         let apart = self.unrest.last().is_some_and(|last| last.1 == u64::MAX);
-        if apart && self.is_whole()
+        if apart
+            && self.is_whole()
             && let Some(last) = self.unrest.last_mut()
         {
             last.1 = now + GRACE_NS;
@@ -371,7 +375,8 @@ impl World {
             Weather::Cuts => 0,
             Weather::Partitions => 1,
             Weather::Deaths => 2,
-            _ => self.rng.between(0, 2),
+            Weather::Stalls => 3,
+            _ => self.rng.between(0, 3),
         };
         let one = self.rng.index(self.nodes.len());
         let other = (one + 1 + self.rng.index(self.nodes.len() - 1)) % self.nodes.len();
@@ -385,17 +390,29 @@ impl World {
                 self.disturbed();
                 let everyone = self.rng.percent(30);
                 for other in (0..self.nodes.len()).filter(|&at| at != one && (everyone || at == other)) {
-                    self.net.partition(&names.0, &format!("n{other}"));
-                    self.partitions.push((one, other));
                     let time = self.rng.between(10 * MS, 1_500 * MS);
-                    self.later(time, Due::Heal { one, other });
+                    self.part(one, other, time);
+                }
+            }
+            3 => {
+                let parted = |pair: &(usize, usize)| *pair == (one, other) || *pair == (other, one);
+                if !self.partitions.iter().any(parted) {
+                    let time = self.rng.between(MS, STALL_NS_MAX);
+                    self.part(one, other, time);
                 }
             }
             _ if one > 0 || self.rng.percent(50) => self.kill(one),
             _ => {}
         }
-        let pause = self.rng.between(30 * MS, 700 * MS);
+        let most = if self.plan.weather == Weather::Stalls { 100 * MS } else { 700 * MS };
+        let pause = self.rng.between(10 * MS, most);
         self.later(pause, Due::Fault);
+    }
+
+    fn part(&mut self, one: usize, other: usize, time: u64) {
+        self.net.partition(&format!("n{one}"), &format!("n{other}"));
+        self.partitions.push((one, other));
+        self.later(time, Due::Heal { one, other });
     }
 
     fn kill(&mut self, at: usize) {
@@ -478,16 +495,18 @@ impl World {
     /// Whether a request may fail like this, now.
     fn may_fail(&self, asked: &Asked, error: &StoreError) -> Result<(), String> {
         use ErrorKind::{
-            AlreadyExists, Busy, Denied, Invalid, NoSpace, NotFound, Os, PeerLost, TimedOut, TooLarge, Unavailable,
+            AlreadyExists, Busy, Denied, Invalid, NoSpace, NotFound, Os, PeerLost, TimedOut, TooLarge,
+            Unavailable,
         };
         let now = self.now();
         let exclusive = |attempt: usize| self.history.attempts[attempt].exclusive;
         let apart = self.plan.breaks_links();
         let allowed = match (asked.kind, error.kind()) {
             (Kind::Put { .. } | Kind::Reserve { .. } | Kind::Seal { .. }, NoSpace | TooLarge) => true,
-            (Kind::Put { attempt } | Kind::Reserve { attempt } | Kind::Seal { attempt, .. }, AlreadyExists) => {
-                exclusive(attempt)
-            }
+            (
+                Kind::Put { attempt } | Kind::Reserve { attempt } | Kind::Seal { attempt, .. },
+                AlreadyExists,
+            ) => exclusive(attempt),
             (Kind::Put { attempt } | Kind::Seal { attempt, .. }, PeerLost | Unavailable) => {
                 apart && exclusive(attempt)
             }
@@ -505,10 +524,13 @@ impl World {
         if !allowed {
             return Err(format!("{:?} may not fail like this", asked.kind));
         }
+        let stalls = self.plan.weather == Weather::Stalls;
         let (key, began, patient) = match asked.kind {
-            Kind::Get { key, began, timeout_ms, .. } => (key, began, timeout_ms >= 3_000),
-            Kind::Stat { key } => (key, asked.began, true),
-            Kind::Wait { key, timeout_ms } => (key, asked.began, timeout_ms == 0 || timeout_ms >= 300),
+            Kind::Get { key, began, timeout_ms, .. } => (key, began, timeout_ms >= 3_000 && !stalls),
+            Kind::Stat { key } => (key, asked.began, !stalls),
+            Kind::Wait { key, timeout_ms } => {
+                (key, asked.began, !stalls && (timeout_ms == 0 || timeout_ms >= 300))
+            }
             _ => return Ok(()),
         };
         let claims_absence = match error.kind() {
@@ -613,7 +635,9 @@ impl World {
                 }
                 Ok(())
             }
-            Ok(ClientReply::Sealed { kept: true, .. }) | Err(_) => self.history.end_put(attempt, Outcome::Never),
+            Ok(ClientReply::Sealed { kept: true, .. }) | Err(_) => {
+                self.history.end_put(attempt, Outcome::Never)
+            }
             Ok(reply) => Err(format!("a put was answered by {reply:?}")),
         }
     }
@@ -627,13 +651,14 @@ impl World {
     fn happen(&mut self, due: Due) {
         match due {
             Due::ToNode { at, epoch, client, request, message, payload } => {
-                if self.is_there(at, epoch) && self.nodes[at].pages.contains_key(&client) {
-                    if let ClientMessage::Evict { key, force: true } = &message {
-                        let (key, now) = (self.key_number(key), self.now());
-                        self.history.force_evict(key, now);
-                    }
-                    self.feed(at, Input::ClientRequest { client, request, message, payload });
+                if !self.is_there(at, epoch) || !self.nodes[at].pages.contains_key(&client) {
+                    return;
                 }
+                if let ClientMessage::Evict { key, force: true } = &message {
+                    let (key, now) = (self.key_number(key), self.now());
+                    self.history.force_evict(key, now);
+                }
+                self.feed(at, Input::ClientRequest { client, request, message, payload });
             }
             Due::ToClient { client, request, reply } => self.hears(client, request, reply),
             Due::Step { client } => self.step(client),
@@ -665,7 +690,8 @@ impl World {
 
     /// When this world has something to do, beside the network.
     fn next_at(&self) -> Option<(u64, Option<usize>)> {
-        let timers = self.nodes.iter().enumerate().filter_map(|(at, node)| Some((node.next_timer()?, Some(at))));
+        let timers =
+            self.nodes.iter().enumerate().filter_map(|(at, node)| Some((node.next_timer()?, Some(at))));
         let due = self.queue.first_key_value().map(|((at, _), _)| (*at, None));
         timers.chain(due).min_by_key(|(at, node)| (*at, node.is_none(), *node))
     }
