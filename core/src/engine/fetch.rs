@@ -93,6 +93,8 @@ pub(super) struct Fetch {
     tried: Vec<NodeId>,
     /// What was last in the way.
     obstacle: Option<StoreError>,
+    /// The node that did not give it at last, rather than not have it.
+    failed_by: Option<NodeId>,
 }
 
 /// Which node gave a key's object last.
@@ -160,6 +162,7 @@ impl Engine {
             questions: 0,
             tried: Vec::new(),
             obstacle: None,
+            failed_by: None,
         };
         self.fetches.insert(id, fetch);
         self.timers.set(deadline, Timer::Fetch(id));
@@ -312,10 +315,11 @@ impl Engine {
         let Some(fetch) = self.fetches.get_mut(&id) else {
             return;
         };
-        let lost = fetch
-            .obstacle
-            .as_ref()
-            .filter(|why| why.kind() == ErrorKind::PeerLost && fetch.want != Want::Existence);
+        // Where that node is still there, the object was taken from it meanwhile.
+        let is_gone = fetch.failed_by.is_none_or(|node| !self.peers.contains_key(&node));
+        let lost = fetch.obstacle.as_ref().filter(|why| {
+            why.kind() == ErrorKind::PeerLost && is_gone && fetch.want != Want::Existence
+        });
         let why = lost.cloned().unwrap_or_else(|| StoreError::not_found("get", &fetch.key));
         // Who came after the question may have put the object in between: that takes a question of its own.
         let questions = fetch.questions;
@@ -393,6 +397,7 @@ impl Engine {
             && let Some(fetch) = self.fetches.get_mut(&id)
         {
             fetch.tried.push(node);
+            fetch.failed_by = Some(node);
         }
     }
 
@@ -444,6 +449,7 @@ impl Engine {
         let peer = self.peers.get(&node).map(|peer| peer.member.address.clone());
         if let Some(fetch) = self.fetches.get_mut(&id) {
             fetch.tried.push(node);
+            fetch.failed_by = Some(node);
             fetch.stage = Stage::Waiting;
             fetch.obstacle = Some(StoreError::PeerLost {
                 operation: "get".into(),
@@ -475,6 +481,7 @@ impl Engine {
                 continue;
             };
             fetch.tried.extend(node);
+            fetch.failed_by = node;
             fetch.stage = Stage::Waiting;
             let why = StoreError::PeerLost {
                 operation: "get".into(),

@@ -30,7 +30,8 @@ pub(super) enum Hold {
 }
 
 impl Hold {
-    const fn writes(self) -> bool {
+    /// Whether whoever holds it may change the bytes.
+    pub(super) const fn writes(self) -> bool {
         matches!(self, Self::CopiedTo(_) | Self::Landing(_) | Self::Reading(_) | Self::Reserved(..))
     }
 }

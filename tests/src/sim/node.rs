@@ -2,15 +2,16 @@
 //! and not the network. Invariant: actions are carried out as `hetmem-node` does: memory in order, a `PinScan` before
 //! any other input, the fabric's in order.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, Weak};
 
 use hetmem_core::engine::{
     Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, PublishedObject, Time,
 };
+use hetmem_core::receipt::Path;
 use hetmem_core::wire::{ClientReply, FrameHeader, FrameKind, Member, PeerMessage, decode, encode};
 use hetmem_core::{
-    ClientId, Epoch, ErrorKind, Extent, Generation, Key, LeaseId, LinkId, NodeId, RemoteKey, SegmentId,
+    ClientId, Epoch, ErrorKind, Extent, Generation, Key, LeaseId, LinkId, NodeId, RemoteExtent, RemoteKey, SegmentId,
     SlotId, StoreError, TransferId,
 };
 use hetmem_transport::{
@@ -58,6 +59,12 @@ struct Message {
     payload: Option<(Extent, u64)>,
 }
 
+/// A read under way, and the lease that it is under: whose, of which incarnation, until when of the owner's clock.
+struct Read {
+    local: Extent,
+    lease: Option<(usize, u64, u64)>,
+}
+
 /// One client's pins. A place is taken by the client, or by the node on its behalf.
 pub(super) struct Page {
     pub(super) pins: Vec<Option<Generation>>,
@@ -86,7 +93,13 @@ pub(super) struct Node {
     emptying: bool,
     deferred: BTreeMap<LinkId, VecDeque<Message>>,
     dialling: BTreeMap<LinkId, String>,
-    reads: BTreeMap<TransferId, (Extent, u64)>,
+    reads: BTreeMap<TransferId, Read>,
+    /// The latest grant of each remote place.
+    grants: BTreeMap<(RemoteKey, u64), LeaseId>,
+    /// When the leases that this node gave run out, by its clock.
+    granted_until: BTreeMap<LeaseId, u64>,
+    /// Where reads that ended after their lease have put their bytes.
+    spoiled: BTreeSet<(SegmentId, u64)>,
     landings: BTreeMap<u64, Extent>,
     sends: BTreeMap<u64, Extent>,
     leases: BTreeMap<LeaseId, (LinkId, SegmentId, u64)>,
@@ -162,6 +175,9 @@ impl Node {
             deferred: BTreeMap::new(),
             dialling: BTreeMap::new(),
             reads: BTreeMap::new(),
+            grants: BTreeMap::new(),
+            granted_until: BTreeMap::new(),
+            spoiled: BTreeSet::new(),
             landings: BTreeMap::new(),
             sends: BTreeMap::new(),
             leases: BTreeMap::new(),
@@ -242,18 +258,14 @@ impl World {
                     node.guards.remove(extent.segment, Hold::Landing(*request));
                 }
             }
-            Input::ReadDone { transfer, result } => {
-                if let Some((extent, began)) = node.reads.remove(transfer) {
-                    let lease_ns = u64::from(self.plan.lease_ms) * MS;
-                    let late = result.is_ok() && node.clock.at(self.net.now()) - began > lease_ns;
-                    self.tally.late_reads += u64::from(late);
-                    node.guards.remove(extent.segment, Hold::Reading(*transfer));
-                }
+            Input::ReadDone { transfer, result } => self.read_over(at, *transfer, result.is_ok()),
+            Input::PeerMessage { link, message: PeerMessage::Release { lease }, .. }
+                if node.leases.get(lease).is_some_and(|(of, ..)| of == link) =>
+            {
+                node.end_lease(*lease);
             }
-            Input::PeerMessage { link, message: PeerMessage::Release { lease }, .. } => {
-                if node.leases.get(lease).is_some_and(|(of, ..)| of == link) {
-                    node.end_lease(*lease);
-                }
+            Input::PeerMessage { message: PeerMessage::Grant { granted, .. }, .. } => {
+                node.grants.insert((granted.extent.key, granted.extent.offset), granted.lease);
             }
             Input::LinkDown { link, .. } => {
                 let of_link = node.leases.iter().filter(|(_, (of, ..))| of == link);
@@ -272,9 +284,39 @@ impl World {
         }
     }
 
+    /// The lease under which a node is about to read.
+    fn lease_of(&self, at: usize, remote: RemoteExtent) -> Option<(usize, u64, u64)> {
+        let lease = self.nodes[at].grants.get(&(remote.key, remote.offset))?;
+        let owner = self.nodes.iter().position(|node| node.keys.contains_key(&remote.key))?;
+        let until = *self.nodes[owner].granted_until.get(lease)?;
+        Some((owner, self.nodes[owner].epoch, until))
+    }
+
+    /// A read has ended. If its lease had run out by then, its bytes may be anyone's.
+    fn read_over(&mut self, at: usize, transfer: TransferId, complete: bool) {
+        let Some(read) = self.nodes[at].reads.remove(&transfer) else { return };
+        let now = self.now();
+        let late = read.lease.is_some_and(|(owner, epoch, until)| {
+            let owner = &self.nodes[owner];
+            owner.epoch == epoch && owner.clock.at(now) >= until
+        });
+        let place = (read.local.segment, read.local.offset);
+        let node = &mut self.nodes[at];
+        node.guards.remove(read.local.segment, Hold::Reading(transfer));
+        if late && complete {
+            self.tally.late_reads += 1;
+            node.spoiled.insert(place);
+        } else {
+            node.spoiled.remove(&place);
+        }
+    }
+
     /// Adds a hold; a conflict is the engine's mistake.
     pub(super) fn hold(&mut self, at: usize, extent: Extent, hold: Hold) {
         let now = self.nodes[at].clock.at(self.now());
+        if hold.writes() {
+            self.nodes[at].spoiled.remove(&(extent.segment, extent.offset));
+        }
         if let Some(other) = self.nodes[at].guards.add(extent, hold, now) {
             self.fail(format!("node {at}: {extent:?} is given to {hold:?} while it is held by {other:?}"));
         }
@@ -286,6 +328,7 @@ impl World {
             return;
         }
         let now = self.nodes[at].clock.at(self.now());
+        self.nodes[at].spoiled.remove(&(extent.segment, extent.offset));
         if let Some(other) = self.nodes[at].guards.conflict(extent, now, allowed) {
             return self.fail(format!("node {at}: {extent:?} is written while it is held by {other:?}"));
         }
@@ -305,6 +348,10 @@ impl World {
                 self.replied(at, client, request, reply, descriptor);
             }
             Action::PinAndReply { client, request, mut located } => {
+                let place = (located.extent.segment, located.extent.offset);
+                if located.path == Path::Read && self.nodes[at].spoiled.contains(&place) {
+                    self.fail(format!("node {at}: a read whose lease had run out was a success: {located:?}"));
+                }
                 let page = self.nodes[at].pages.get_mut(&client);
                 let free = page.and_then(|page| {
                     let place = page.pins.iter().position(Option::is_none)?;
@@ -372,10 +419,10 @@ impl World {
 
     fn hold_for_fabric(&mut self, at: usize, action: &Action) {
         match action {
-            Action::Read { transfer, local, .. } => {
+            Action::Read { transfer, local, remote, .. } => {
                 self.hold(at, *local, Hold::Reading(*transfer));
-                let began = self.nodes[at].clock.at(self.now());
-                self.nodes[at].reads.insert(*transfer, (*local, began));
+                let lease = self.lease_of(at, *remote);
+                self.nodes[at].reads.insert(*transfer, Read { local: *local, lease });
             }
             Action::Send { payload: Some((extent, send)), .. } => {
                 self.hold(at, *extent, Hold::Sending(*send));
@@ -390,6 +437,7 @@ impl World {
                 let until = self.nodes[at].clock.at(self.now()) + u64::from(granted.lease_ms) * MS;
                 self.hold(at, extent, Hold::Leased(granted.lease, until));
                 self.nodes[at].leases.insert(granted.lease, (*link, segment, until));
+                self.nodes[at].granted_until.insert(granted.lease, until);
             }
             _ => {}
         }

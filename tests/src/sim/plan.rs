@@ -17,6 +17,7 @@ pub(super) enum Weather {
     /// Nodes stop hearing each other for moments, too short for anyone to be lost.
     Stalls,
     /// Links break.
+    Cuts,
     /// Nodes stop hearing each other for a while.
     Partitions,
     /// Nodes die and start again.

@@ -500,7 +500,7 @@ impl World {
         };
         let now = self.now();
         let exclusive = |attempt: usize| self.history.attempts[attempt].exclusive;
-        let apart = self.plan.breaks_links();
+        let (apart, stalls) = (self.plan.breaks_links(), self.plan.weather == Weather::Stalls);
         let allowed = match (asked.kind, error.kind()) {
             (Kind::Put { .. } | Kind::Reserve { .. } | Kind::Seal { .. }, NoSpace | TooLarge) => true,
             (
@@ -514,7 +514,7 @@ impl World {
             (Kind::Get { .. }, NotFound | NoSpace | Busy | TimedOut) => true,
             (Kind::Get { range: Some(_), .. }, Invalid) => true,
             (Kind::Stat { .. }, NotFound | TimedOut) | (Kind::Wait { .. }, TimedOut) => true,
-            (Kind::Get { .. } | Kind::Stat { .. } | Kind::Wait { .. }, PeerLost | Unavailable) => apart,
+            (Kind::Get { .. } | Kind::Stat { .. } | Kind::Wait { .. }, PeerLost | Unavailable) => apart || stalls,
             (Kind::List { .. }, PeerLost | Unavailable) => apart,
             (Kind::Delete { .. }, PeerLost | Unavailable | TimedOut) => apart,
             (Kind::Pin | Kind::Evict { .. }, NotFound) => true,
@@ -524,7 +524,6 @@ impl World {
         if !allowed {
             return Err(format!("{:?} may not fail like this", asked.kind));
         }
-        let stalls = self.plan.weather == Weather::Stalls;
         let (key, began, patient) = match asked.kind {
             Kind::Get { key, began, timeout_ms, .. } => (key, began, timeout_ms >= 3_000 && !stalls),
             Kind::Stat { key } => (key, asked.began, !stalls),
@@ -534,7 +533,8 @@ impl World {
             _ => return Ok(()),
         };
         let claims_absence = match error.kind() {
-            NotFound | PeerLost => true,
+            NotFound => true,
+            PeerLost => !stalls,
             TimedOut | Unavailable => patient,
             _ => false,
         };
