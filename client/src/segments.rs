@@ -134,6 +134,11 @@ impl Grants {
         }
     }
 
+    /// Lets go of a segment that the node has retired, as soon as nobody writes into it.
+    pub(crate) fn release(&self, segment: SegmentId) {
+        self.segments.lock().remove(&segment);
+    }
+
     /// The node knows that the segment is mapped.
     pub(crate) fn told(&self, segment: SegmentId) {
         if let Some(Grant::Mapped { told, .. }) = self.segments.lock().get_mut(&segment) {

@@ -115,6 +115,7 @@ impl Shared {
         };
         for segment in retired {
             self.segments.release(segment)?;
+            self.grants.release(segment);
         }
         let Some(fd) = answer.descriptors.into_iter().next() else {
             return Err(StoreError::protocol(format!(

@@ -317,9 +317,10 @@ impl Engine {
         };
         // Where that node is still there, the object was taken from it meanwhile.
         let is_gone = fetch.failed_by.is_none_or(|node| !self.peers.contains_key(&node));
-        let lost = fetch.obstacle.as_ref().filter(|why| {
-            why.kind() == ErrorKind::PeerLost && is_gone && fetch.want != Want::Existence
-        });
+        let lost = fetch
+            .obstacle
+            .as_ref()
+            .filter(|why| why.kind() == ErrorKind::PeerLost && is_gone && fetch.want != Want::Existence);
         let why = lost.cloned().unwrap_or_else(|| StoreError::not_found("get", &fetch.key));
         // Who came after the question may have put the object in between: that takes a question of its own.
         let questions = fetch.questions;

@@ -27,8 +27,8 @@ pub(super) struct Client {
     pub(super) reservations: BTreeSet<Generation>,
     /// Granted segments whose descriptor it has but has not yet acknowledged to have mapped.
     pub(super) unmapped: BTreeSet<SegmentId>,
-    /// Segments whose descriptor it has to read them.
-    mapped: BTreeSet<SegmentId>,
+    /// Segments whose descriptor it has.
+    pub(super) mapped: BTreeSet<SegmentId>,
 }
 
 impl Engine {

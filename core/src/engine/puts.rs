@@ -146,6 +146,7 @@ impl Engine {
         let mut attachment = None;
         if in_place && !self.space.is_closed_to_writers(extent.segment) {
             state.unmapped.insert(extent.segment);
+            state.mapped.insert(extent.segment);
             attachment = Some(Attachment::Segment(extent.segment));
         }
         let map = if in_place { self.space.len_bytes(extent.segment) } else { None };

@@ -163,17 +163,22 @@ impl Space {
         };
         let mut retire = Vec::new();
         let mut free = self.unassigned_bytes;
-        if free < least {
+        // The node's own empty segments go first, then those of clients that keep nothing in them: they get others when
+        // they need them, and what they still map is never handed out again.
+        for owned in [true, false] {
             for (&segment, books) in &self.segments {
-                // A segment that is as long as what is needed, or longer, would have been used as it is.
-                let useless = owner != Owner::Node || books.len_bytes < least;
-                if books.owner == Owner::Node && useless && books.arena.as_ref().is_some_and(Arena::is_empty)
-                {
-                    retire.push((segment, books.len_bytes));
-                    free += books.len_bytes;
-                }
                 if free >= least {
                     break;
+                }
+                let useless = match books.owner {
+                    // A segment that is as long as what is needed, or longer, would have been used as it is.
+                    Owner::Node => owned && (owner != Owner::Node || books.len_bytes < least),
+                    Owner::Client(_) => !owned && books.owner != owner,
+                    Owner::Left(_) => false,
+                };
+                if useless && books.arena.as_ref().is_some_and(Arena::is_empty) {
+                    retire.push((segment, books.len_bytes));
+                    free += books.len_bytes;
                 }
             }
         }
@@ -245,9 +250,12 @@ impl Space {
             .collect()
     }
 
+    /// The session has ended, the process may still write to what it maps: nothing new is put there, and a segment is
+    /// retired when it is empty. A process that connects again and again would else take all of the memory with it.
     pub(super) fn client_left(&mut self, client: ClientId) {
         for books in self.segments.values_mut().filter(|books| books.owner == Owner::Client(client)) {
             books.owner = Owner::Left(client);
+            books.returned = true;
         }
     }
 
@@ -261,6 +269,7 @@ impl Space {
                 continue;
             }
             books.owner = Owner::Node;
+            books.returned = false;
             if !std::mem::replace(&mut books.closed_to_writers, true) {
                 open.push(segment);
             }

@@ -11,8 +11,8 @@ use hetmem_core::engine::{
 use hetmem_core::receipt::Path;
 use hetmem_core::wire::{ClientReply, FrameHeader, FrameKind, Member, PeerMessage, decode, encode};
 use hetmem_core::{
-    ClientId, Epoch, ErrorKind, Extent, Generation, Key, LeaseId, LinkId, NodeId, RemoteExtent, RemoteKey, SegmentId,
-    SlotId, StoreError, TransferId,
+    ClientId, Epoch, ErrorKind, Extent, Generation, Key, LeaseId, LinkId, NodeId, RemoteExtent, RemoteKey,
+    SegmentId, SlotId, StoreError, TransferId,
 };
 use hetmem_transport::{
     Access, Fabric, FabricEvent, FabricSink, HeapRegion, Landing, LandingToken, RegionMemory, SendToken,
@@ -350,7 +350,9 @@ impl World {
             Action::PinAndReply { client, request, mut located } => {
                 let place = (located.extent.segment, located.extent.offset);
                 if located.path == Path::Read && self.nodes[at].spoiled.contains(&place) {
-                    self.fail(format!("node {at}: a read whose lease had run out was a success: {located:?}"));
+                    self.fail(format!(
+                        "node {at}: a read whose lease had run out was a success: {located:?}"
+                    ));
                 }
                 let page = self.nodes[at].pages.get_mut(&client);
                 let free = page.and_then(|page| {

@@ -514,7 +514,9 @@ impl World {
             (Kind::Get { .. }, NotFound | NoSpace | Busy | TimedOut) => true,
             (Kind::Get { range: Some(_), .. }, Invalid) => true,
             (Kind::Stat { .. }, NotFound | TimedOut) | (Kind::Wait { .. }, TimedOut) => true,
-            (Kind::Get { .. } | Kind::Stat { .. } | Kind::Wait { .. }, PeerLost | Unavailable) => apart || stalls,
+            (Kind::Get { .. } | Kind::Stat { .. } | Kind::Wait { .. }, PeerLost | Unavailable) => {
+                apart || stalls
+            }
             (Kind::List { .. }, PeerLost | Unavailable) => apart,
             (Kind::Delete { .. }, PeerLost | Unavailable | TimedOut) => apart,
             (Kind::Pin | Kind::Evict { .. }, NotFound) => true,

@@ -329,14 +329,27 @@ fn a_client_that_leaves_takes_its_reservations_and_pins_along() {
     world.assert_drained();
     assert_eq!(located.object.number, 1);
 
-    // Its process may still write: nothing else goes into its segment until it has ended.
-    let granted = world.status(0).tiers[0].granted_bytes;
-    assert!(granted > 0);
-    world.feed(0, Input::ClientProcessGone { client: one });
+    // Its process may still write to its segment, so nobody else gets it: it is empty, and goes.
     assert_eq!(world.status(0).tiers[0].granted_bytes, 0);
-    assert!(world.nodes[0].closed.contains(&extent.segment), "never mapped, closed when adopted");
     let descriptor = ClientMessage::Segment { segment: extent.segment };
-    assert!(world.call(0, two, descriptor).is_ok(), "readers may have it now");
+    World::assert_kind(world.call(0, two, descriptor), ErrorKind::Stale);
+}
+
+#[test]
+fn what_a_client_that_left_has_sealed_stays_apart_until_its_process_ends() {
+    let mut world = World::new(1);
+    let (one, two) = (world.client(0, 1), world.client(0, 2));
+    let answer = world.reserve(0, one, "k", 1_000);
+    let Ok(ClientReply::Reserved { reservation, extent, .. }) = answer else { panic!("{answer:?}") };
+    let _ = world.call(0, one, ClientMessage::Mapped { segment: extent.segment });
+    assert!(world.seal(0, one, reservation).is_ok());
+    world.leave(0, one);
+    let granted = world.status(0).tiers[0].granted_bytes;
+    assert!(granted > 0, "its process may still write");
+    assert!(world.get(0, two, "k").is_ok());
+    world.feed(0, Input::ClientProcessGone { client: one });
+    assert_eq!(world.status(0).tiers[0].granted_bytes, 0, "like the node's own from now on");
+    assert!(world.get(0, two, "k").is_ok());
 }
 
 #[test]
