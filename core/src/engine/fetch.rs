@@ -49,8 +49,8 @@ pub(super) struct FetchWaiter {
 pub(super) enum Stage {
     /// Waits until it is tried again.
     Waiting,
-    /// Waits for a link to this node.
-    Dialling { node: NodeId },
+    /// Waits for a link to this node, until then.
+    Dialling { node: NodeId, until: Time },
     /// This node keeps the directory, does not know the key, and asks everyone.
     AskingAll,
     /// A GET is under way.
@@ -229,9 +229,10 @@ impl Engine {
         }
         if let Some(holder) = first {
             // `welcome` goes on when the link is up.
-            fetch.stage = Stage::Dialling { node: holder.node };
+            let until = self.now.after_ms(DIAL_MS);
+            fetch.stage = Stage::Dialling { node: holder.node, until };
             self.hints.remember(&fetch.key, holder.node);
-            self.timers.set(self.now.after_ms(DIAL_MS), Timer::Retry(id));
+            self.timers.set(until, Timer::Retry(id));
             return self.dial(&holder.address);
         }
         fetch.tried.clear();
@@ -417,7 +418,8 @@ impl Engine {
         };
         match fetch.stage {
             Stage::Waiting => self.fetch_start(id),
-            Stage::Dialling { node } => {
+            // The timer may be one of an earlier wait.
+            Stage::Dialling { node, until } if until <= self.now => {
                 let why = format!("no connection to it came up within {DIAL_MS} ms");
                 self.fetch_gets_no_link(id, node, &why);
             }
@@ -437,7 +439,7 @@ impl Engine {
 
     /// A node could not be reached: fetches that waited for it look elsewhere.
     pub(super) fn fetches_undialled(&mut self, node: NodeId, why: &StoreError) {
-        let waits = |stage: &Stage| matches!(stage, Stage::Dialling { node: of } if *of == node);
+        let waits = |stage: &Stage| matches!(stage, Stage::Dialling { node: of, .. } if *of == node);
         let waiting: Vec<FetchId> =
             self.fetches.iter().filter(|(_, f)| waits(&f.stage)).map(|(&id, _)| id).collect();
         for id in waiting {

@@ -201,6 +201,10 @@ impl World {
         self.feed(node, Input::ClientJoined { client: id, trusted });
         let hello = ClientMessage::Hello { version_min: PROTOCOL_MIN, version_max: PROTOCOL_MAX };
         self.ask_plain(id, Kind::Hello, 0, hello);
+        if !self.is_ending() && self.rng.percent(self.plan.client_deaths) {
+            let life = self.rng.between(0, 600 * MS);
+            self.later(life, Due::Die { client: id });
+        }
     }
 
     pub(super) fn step_later(&mut self, id: ClientId, low: u64, high: u64) {
@@ -248,7 +252,6 @@ impl World {
             (4, 9),
             (1, 10),
             (1, 11),
-            (plan.client_deaths, 12),
         ]);
         self.rng.next();
         let key = self.rng.index(self.plan.keys);
@@ -314,10 +317,7 @@ impl World {
                 }
                 None => self.rest(id),
             },
-            _ => {
-                let killed = self.rng.percent(60);
-                self.leave(id, killed);
-            }
+            _ => self.rest(id),
         }
     }
 
@@ -599,6 +599,15 @@ impl World {
 
     // Deaths.
 
+    /// A client dies wherever it is.
+    pub(super) fn die(&mut self, id: ClientId) {
+        if self.clients.get(&id).is_some_and(|client| client.alive) {
+            self.tally.deaths += 1;
+            let killed = self.rng.percent(60);
+            self.leave(id, killed);
+        }
+    }
+
     /// A session ends: because the process was killed, or politely, while the process may still write to what was
     /// granted to it.
     pub(super) fn leave(&mut self, id: ClientId, killed: bool) {
@@ -628,7 +637,8 @@ impl World {
         let (Some(writing), at) = (client.writing().filter(|writing| writing.in_place), client.node) else {
             return;
         };
-        if !client.granted.contains(&writing.extent.segment) {
+        let mapped = client.granted.contains(&writing.extent.segment);
+        if !mapped || !self.nodes[at].segments.contains_key(&writing.extent.segment) {
             return;
         }
         let own = Hold::Reserved(id, writing.reservation);

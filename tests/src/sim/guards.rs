@@ -90,10 +90,10 @@ impl Guards {
         }
     }
 
-    /// A hold on any byte of a segment.
-    pub(super) fn any(&self, segment: SegmentId, now: u64) -> Option<Hold> {
-        let holds = self.segments.get(&segment)?;
-        let live = |hold: &Hold| !matches!(hold, Hold::Leased(_, until) if *until <= now);
+    /// Forgets a segment, and says which hold on any byte of it stands against that.
+    pub(super) fn retire(&mut self, segment: SegmentId, now: u64, gone: impl Fn(Hold) -> bool) -> Option<Hold> {
+        let holds = self.segments.remove(&segment)?;
+        let live = |hold: &Hold| !matches!(hold, Hold::Leased(_, until) if *until <= now) && !gone(*hold);
         holds.iter().map(|(_, _, hold)| *hold).find(live)
     }
 }

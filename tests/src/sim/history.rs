@@ -29,8 +29,10 @@ pub(super) struct Attempt {
     pub(super) fleeting: bool,
     /// A get has returned it.
     seen: bool,
-    /// When its node died.
+    /// Its node has died.
     died: bool,
+    /// When it left its node's index.
+    left: Option<u64>,
 }
 
 /// One delete of a key.
@@ -95,6 +97,7 @@ impl History {
             fleeting: false,
             seen: false,
             died: false,
+            left: None,
         }
     }
 
@@ -143,7 +146,26 @@ impl History {
                 && deletion.certain
                 && sealed <= deletion.invoked
                 && deletion.ended.is_some_and(|ended| ended <= began)
+                && !self.was_nowhere(attempt, deletion)
         })
+    }
+
+    /// Whether an object was evicted before, or by force during, a delete: then no node holds it, but a copy may be on
+    /// its way, and a delete knows only what some node holds.
+    fn was_nowhere(&self, attempt: &Attempt, deletion: &Deletion) -> bool {
+        let during = |at: u64| deletion.invoked <= at && deletion.ended.is_none_or(|ended| at <= ended);
+        attempt.left.is_some_and(|left| left < deletion.invoked)
+            || self.forced.iter().any(|(key, at)| *key == attempt.key && during(*at))
+    }
+
+    /// An original has left its node's index.
+    pub(super) fn left(&mut self, key: usize, node: usize, epoch: u64, now: u64) {
+        for &index in &self.by_key[key] {
+            let attempt = &mut self.attempts[index];
+            if (attempt.node, attempt.epoch) == (node, epoch) && matches!(attempt.outcome, Outcome::Sealed(_)) {
+                attempt.left.get_or_insert(now);
+            }
+        }
     }
 
     /// Checks what a get returned: whole bytes of one object of the key that may still be read.

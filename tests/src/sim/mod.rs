@@ -26,6 +26,8 @@ pub struct Tally {
     pub operations: u64,
     /// Links cut, partitions, deaths of nodes, memory that could not be made, copies that failed.
     pub faults: u64,
+    /// Clients that died in the middle of something.
+    pub deaths: u64,
     /// Inputs of engines.
     pub inputs: u64,
     /// Gets whose bytes were read and compared.
@@ -55,6 +57,7 @@ impl Tally {
     pub fn add(&mut self, other: &Self) {
         self.operations += other.operations;
         self.faults += other.faults;
+        self.deaths += other.deaths;
         self.inputs += other.inputs;
         self.reads += other.reads;
         self.verified += other.verified;
@@ -73,10 +76,11 @@ impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} operations, {} faults, {} engine inputs, {} gets compared ({} bytes; {} in place, {} raced a withdrawal), \
+            "{} operations, {} faults, {} deaths of clients, {} engine inputs, {} gets compared ({} bytes; {} in place, {} raced a withdrawal), \
              {} objects sealed, {} fetched eagerly, {} by read ({} too late), {} evicted, {} keys found everywhere at the end",
             self.operations,
             self.faults,
+            self.deaths,
             self.inputs,
             self.reads,
             self.verified,

@@ -278,6 +278,8 @@ impl World {
                 if let Some((from, to)) = node.copies.remove(generation) {
                     node.guards.remove(from.segment, Hold::CopiedFrom(*generation));
                     node.guards.remove(to.segment, Hold::CopiedTo(*generation));
+                    // The object has moved, or its put has failed: what the client wrote to is free.
+                    node.guards.remove_where(|hold| matches!(hold, Hold::Reserved(_, of) if of == *generation));
                 }
             }
             _ => {}
@@ -467,12 +469,18 @@ impl World {
         node.guards.remove(object.extent.segment, Hold::Published(slot));
         let epoch = node.epoch;
         let own = object.object.origin == NodeId(at as u64 + 1) && object.object.epoch == Epoch(epoch);
-        if own && !self.history.may_leave(self.key_number(&object.key), at, epoch) {
+        if !own {
+            return;
+        }
+        let key = self.key_number(&object.key);
+        if !self.history.may_leave(key, at, epoch) {
             self.fail(format!(
                 "node {at}: original {:?} of {:?} left without a delete",
                 object.object, object.key
             ));
         }
+        let now = self.now();
+        self.history.left(key, at, epoch, now);
     }
 
     fn retire(&mut self, at: usize, segment: SegmentId, len_bytes: u64) {
@@ -480,7 +488,11 @@ impl World {
         let node = &mut self.nodes[at];
         node.fabric.deregister(segment);
         node.keys.retain(|_, of| *of != segment);
-        let held = node.guards.any(segment, now);
+        // Who has left may still write to what it maps; that memory is not the node's any more.
+        let clients = &self.clients;
+        let held = node.guards.retire(segment, now, |hold| {
+            matches!(hold, Hold::Reserved(id, _) if !clients.get(&id).is_some_and(|client| client.alive))
+        });
         let memory = node.segments.remove(&segment);
         if let Some(hold) = held {
             self.fail(format!("node {at}: segment {segment} is retired while {hold:?}"));

@@ -45,7 +45,7 @@ pub(super) struct Plan {
     pub(super) pause_ns: u64,
     pub(super) segment_failures: u64,
     pub(super) copy_failures: u64,
-    /// Of a hundred operations of a client, how many are its death.
+    /// Of a hundred clients, how many die in the middle of their work.
     pub(super) client_deaths: u64,
     /// Pins of one client's page.
     pub(super) pins: usize,
@@ -88,7 +88,7 @@ impl Plan {
             pause_ns: rng.pick(&[MS / 2, 3 * MS, 10 * MS]),
             segment_failures: rng.pick(&[0, 0, 10, 50]),
             copy_failures: rng.pick(&[0, 0, 20]),
-            client_deaths: rng.pick(&[0, 1, 3]),
+            client_deaths: rng.pick(&[0, 50, 100]),
             pins: rng.pick(&[2, 8]),
             deletes: rng.pick(&[2, 8, 15]),
             puts: rng.pick(&[20, 35, 60]),

@@ -37,6 +37,7 @@ pub(super) enum Due {
     ToClient { client: ClientId, request: u64, reply: Option<ClientReply> },
     Step { client: ClientId },
     Scribble { client: ClientId },
+    Die { client: ClientId },
     Left { at: usize, epoch: u64, client: ClientId },
     Gone { at: usize, epoch: u64, client: ClientId },
     Join { at: usize, epoch: u64 },
@@ -520,7 +521,8 @@ impl World {
             (Kind::List { .. }, PeerLost | Unavailable) => apart,
             (Kind::Delete { .. }, PeerLost | Unavailable | TimedOut) => apart,
             (Kind::Pin | Kind::Evict { .. }, NotFound) => true,
-            (Kind::Evict { force: false }, Denied) => true,
+            // An empty segment may have been taken back before the client gave it.
+            (Kind::Evict { force: false } | Kind::Return, Denied) => true,
             _ => false,
         };
         if !allowed {
@@ -665,6 +667,7 @@ impl World {
             Due::ToClient { client, request, reply } => self.hears(client, request, reply),
             Due::Step { client } => self.step(client),
             Due::Scribble { client } => self.scribble(client),
+            Due::Die { client } => self.die(client),
             Due::Left { at, epoch, client } if self.is_there(at, epoch) => self.session_over(at, client),
             Due::Gone { at, epoch, client } if self.is_there(at, epoch) => self.process_over(at, client),
             Due::Join { at, epoch } if self.is_there(at, epoch) && !self.is_ending() => self.join(at, None),
