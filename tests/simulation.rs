@@ -1,5 +1,6 @@
 //! The simulated cluster (`hetmem_tests::sim`) on a few hundred seeds. Not the long run, which is `simulate --seeds N`.
 //! Invariant: the seeds are always the same ones, so that a failure here is one for everybody.
+#![allow(clippy::print_stdout, reason = "what a run covered belongs into its log")]
 
 use hetmem_tests::sim::{self, Tally};
 

@@ -320,7 +320,7 @@ impl Engine {
         let mut target = (generation, extent);
         let mut kept = false;
         if fetch.want == (Want::Object { keep: true }) {
-            self.make_slot();
+            self.make_slot(generation);
             kept = !self.objects.is_full();
         }
         if kept {

@@ -50,7 +50,7 @@ pub(super) enum Stage {
     /// Waits until it is tried again.
     Waiting,
     /// Waits for a link to this node, until then.
-    Dialling { node: NodeId, until: Time },
+    Dialling { holder: Holder, until: Time },
     /// This node keeps the directory, does not know the key, and asks everyone.
     AskingAll,
     /// A GET is under way.
@@ -230,7 +230,7 @@ impl Engine {
         if let Some(holder) = first {
             // `welcome` goes on when the link is up.
             let until = self.now.after_ms(DIAL_MS);
-            fetch.stage = Stage::Dialling { node: holder.node, until };
+            fetch.stage = Stage::Dialling { holder: holder.clone(), until };
             self.hints.remember(&fetch.key, holder.node);
             self.timers.set(until, Timer::Retry(id));
             return self.dial(&holder.address);
@@ -416,12 +416,12 @@ impl Engine {
         let Some(fetch) = self.fetches.get(&id) else {
             return;
         };
-        match fetch.stage {
+        match &fetch.stage {
             Stage::Waiting => self.fetch_start(id),
             // The timer may be one of an earlier wait.
-            Stage::Dialling { node, until } if until <= self.now => {
+            Stage::Dialling { holder, until } if *until <= self.now => {
                 let why = format!("no connection to it came up within {DIAL_MS} ms");
-                self.fetch_gets_no_link(id, node, &why);
+                self.fetch_gets_no_link(id, holder.clone(), &why);
             }
             _ => {}
         }
@@ -438,26 +438,27 @@ impl Engine {
     }
 
     /// A node could not be reached: fetches that waited for it look elsewhere.
-    pub(super) fn fetches_undialled(&mut self, node: NodeId, why: &StoreError) {
-        let waits = |stage: &Stage| matches!(stage, Stage::Dialling { node: of, .. } if *of == node);
-        let waiting: Vec<FetchId> =
-            self.fetches.iter().filter(|(_, f)| waits(&f.stage)).map(|(&id, _)| id).collect();
-        for id in waiting {
-            self.fetch_gets_no_link(id, node, &why.to_string());
+    pub(super) fn fetches_undialled(&mut self, address: &str, why: &StoreError) {
+        let waits = |(&id, fetch): (&FetchId, &Fetch)| match &fetch.stage {
+            Stage::Dialling { holder, .. } if holder.address == address => Some((id, holder.clone())),
+            _ => None,
+        };
+        let waiting: Vec<(FetchId, Holder)> = self.fetches.iter().filter_map(waits).collect();
+        for (id, holder) in waiting {
+            self.fetch_gets_no_link(id, holder, &why.to_string());
         }
     }
 
     /// A holder does not take the connection; another may have the object too.
-    fn fetch_gets_no_link(&mut self, id: FetchId, node: NodeId, why: &str) {
-        let peer = self.peers.get(&node).map(|peer| peer.member.address.clone());
+    fn fetch_gets_no_link(&mut self, id: FetchId, holder: Holder, why: &str) {
         if let Some(fetch) = self.fetches.get_mut(&id) {
-            fetch.tried.push(node);
-            fetch.failed_by = Some(node);
+            fetch.tried.push(holder.node);
+            fetch.failed_by = Some(holder.node);
             fetch.stage = Stage::Waiting;
             fetch.obstacle = Some(StoreError::PeerLost {
                 operation: "get".into(),
                 subject: fetch.key.to_string(),
-                peer: peer.unwrap_or_else(|| format!("node {node}")),
+                peer: holder.address,
                 why: why.to_owned().into(),
             });
             self.fetch_start(id);

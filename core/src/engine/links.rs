@@ -76,15 +76,8 @@ impl Engine {
             self.directory_lost(why);
             return;
         }
-        let unreached = self
-            .peers
-            .values()
-            .find(|peer| peer.link.is_none() && peer.member.address == address)
-            .map(|peer| peer.member.node);
-        if let Some(node) = unreached {
-            self.fetches_undialled(node, why);
-            self.peers.remove(&node);
-        }
+        self.fetches_undialled(address, why);
+        self.peers.retain(|_, peer| peer.link.is_some() || peer.member.address != address);
     }
 
     fn directory_lost(&mut self, why: &StoreError) {

@@ -323,7 +323,7 @@ impl Engine {
         generation: Generation,
         checksum: Checksum,
     ) -> Result<ClientReply, StoreError> {
-        self.make_slot();
+        self.make_slot(generation);
         let slot = match self.objects.seal(generation, checksum) {
             Ok(slot) => slot,
             Err(error) => {
@@ -360,9 +360,11 @@ impl Engine {
         Ok(ClientReply::Sealed { object: id, kept: false, slot: Some(slot) })
     }
 
-    /// Sees to it that the index has a free slot, if an object may go for that.
-    pub(super) fn make_slot(&mut self) {
-        if self.objects.is_full() {
+    /// Sees to it that the index has a free slot for an object, if another may go for that. Not the one of its own key:
+    /// that is the reason why it needs none.
+    pub(super) fn make_slot(&mut self, generation: Generation) {
+        let taken = |object: &Object| self.objects.sealed(&object.key).is_some();
+        if self.objects.is_full() && !self.objects.get(generation).is_some_and(taken) {
             self.evict_for_slot();
         }
     }

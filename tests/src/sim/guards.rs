@@ -91,7 +91,12 @@ impl Guards {
     }
 
     /// Forgets a segment, and says which hold on any byte of it stands against that.
-    pub(super) fn retire(&mut self, segment: SegmentId, now: u64, gone: impl Fn(Hold) -> bool) -> Option<Hold> {
+    pub(super) fn retire(
+        &mut self,
+        segment: SegmentId,
+        now: u64,
+        gone: impl Fn(Hold) -> bool,
+    ) -> Option<Hold> {
         let holds = self.segments.remove(&segment)?;
         let live = |hold: &Hold| !matches!(hold, Hold::Leased(_, until) if *until <= now) && !gone(*hold);
         holds.iter().map(|(_, _, hold)| *hold).find(live)

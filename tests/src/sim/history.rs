@@ -162,7 +162,8 @@ impl History {
     pub(super) fn left(&mut self, key: usize, node: usize, epoch: u64, now: u64) {
         for &index in &self.by_key[key] {
             let attempt = &mut self.attempts[index];
-            if (attempt.node, attempt.epoch) == (node, epoch) && matches!(attempt.outcome, Outcome::Sealed(_)) {
+            if (attempt.node, attempt.epoch) == (node, epoch) && matches!(attempt.outcome, Outcome::Sealed(_))
+            {
                 attempt.left.get_or_insert(now);
             }
         }

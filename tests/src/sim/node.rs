@@ -279,7 +279,8 @@ impl World {
                     node.guards.remove(from.segment, Hold::CopiedFrom(*generation));
                     node.guards.remove(to.segment, Hold::CopiedTo(*generation));
                     // The object has moved, or its put has failed: what the client wrote to is free.
-                    node.guards.remove_where(|hold| matches!(hold, Hold::Reserved(_, of) if of == *generation));
+                    node.guards
+                        .remove_where(|hold| matches!(hold, Hold::Reserved(_, of) if of == *generation));
                 }
             }
             _ => {}

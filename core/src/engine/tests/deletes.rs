@@ -139,3 +139,55 @@ fn exclusive_puts_need_the_directory() {
     world.assert_drained();
     assert_eq!(world.used(1), 0);
 }
+
+#[test]
+fn of_two_deletes_the_second_waits_for_the_first() {
+    let mut world = World::new(2);
+    let (home, away) = (world.client(0, 1), world.client(1, 1));
+    world.put(1, away, "k", &pattern(1, 100));
+    let requests = [world.ask(0, home, delete("k")), world.ask(0, home, delete("k"))];
+    let mut answered = 0;
+    while answered < 2 {
+        assert!(world.step(), "both are answered");
+        for request in requests {
+            if world.answer(0, home, request).is_some() {
+                answered += 1;
+                assert!(world.nodes[1].index.is_empty(), "whatever was answered first, the object is gone");
+            }
+        }
+    }
+    world.assert_drained();
+}
+
+#[test]
+fn an_exclusive_put_that_fails_leaves_nothing_in_the_directory() {
+    let mut world = World::shaped(2, &Shape { objects_max: 1, ..Shape::default() });
+    let (home, away) = (world.client(0, 1), world.client(1, 1));
+    world.put(1, away, "full", &[1]);
+    let put = world.try_put(1, away, "k", &[1], PutHints::default(), IfExists::Error);
+    World::assert_kind(put, ErrorKind::TooLarge);
+    let list = ClientMessage::List { prefix: "k".to_owned(), after: None, limit: 10 };
+    let nothing = Ok(ClientReply::Listed { objects: Vec::new(), more: false });
+    assert_eq!(world.call(0, home, list), nothing);
+    let put = world.try_put(0, home, "k", &[2], PutHints::default(), IfExists::Error);
+    assert!(put.is_ok(), "{put:?}");
+}
+
+#[test]
+fn an_exclusive_put_is_refused_by_a_copy_that_came_meanwhile() {
+    let mut world = World::shaped(2, &Shape { objects_max: 1, ..Shape::default() });
+    let (home, away) = (world.client(0, 1), world.client(1, 1));
+    let meta = crate::ObjectMeta::bytes(8).expect("a length");
+    let hints = PutHints::default();
+    let reserve = ClientMessage::Reserve { key: key("k"), meta, hints, if_exists: IfExists::Error };
+    let Ok(ClientReply::Reserved { reservation, extent, .. }) = world.call(1, away, reserve) else {
+        panic!("a reservation");
+    };
+    let _ = world.call(1, away, ClientMessage::Mapped { segment: extent.segment });
+    world.put(0, home, "k", &pattern(1, 8));
+    // The copy takes the only slot of the index, from which it could be evicted.
+    world.fetch(1, away, "k", &pattern(1, 8));
+    World::assert_kind(world.seal(1, away, reservation), ErrorKind::AlreadyExists);
+    assert_eq!(world.fetch(1, away, "k", &pattern(1, 8)), Path::Local);
+    world.assert_drained();
+}

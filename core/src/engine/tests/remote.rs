@@ -5,7 +5,7 @@ use crate::engine::Input;
 use crate::error::{ErrorKind, StoreError};
 use crate::meta::ObjectMeta;
 use crate::receipt::Path;
-use crate::wire::{ClientMessage, ClientReply, PeerMessage, Range};
+use crate::wire::{ClientMessage, ClientReply, IfExists, PeerMessage, PutHints, Range};
 
 fn reading() -> Shape {
     Shape { threshold_bytes: Some(0), ..Shape::default() }
@@ -350,4 +350,24 @@ fn answers_that_do_not_fit_the_question_are_errors() {
     assert_eq!(world.status(1).counters.refused, 2);
     world.advance(1_000);
     world.assert_drained();
+}
+
+#[test]
+fn not_found_answers_only_those_who_asked_before() {
+    let mut world = World::new(2);
+    let (home, one, two) = (world.client(0, 1), world.client(1, 1), world.client(1, 2));
+    let early = world.ask_get(1, one, "k", true);
+    // The question reaches the node that keeps the directory, whose answer is under way when the object is put.
+    assert!(world.step());
+    world.ask_with(0, home, put("k", 3), &[1, 2, 3]);
+    let late = world.ask_get(1, two, "k", true);
+    world.settle();
+    World::assert_kind(world.answer(1, one, early).expect("an answer"), ErrorKind::NotFound);
+    let answer = world.answer(1, two, late).expect("an answer");
+    assert!(matches!(answer, Ok(ClientReply::Located(_))), "{answer:?}");
+}
+
+fn put(name: &str, len_bytes: u64) -> ClientMessage {
+    let meta = ObjectMeta::bytes(len_bytes).expect("a length");
+    ClientMessage::Put { key: key(name), meta, hints: PutHints::default(), if_exists: IfExists::Keep }
 }

@@ -387,6 +387,13 @@ impl World {
         assert!(before.is_none(), "request {request} was answered twice");
     }
 
+    /// Delivers one thing that is under way; false if nothing is.
+    pub(super) fn step(&mut self) -> bool {
+        let Some((node, input, payload)) = self.queue.pop_front() else { return false };
+        self.feed_with(node, input, payload);
+        true
+    }
+
     /// Delivers everything that is under way.
     pub(super) fn settle(&mut self) {
         let mut steps = 0;
