@@ -8,7 +8,7 @@ use crate::error::StoreError;
 use crate::tier::{ClientId, Generation, LinkId, RemoteKey, SegmentId, SlotId, TransferId};
 use crate::wire::{ClientMessage, Member, PeerMessage};
 
-/// Objects up to this many bytes come inside the answer, until something better is known (DESIGN: one more round
+/// Objects up to this many bytes come inside the answer, until something better is known (one more round
 /// trip of 2 to 5 us costs as much as copying 16 to 59 KiB at 8 to 12 GB/s).
 pub const THRESHOLD_DEFAULT: u64 = 32 * 1024;
 

@@ -114,7 +114,7 @@ pub(super) struct Client {
     pub(super) doing: Doing,
     next_request: u64,
     known: BTreeSet<SegmentId>,
-    granted: BTreeSet<SegmentId>,
+    pub(super) granted: BTreeSet<SegmentId>,
     pub(super) tour: Option<Tour>,
     /// When the last packet reaches the node, or the client.
     pub(super) upward_at: u64,
@@ -160,7 +160,7 @@ fn patience(kind: &Kind, timeout_ms: u64) -> u64 {
 }
 
 impl World {
-    fn client(&mut self, id: ClientId) -> &mut Client {
+    pub(super) fn client(&mut self, id: ClientId) -> &mut Client {
         self.clients.get_mut(&id).expect("a client that is there")
     }
 
@@ -186,7 +186,7 @@ impl World {
         self.at(at, due);
     }
 
-    fn ask_plain(&mut self, id: ClientId, kind: Kind, timeout_ms: u64, message: ClientMessage) {
+    pub(super) fn ask_plain(&mut self, id: ClientId, kind: Kind, timeout_ms: u64, message: ClientMessage) {
         self.ask(id, kind, timeout_ms, message, Bytes::new());
     }
 
@@ -400,7 +400,7 @@ impl World {
 
     // Gets.
 
-    fn get(&mut self, id: ClientId, key: usize, range: Option<Range>) {
+    pub(super) fn get(&mut self, id: ClientId, key: usize, range: Option<Range>) {
         let (now, at) = (self.now(), self.client(id).node);
         let name = self.key(key);
         let node = &self.nodes[at];
@@ -569,110 +569,6 @@ impl World {
                 self.rest(id);
             }
             _ => self.rest(id),
-        }
-    }
-
-    // The last look.
-
-    fn tour_on(&mut self, id: ClientId) {
-        let after = {
-            let Some(tour) = &mut self.client(id).tour else { return };
-            if let Some(key) = tour.keys.pop() {
-                return self.get(id, key, None);
-            }
-            if !tour.lists {
-                let missing: Vec<usize> =
-                    tour.expected.iter().copied().filter(|key| !tour.listed.contains(key)).collect();
-                if !missing.is_empty() {
-                    let at = self.client(id).node;
-                    self.fail(format!("node {at}: a list of everything lacks keys {missing:?}"));
-                }
-                return self.leave(id, true);
-            }
-            tour.after
-        };
-        let after = after.map(|key| self.key(key));
-        let limit = u32::try_from(self.rng.between(1, 50)).unwrap_or(1);
-        let message = ClientMessage::List { prefix: "k".to_owned(), after, limit };
-        self.ask_plain(id, Kind::List { all: true }, 0, message);
-    }
-
-    // Deaths.
-
-    /// A client dies wherever it is.
-    pub(super) fn die(&mut self, id: ClientId) {
-        if self.clients.get(&id).is_some_and(|client| client.alive) {
-            self.tally.deaths += 1;
-            let killed = self.rng.percent(60);
-            self.leave(id, killed);
-        }
-    }
-
-    /// A session ends: because the process was killed, or politely, while the process may still write to what was
-    /// granted to it.
-    pub(super) fn leave(&mut self, id: ClientId, killed: bool) {
-        let (node, trusted) = {
-            let client = self.client(id);
-            client.alive = false;
-            (client.node, client.trusted)
-        };
-        let epoch = self.nodes[node].epoch;
-        let notice = self.rng.between(10_000, MS);
-        self.later(notice, Due::Left { at: node, epoch, client: id });
-        let lingering = if killed || trusted { notice } else { notice + self.rng.between(MS, 200 * MS) };
-        if !killed && !trusted {
-            self.scribble_later(id);
-        }
-        self.later(lingering + 1_000, Due::Gone { at: node, epoch, client: id });
-    }
-
-    fn scribble_later(&mut self, id: ClientId) {
-        let delay = self.rng.between(100_000, 20 * MS);
-        self.later(delay, Due::Scribble { client: id });
-    }
-
-    /// The process of a client whose session has ended writes to its reservation once more.
-    pub(super) fn scribble(&mut self, id: ClientId) {
-        let Some(client) = self.clients.get(&id) else { return };
-        let (Some(writing), at) = (client.writing().filter(|writing| writing.in_place), client.node) else {
-            return;
-        };
-        let mapped = client.granted.contains(&writing.extent.segment);
-        if !mapped || !self.nodes[at].segments.contains_key(&writing.extent.segment) {
-            return;
-        }
-        let own = Hold::Reserved(id, writing.reservation);
-        let noise = pattern::of(self.rng.next(), 0, usize::try_from(writing.extent.len_bytes).unwrap_or(0));
-        self.write(at, writing.extent, &noise, |hold| hold == own);
-        self.scribble_later(id);
-    }
-
-    /// The node hears that a session has ended.
-    pub(super) fn session_over(&mut self, at: usize, id: ClientId) {
-        let Some(client) = self.clients.get(&id) else { return };
-        let lingers = client.writing().filter(|writing| writing.in_place && !client.trusted);
-        let kept = lingers.map(|writing| Hold::Reserved(id, writing.reservation));
-        if let Some(writing) = client.writing() {
-            self.ended(writing.attempt, super::history::Outcome::Never);
-        }
-        let node = &mut self.nodes[at];
-        node.pages.remove(&id);
-        node.guards.remove_where(|hold| {
-            let own = matches!(hold, Hold::Pinned(of, _) | Hold::Reserved(of, _) if of == id);
-            own && Some(hold) != kept
-        });
-        self.feed(at, Input::ClientLeft { client: id });
-    }
-
-    /// The process has ended: nobody writes to its segments any more.
-    pub(super) fn process_over(&mut self, at: usize, id: ClientId) {
-        let Some(client) = self.clients.remove(&id) else { return };
-        self.nodes[at].guards.remove_where(|hold| matches!(hold, Hold::Reserved(of, _) if of == id));
-        if !client.trusted {
-            self.feed(at, Input::ClientProcessGone { client: id });
-        }
-        if !self.is_ending() {
-            self.later(5 * MS, Due::Join { at, epoch: self.nodes[at].epoch });
         }
     }
 }

@@ -267,6 +267,20 @@ impl History {
         })
     }
 
+    /// Whether an object that was put on a node that died since has to outlive it where there is a copy.
+    pub(super) fn must_outlive(&self, key: usize, node: usize, epoch: u64) -> bool {
+        let deleted = self.deletions.iter().any(|deletion| deletion.key == key);
+        let of_node = |attempt: &Attempt| (attempt.node, attempt.epoch) == (node, epoch);
+        let lost = |attempt: &Attempt| {
+            attempt.died && matches!(attempt.outcome, Outcome::Sealed(_)) && !self.was_forced(attempt)
+        };
+        let mut attempts = self.by_key[key].iter().map(|&index| &self.attempts[index]);
+        // What the dead node kept as cache, or for a time, may have gone from it before.
+        !deleted
+            && attempts.clone().filter(|attempt| of_node(attempt)).all(|attempt| !attempt.fleeting)
+            && attempts.any(|attempt| of_node(attempt) && lost(attempt))
+    }
+
     /// Of two exclusive puts of one key, with nothing between that takes the first away, only one succeeds.
     /// `certain_before`: what was announced by then is known to the directory.
     pub(super) fn exclusive_won(&self, winner: usize, certain_before: u64) -> Result<(), String> {

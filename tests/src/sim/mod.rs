@@ -8,10 +8,13 @@
 //! put and never deleted is found from every node once links are whole; originals leave only by a delete; nothing is
 //! held once nobody is there.
 
+mod answers;
 mod client;
+mod departures;
 mod guards;
 mod history;
 mod node;
+mod outbox;
 mod pattern;
 mod plan;
 mod rng;

@@ -9,17 +9,17 @@ use hetmem_core::engine::{
     Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, PublishedObject, Time,
 };
 use hetmem_core::receipt::Path;
-use hetmem_core::wire::{ClientReply, FrameHeader, FrameKind, Member, PeerMessage, decode, encode};
+use hetmem_core::wire::{ClientReply, FrameHeader, Member, PeerMessage, decode};
 use hetmem_core::{
-    ClientId, Epoch, ErrorKind, Extent, Generation, Key, LeaseId, LinkId, NodeId, RemoteExtent, RemoteKey,
-    SegmentId, SlotId, StoreError, TransferId,
+    ClientId, Epoch, Extent, Generation, Key, LeaseId, LinkId, NodeId, RemoteExtent, RemoteKey, SegmentId,
+    SlotId, StoreError, TransferId,
 };
 use hetmem_transport::{
-    Access, Fabric, FabricEvent, FabricSink, HeapRegion, Landing, LandingToken, RegionMemory, SendToken,
-    Sent, SimFabric,
+    Access, Fabric, FabricEvent, FabricSink, HeapRegion, Landing, LandingToken, RegionMemory, SimFabric,
 };
 
 use super::guards::{Guards, Hold};
+use super::outbox::Message;
 use super::plan::{MS, Plan};
 use super::world::{Due, World};
 
@@ -53,12 +53,6 @@ impl Clock {
     }
 }
 
-struct Message {
-    request: u64,
-    message: PeerMessage,
-    payload: Option<(Extent, u64)>,
-}
-
 /// A read under way, and the lease that it is under: whose, of which incarnation, until when of the owner's clock.
 struct Read {
     local: Extent,
@@ -80,7 +74,7 @@ pub(super) struct Node {
     pub(super) alive: bool,
     pub(super) clock: Clock,
     pub(super) engine: Engine,
-    fabric: Arc<SimFabric>,
+    pub(super) fabric: Arc<SimFabric>,
     pub(super) segments: BTreeMap<SegmentId, Arc<HeapRegion>>,
     keys: BTreeMap<RemoteKey, SegmentId>,
     pub(super) index: BTreeMap<SlotId, Shown>,
@@ -89,10 +83,10 @@ pub(super) struct Node {
     pub(super) pages: BTreeMap<ClientId, Page>,
     pub(super) touched: Vec<SlotId>,
     pub(super) guards: Guards,
-    outbox: VecDeque<Action>,
-    emptying: bool,
-    deferred: BTreeMap<LinkId, VecDeque<Message>>,
-    dialling: BTreeMap<LinkId, String>,
+    pub(super) outbox: VecDeque<Action>,
+    pub(super) emptying: bool,
+    pub(super) deferred: BTreeMap<LinkId, VecDeque<Message>>,
+    pub(super) dialling: BTreeMap<LinkId, String>,
     reads: BTreeMap<TransferId, Read>,
     /// The latest grant of each remote place.
     grants: BTreeMap<(RemoteKey, u64), LeaseId>,
@@ -471,7 +465,7 @@ impl World {
         let epoch = node.epoch;
         let own = object.object.origin == NodeId(at as u64 + 1) && object.object.epoch == Epoch(epoch);
         if !own {
-            return;
+            return self.copy_left(at, &object);
         }
         let key = self.key_number(&object.key);
         if !self.history.may_leave(key, at, epoch) {
@@ -482,6 +476,25 @@ impl World {
         }
         let now = self.now();
         self.history.left(key, at, epoch, now);
+    }
+
+    /// A copy has left: it must not have been the last one of an object whose own node died.
+    fn copy_left(&mut self, at: usize, object: &PublishedObject) {
+        let origin = usize::try_from(object.object.origin.0).unwrap_or(0).wrapping_sub(1);
+        let (key, now) = (self.key_number(&object.key), self.now());
+        let there = |node: &Node| {
+            let mut objects = node.index.values().map(|shown| &shown.object);
+            node.alive && objects.any(|other| other.key == object.key)
+        };
+        let wanted = self.is_calm(now, now)
+            && !self.is_ending()
+            && self.history.must_outlive(key, origin, object.object.epoch.0);
+        if wanted && !self.nodes.iter().any(there) {
+            self.fail(format!(
+                "node {at}: the last copy of {:?} of {:?} left, whose node died",
+                object.object, object.key
+            ));
+        }
     }
 
     fn retire(&mut self, at: usize, segment: SegmentId, len_bytes: u64) {
@@ -563,127 +576,6 @@ impl World {
             }
             _ => {}
         }
-    }
-
-    /// What the fabric reports, as the node's peers module hands it on.
-    fn fabric_event(&mut self, at: usize, event: FabricEvent) {
-        let node = &mut self.nodes[at];
-        let input = match event {
-            FabricEvent::LinkUp { link, address, inbound } => {
-                node.dialling.remove(&link);
-                Input::LinkUp { link, fabric: FABRIC, address, inbound }
-            }
-            FabricEvent::LinkDown { link, why } => match node.dialling.remove(&link) {
-                Some(address) => Input::ConnectFailed { address, why },
-                None => {
-                    for message in node.deferred.remove(&link).into_iter().flatten() {
-                        self.payload_over(at, &message);
-                    }
-                    Input::LinkDown { link, why }
-                }
-            },
-            FabricEvent::ReadDone { transfer, result } => {
-                Input::ReadDone { transfer, result: result.map(|_| ()) }
-            }
-            FabricEvent::SendDone { token, .. } => Input::SendDone { send: token.0 },
-            FabricEvent::Landed { token, result, .. } => {
-                Input::Landed { request: token.0, result: result.map(|_| ()) }
-            }
-        };
-        self.feed(at, input);
-    }
-
-    fn payload_over(&mut self, at: usize, message: &Message) {
-        if let Some((_, send)) = message.payload {
-            self.feed(at, Input::SendDone { send });
-        }
-    }
-
-    fn empty_outbox(&mut self, at: usize) {
-        if std::mem::replace(&mut self.nodes[at].emptying, true) {
-            return;
-        }
-        while let Some(action) = self.nodes[at].outbox.pop_front() {
-            self.on_fabric(at, action);
-        }
-        self.nodes[at].emptying = false;
-    }
-
-    fn on_fabric(&mut self, at: usize, action: Action) {
-        let fabric = Arc::clone(&self.nodes[at].fabric);
-        match action {
-            Action::Send { link, request, message, payload } => {
-                let message = Message { request, message, payload };
-                if let Some(waiting) = self.nodes[at].deferred.get_mut(&link) {
-                    waiting.push_back(message);
-                    return;
-                }
-                if let Some(message) = self.try_send(at, link, message) {
-                    self.nodes[at].deferred.entry(link).or_default().push_back(message);
-                    let epoch = self.nodes[at].epoch;
-                    self.later(MS / 5, Due::Deferred { at, epoch, link });
-                }
-            }
-            Action::Read { link, transfer, remote, local } => {
-                if let Err(why) = fabric.read(link, transfer, remote, local) {
-                    self.feed(at, Input::ReadDone { transfer, result: Err(why) });
-                }
-            }
-            Action::CancelRead { transfer } => fabric.cancel(transfer),
-            Action::Disconnect { link } => fabric.disconnect(link),
-            Action::Connect { address } => match fabric.connect(&address) {
-                Ok(link) => {
-                    self.nodes[at].dialling.insert(link, address);
-                }
-                Err(why) => {
-                    self.feed(at, Input::ConnectFailed { address, why });
-                }
-            },
-            other => self.fail(format!("node {at}: {other:?} is not for the fabric")),
-        }
-    }
-
-    /// Returns the message if the link is busy.
-    fn try_send(&mut self, at: usize, link: LinkId, message: Message) -> Option<Message> {
-        let payload_len = message.payload.map_or(0, |(extent, _)| extent.len_bytes);
-        let frame = match encode(FrameKind::Peer, message.request, &message.message, payload_len) {
-            Ok(frame) => frame,
-            Err(error) => {
-                self.fail(format!("node {at}: {:?} cannot be encoded: {error}", message.message));
-                return None;
-            }
-        };
-        let fabric = Arc::clone(&self.nodes[at].fabric);
-        let (extent, send) = message.payload.unzip();
-        match fabric.send(link, frame, extent, SendToken(send.unwrap_or_default())) {
-            Ok(Sent::Done) => self.payload_over(at, &message),
-            Ok(Sent::Pending) => {}
-            Err(error) if error.kind() == ErrorKind::Busy => return Some(message),
-            Err(error) => {
-                self.payload_over(at, &message);
-                if error.kind() != ErrorKind::PeerLost {
-                    self.fail(format!("node {at}: a message was not taken: {error}"));
-                }
-            }
-        }
-        None
-    }
-
-    /// Tries again what met back-pressure.
-    pub(super) fn retry_deferred(&mut self, at: usize, link: LinkId) {
-        loop {
-            let waiting = self.nodes[at].deferred.get_mut(&link);
-            let Some(message) = waiting.and_then(VecDeque::pop_front) else { break };
-            if let Some(message) = self.try_send(at, link, message) {
-                let Some(waiting) = self.nodes[at].deferred.get_mut(&link) else {
-                    return self.payload_over(at, &message);
-                };
-                waiting.push_front(message);
-                let epoch = self.nodes[at].epoch;
-                return self.later(MS / 5, Due::Deferred { at, epoch, link });
-            }
-        }
-        self.nodes[at].deferred.remove(&link);
     }
 }
 

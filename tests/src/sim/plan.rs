@@ -43,6 +43,8 @@ pub(super) struct Plan {
     pub(super) busy_ns: u64,
     /// The longest pause between two operations of a client, in nanoseconds.
     pub(super) pause_ns: u64,
+    /// The longest pause between two faults, in nanoseconds.
+    pub(super) fault_pause_ns: u64,
     pub(super) segment_failures: u64,
     pub(super) copy_failures: u64,
     /// Of a hundred clients, how many die in the middle of their work.
@@ -86,11 +88,16 @@ impl Plan {
             len_max: rng.pick(&[200, 2_000, 20_000, 100_000]).min(capacity_bytes / 4),
             busy_ns: rng.between(500, 6_000) * MS,
             pause_ns: rng.pick(&[MS / 2, 3 * MS, 10 * MS]),
+            fault_pause_ns: if weather == Weather::Stalls {
+                100 * MS
+            } else {
+                rng.pick(&[300, 700, 2_500]) * MS
+            },
             segment_failures: rng.pick(&[0, 0, 10, 50]),
             copy_failures: rng.pick(&[0, 0, 20]),
             client_deaths: rng.pick(&[0, 50, 100]),
             pins: rng.pick(&[2, 8]),
-            deletes: rng.pick(&[2, 8, 15]),
+            deletes: rng.pick(&[0, 2, 8, 15]),
             puts: rng.pick(&[20, 35, 60]),
             network,
             clock_ppm: rng.pick(&[0, 20_000, 80_000]),
