@@ -87,6 +87,13 @@ impl World {
             (Kind::Evict { force: false } | Kind::Return, Denied) => true,
             _ => false,
         };
+        let taken = (error.kind() == AlreadyExists).then_some(asked.kind).and_then(|kind| match kind {
+            Kind::Put { attempt } | Kind::Reserve { attempt } | Kind::Seal { attempt, .. } => Some(attempt),
+            _ => None,
+        });
+        if taken.is_some_and(|attempt| !self.history.may_be_taken(attempt)) {
+            return Err(format!("nothing can have the key of {:?}", asked.kind));
+        }
         if !allowed {
             return Err(format!("{:?} may not fail like this", asked.kind));
         }
@@ -138,7 +145,7 @@ impl World {
                 }
             }
             (Kind::Reserve { attempt }, Ok(ClientReply::Sealed { kept: true, .. }) | Err(_)) => {
-                self.history.end_put(attempt, Outcome::Never)?;
+                self.history.end_put(attempt, Outcome::Never(now))?;
             }
             (Kind::Delete { deletion }, Ok(ClientReply::Deleted { .. })) => {
                 let certain = self.is_calm(asked.began, now);
@@ -202,7 +209,7 @@ impl World {
                 Ok(())
             }
             Ok(ClientReply::Sealed { kept: true, .. }) | Err(_) => {
-                self.history.end_put(attempt, Outcome::Never)
+                self.history.end_put(attempt, Outcome::Never(now))
             }
             Ok(reply) => Err(format!("a put was answered by {reply:?}")),
         }

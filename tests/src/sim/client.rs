@@ -391,7 +391,7 @@ impl World {
         if self.rng.percent(8) {
             let at = self.client(id).node;
             self.nodes[at].guards.remove(extent.segment, Hold::Reserved(id, reservation));
-            self.ended(attempt, super::history::Outcome::Never);
+            self.ended(attempt, super::history::Outcome::Never(self.now()));
             return self.ask_plain(id, Kind::Abort, 0, ClientMessage::Abort { reservation });
         }
         let message = ClientMessage::Seal { reservation, checksum: Checksum::None };

@@ -93,7 +93,7 @@ impl World {
         let lingers = client.writing().filter(|writing| writing.in_place && !client.trusted);
         let kept = lingers.map(|writing| Hold::Reserved(id, writing.reservation));
         if let Some(writing) = client.writing() {
-            self.ended(writing.attempt, super::history::Outcome::Never);
+            self.ended(writing.attempt, super::history::Outcome::Never(self.now()));
         }
         let node = &mut self.nodes[at];
         node.pages.remove(&id);

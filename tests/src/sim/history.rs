@@ -2,6 +2,7 @@
 //! Not the engine's view of anything. Invariant: every rule here holds for any correct store, whatever it does inside.
 
 use super::pattern;
+use super::world::GRACE_NS;
 
 /// How a put ended, as far as its client was told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -10,8 +11,8 @@ pub(super) enum Outcome {
     Open,
     /// Told that it can be read, at this time.
     Sealed(u64),
-    /// Told that it failed, or that another object was kept: its bytes must never be seen.
-    Never,
+    /// Told that it failed, or that another object was kept, at this time: its bytes must never be seen.
+    Never(u64),
 }
 
 /// One attempt to put an object.
@@ -105,7 +106,7 @@ impl History {
     pub(super) fn end_put(&mut self, attempt: usize, outcome: Outcome) -> Result<(), String> {
         let attempt = &mut self.attempts[attempt];
         attempt.outcome = outcome;
-        if outcome == Outcome::Never && attempt.seen {
+        if matches!(outcome, Outcome::Never(_)) && attempt.seen {
             return Err(format!(
                 "a put of key {} failed, and its bytes had been read (tag {:x})",
                 attempt.key, attempt.tag
@@ -178,7 +179,7 @@ impl History {
             if attempt.len != seen.len || !pattern::are_of(attempt.tag, seen.start, seen.bytes) {
                 continue;
             }
-            if attempt.outcome == Outcome::Never {
+            if matches!(attempt.outcome, Outcome::Never(_)) {
                 reason = Some("of a put that failed");
             } else if self.is_deleted(attempt, seen.began) {
                 reason = Some("of an object whose delete was acknowledged before the get began");
@@ -228,7 +229,7 @@ impl History {
     pub(super) fn saw_len(&self, key: usize, len: u64) -> Result<(), String> {
         let known = self.by_key[key].iter().any(|&index| {
             let attempt = &self.attempts[index];
-            attempt.len == len && attempt.outcome != Outcome::Never
+            attempt.len == len && !matches!(attempt.outcome, Outcome::Never(_))
         });
         if known {
             return Ok(());
@@ -302,6 +303,18 @@ impl History {
         Ok(())
     }
 
+    /// Whether anything explains that a key is said to be taken, to a put that began then.
+    pub(super) fn may_be_taken(&self, attempt: usize) -> bool {
+        let put = &self.attempts[attempt];
+        let others = self.by_key[put.key].iter().filter(|&&index| index != attempt);
+        others.map(|&index| &self.attempts[index]).any(|other| match other.outcome {
+            Outcome::Open => true,
+            Outcome::Sealed(_) => !self.is_deleted(other, put.invoked),
+            // That it failed has to reach the node that keeps the directory.
+            Outcome::Never(at) => at + GRACE_NS >= put.invoked,
+        })
+    }
+
     /// Keys that have to be readable everywhere once all is well.
     pub(super) fn durable_keys(&self, now: u64) -> Vec<usize> {
         (0..self.by_key.len()).filter(|&key| self.must_exist(key, now).is_some()).collect()
@@ -309,6 +322,6 @@ impl History {
 
     /// Whether any object of this key can be there.
     pub(super) fn may_exist(&self, key: usize) -> bool {
-        self.by_key[key].iter().any(|&index| self.attempts[index].outcome != Outcome::Never)
+        self.by_key[key].iter().any(|&index| !matches!(self.attempts[index].outcome, Outcome::Never(_)))
     }
 }
