@@ -109,6 +109,7 @@ pub enum FabricEvent {
         inbound: bool,
     },
     /// A link is gone or never came up; all its reads, sends and landings have been reported before this.
+    /// From here on this end serves the peer no read of the link either: leases that were given over it have ended.
     LinkDown {
         /// Which.
         link: LinkId,

@@ -21,12 +21,14 @@ impl World {
                 return self.get(id, key, None);
             }
             if !tour.lists {
+                let listed: Vec<usize> = tour.listed.iter().copied().collect();
                 let missing: Vec<usize> =
                     tour.expected.iter().copied().filter(|key| !tour.listed.contains(key)).collect();
                 if !missing.is_empty() {
                     let at = self.client(id).node;
                     self.fail(format!("node {at}: a list of everything lacks keys {missing:?}"));
                 }
+                self.check_phantoms(&listed);
                 return self.leave(id, true);
             }
             tour.after
@@ -35,6 +37,18 @@ impl World {
         let limit = u32::try_from(self.rng.between(1, 50)).unwrap_or(1);
         let message = ClientMessage::List { prefix: "k".to_owned(), after, limit };
         self.ask_plain(id, Kind::List { all: true }, 0, message);
+    }
+
+    /// Nobody works any more, so a key that is listed is held by someone.
+    fn check_phantoms(&mut self, listed: &[usize]) {
+        let held = |key: usize| {
+            let name = self.key(key);
+            self.nodes.iter().any(|node| node.alive && node.by_key.contains_key(&name))
+        };
+        let phantom = listed.iter().copied().find(|&key| !held(key) && !self.history.is_fleeting(key));
+        if let Some(key) = phantom {
+            self.fail(format!("key {key} is listed, and no node holds it"));
+        }
     }
 
     // Deaths.
@@ -59,7 +73,7 @@ impl World {
         let epoch = self.nodes[node].epoch;
         let notice = self.rng.between(10_000, MS);
         self.later(notice, Due::Left { at: node, epoch, client: id });
-        let lingering = if killed || trusted { notice } else { notice + self.rng.between(MS, 200 * MS) };
+        let lingering = if killed || trusted { notice } else { notice + self.rng.between(MS, 1_000 * MS) };
         if !killed && !trusted {
             self.scribble_later(id);
         }

@@ -315,6 +315,11 @@ impl History {
         })
     }
 
+    /// Whether an object of this key may go although nobody asks for that.
+    pub(super) fn is_fleeting(&self, key: usize) -> bool {
+        self.by_key[key].iter().any(|&index| self.attempts[index].fleeting)
+    }
+
     /// Keys that have to be readable everywhere once all is well.
     pub(super) fn durable_keys(&self, now: u64) -> Vec<usize> {
         (0..self.by_key.len()).filter(|&key| self.must_exist(key, now).is_some()).collect()

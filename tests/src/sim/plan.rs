@@ -121,6 +121,7 @@ fn network(rng: &mut Rng, weather: Weather) -> SimFaults {
         network.late_ns = rng.pick(&[2 * MS, 20 * MS, 60 * MS]);
         network.busy_chance = rng.pick(&[0, 20_000, 200_000]);
     }
+    network.detect_ns = rng.pick(&[(MS, 50 * MS), (MS, 400 * MS)]);
     network.immediate_chance = rng.pick(&[0, 500_000, 1_000_000]);
     network
 }
