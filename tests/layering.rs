@@ -16,6 +16,7 @@ const LIBRARIES: &[&str] = &[
     "hetmem-transport",
     "hetmem-node",
     "hetmem-client",
+    "hetmem-formats",
 ];
 
 /// Every workspace crate, and the workspace crates that it may name, as a normal, build or dev dependency alike.
@@ -27,6 +28,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("hetmem-transport", &["hetmem-core"]),
     ("hetmem-node", &["hetmem-core", "hetmem-host-mem", "hetmem-gpu-mem", "hetmem-transport"]),
     ("hetmem-client", &["hetmem-core", "hetmem-host-mem", "hetmem-gpu-mem"]),
+    ("hetmem-formats", &["hetmem-core"]),
     ("hetmem-cli", LIBRARIES),
     ("hetmem-tests", LIBRARIES),
     ("hetmem-benches", LIBRARIES),

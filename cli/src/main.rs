@@ -6,7 +6,6 @@ mod bench;
 mod commands;
 mod demo;
 mod failure;
-mod formats;
 mod output;
 
 use std::io::Write;

@@ -11,9 +11,9 @@ use serde_json::json;
 
 use crate::commands::{all_under, connect, metadata_key};
 use crate::failure::Failure;
-use crate::formats::safetensors::{self, METADATA, Metadata};
-use crate::formats::{Format, npy};
 use crate::output::{Output, bytes};
+use hetmem_formats::safetensors::{self, METADATA, Metadata};
+use hetmem_formats::{Format, npy};
 
 /// Objects that are asked for at once.
 const BATCH: usize = 16;

@@ -12,7 +12,7 @@ use std::path::Path;
 
 use hetmem_client::{Key, Store, StoreError};
 
-use crate::formats::safetensors::METADATA;
+use hetmem_formats::safetensors::METADATA;
 
 /// The key of a file's tensor under a prefix; with an empty prefix it is the tensor's own name.
 pub(crate) fn key_under(prefix: &str, name: &str) -> Result<Key, StoreError> {

@@ -12,9 +12,9 @@ use serde_json::json;
 
 use crate::commands::{connect, key_under, metadata_key};
 use crate::failure::Failure;
-use crate::formats::safetensors::SafeTensors;
-use crate::formats::{Format, npy};
 use crate::output::{Output, bytes};
+use hetmem_formats::safetensors::SafeTensors;
+use hetmem_formats::{Format, npy};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {

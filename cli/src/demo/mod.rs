@@ -15,9 +15,9 @@ use serde_json::json;
 
 use crate::commands::key_under;
 use crate::failure::Failure;
-use crate::formats::Format;
-use crate::formats::safetensors::SafeTensors;
 use crate::output::{Output, bytes};
+use hetmem_formats::Format;
+use hetmem_formats::safetensors::SafeTensors;
 use nodes::{Folder, Process};
 use report::{Samples, Step};
 use state_dict::{Generated, Values};

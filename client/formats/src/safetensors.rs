@@ -12,32 +12,32 @@ use hetmem_core::{DIMS_MAX, DType, ObjectMeta, StoreError};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
 /// The longest header in bytes: the official readers' limit.
-pub(crate) const HEADER_LEN_MAX: u64 = 100_000_000;
+pub const HEADER_LEN_MAX: u64 = 100_000_000;
 /// The header's name for what is no tensor: a map of text to text.
-pub(crate) const METADATA: &str = "__metadata__";
+pub const METADATA: &str = "__metadata__";
 
 const LEN_LEN: usize = 8;
 
 /// What `__metadata__` holds.
-pub(crate) type Metadata = BTreeMap<String, String>;
+pub type Metadata = BTreeMap<String, String>;
 
 /// One tensor of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Tensor {
+pub struct Tensor {
     /// Its name in the file.
-    pub(crate) name: String,
+    pub name: String,
     /// What its bytes mean.
-    pub(crate) meta: ObjectMeta,
+    pub meta: ObjectMeta,
     span: Range<usize>,
 }
 
 /// A file that was read and checked as a whole.
 #[derive(Debug)]
-pub(crate) struct SafeTensors<'a> {
+pub struct SafeTensors<'a> {
     /// In the order of their bytes.
-    pub(crate) tensors: Vec<Tensor>,
+    pub tensors: Vec<Tensor>,
     /// The file's `__metadata__`, if it has one.
-    pub(crate) metadata: Option<Metadata>,
+    pub metadata: Option<Metadata>,
     data: &'a [u8],
 }
 
@@ -47,7 +47,7 @@ impl<'a> SafeTensors<'a> {
     /// # Errors
     /// [`hetmem_core::ErrorKind::Corrupt`] if the bytes are not such a file, [`hetmem_core::ErrorKind::Invalid`]
     /// for a tensor that this store cannot hold.
-    pub(crate) fn parse(subject: &str, file: &'a [u8]) -> Result<Self, StoreError> {
+    pub fn parse(subject: &str, file: &'a [u8]) -> Result<Self, StoreError> {
         let corrupt = |why: String| StoreError::corrupt(subject, why);
         let (header, data) = split(file).map_err(corrupt)?;
         let header = std::str::from_utf8(header)
@@ -64,7 +64,7 @@ impl<'a> SafeTensors<'a> {
     }
 
     /// The bytes of one of this file's tensors; none for a tensor of another file.
-    pub(crate) fn bytes_of(&self, tensor: &Tensor) -> &'a [u8] {
+    pub fn bytes_of(&self, tensor: &Tensor) -> &'a [u8] {
         self.data.get(tensor.span.clone()).unwrap_or_default()
     }
 }
@@ -203,7 +203,7 @@ impl<'de> Visitor<'de> for HeaderVisitor {
 
 /// The order in which a file holds these tensors: wider elements first, so that each is aligned where the data is,
 /// then by name. The official writer's order.
-pub(crate) fn file_order(tensors: &mut [(String, ObjectMeta)]) {
+pub fn file_order(tensors: &mut [(String, ObjectMeta)]) {
     tensors.sort_by(|(left, left_meta), (right, right_meta)| {
         let widths = right_meta.dtype.bits().cmp(&left_meta.dtype.bits());
         widths.then_with(|| left.cmp(right))
@@ -215,7 +215,7 @@ pub(crate) fn file_order(tensors: &mut [(String, ObjectMeta)]) {
 /// # Errors
 /// [`hetmem_core::ErrorKind::Invalid`] for a tensor that the format cannot hold, named with the remedy;
 /// [`hetmem_core::ErrorKind::Os`] if writing fails.
-pub(crate) fn write_header(
+pub fn write_header(
     out: &mut impl Write,
     tensors: &[(String, ObjectMeta)],
     metadata: Option<&Metadata>,

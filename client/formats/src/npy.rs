@@ -31,11 +31,11 @@ const DESCRIPTIONS: [(DType, &str); 14] = [
 
 /// A file that was read and checked as a whole.
 #[derive(Debug)]
-pub(crate) struct Array<'a> {
+pub struct Array<'a> {
     /// What the bytes mean.
-    pub(crate) meta: ObjectMeta,
+    pub meta: ObjectMeta,
     /// The elements.
-    pub(crate) bytes: &'a [u8],
+    pub bytes: &'a [u8],
 }
 
 /// Reads a file's bytes; `subject` is its name in errors.
@@ -43,7 +43,7 @@ pub(crate) struct Array<'a> {
 /// # Errors
 /// [`hetmem_core::ErrorKind::Corrupt`] if the bytes are not such a file; [`hetmem_core::ErrorKind::Invalid`] for an
 /// array that the store does not keep (column-major, big-endian, no plain numbers), with what to do.
-pub(crate) fn parse<'a>(subject: &str, file: &'a [u8]) -> Result<Array<'a>, StoreError> {
+pub fn parse<'a>(subject: &str, file: &'a [u8]) -> Result<Array<'a>, StoreError> {
     let corrupt = |why: String| StoreError::corrupt(subject, why);
     let refused = |why: String| StoreError::invalid(format!("array in {subject}"), why);
     let (header, bytes) = split(file).map_err(corrupt)?;
@@ -270,7 +270,7 @@ impl<'a> Words<'a> {
 /// # Errors
 /// [`hetmem_core::ErrorKind::Invalid`] for an element type that the format lacks, with the remedy;
 /// [`hetmem_core::ErrorKind::Os`] if writing fails.
-pub(crate) fn write_header(out: &mut impl Write, meta: &ObjectMeta) -> Result<(), StoreError> {
+pub fn write_header(out: &mut impl Write, meta: &ObjectMeta) -> Result<(), StoreError> {
     let known = DESCRIPTIONS.iter().find(|(dtype, _)| *dtype == meta.dtype);
     let Some((_, descr)) = known else {
         let remedy = if meta.dtype.safetensors().is_some() {

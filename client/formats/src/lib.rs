@@ -2,14 +2,16 @@
 //! command line. Invariant: any bytes give a value or an error that names the file and what is wrong, never a panic,
 //! and no length that a file states is believed before it was compared with the file's own.
 
-pub(crate) mod npy;
-pub(crate) mod safetensors;
+#![forbid(unsafe_code)]
+
+pub mod npy;
+pub mod safetensors;
 
 use std::path::Path;
 
 /// What a file is, by its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Format {
+pub enum Format {
     /// Many tensors with names.
     Safetensors,
     /// One tensor without a name.
@@ -20,7 +22,7 @@ pub(crate) enum Format {
 
 impl Format {
     /// By the file's extension, in any case.
-    pub(crate) fn of(path: &Path) -> Self {
+    pub fn of(path: &Path) -> Self {
         match path.extension() {
             Some(extension) if extension.eq_ignore_ascii_case("safetensors") => Self::Safetensors,
             Some(extension) if extension.eq_ignore_ascii_case("npy") => Self::Npy,
