@@ -1,7 +1,8 @@
-//! `cargo xtask test`: everything that CI runs, and `cargo xtask simulate`. Not a build system: cargo builds, this
+//! `cargo xtask test`: everything that CI runs; `cargo xtask simulate` and `cargo xtask mutants`: parts of it at length. Not a build system: cargo builds, this
 //! says what to run and counts. Invariant: the last line of `test` is its count, and the exit status agrees with it.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod mutants;
 mod process;
 mod python;
 mod steps;
@@ -17,11 +18,14 @@ use workspace::Workspace;
 
 const USAGE: &str = "\
 usage: cargo xtask test [--only STEP[,STEP...]] [--list]
-       cargo xtask simulate --seeds N [--from S]
+       cargo xtask simulate (--seeds N | --hours N) [--from S]
+       cargo xtask mutants [WORDS]
 
 test      runs every step in order, to the end, and closes with `N passed, N failed, N skipped`.
           HETMEM_REQUIRE=STEP[,STEP...] makes a skip of these steps a failure.
-simulate  runs the simulation on seeds S, S+1, ..., S+N-1 (S is 0 if not given).";
+simulate  runs the simulation on seeds S, S+1, ... (S is 0 if not given), N of them or for N hours.
+mutants   plants known bugs, one at a time, in a copy of the workspace, and lets the simulation find them;
+          with WORDS only those whose description contains them.";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -38,7 +42,9 @@ fn main() -> ExitCode {
             select(names).and_then(|chosen| Workspace::find().map(|workspace| test(&workspace, &chosen)))
         }
         ["simulate", options @ ..] => seeds(options)
-            .and_then(|(count, from)| Workspace::find().and_then(|w| steps::simulate(&w, count, from))),
+            .and_then(|(run, from)| Workspace::find().and_then(|w| steps::simulate(&w, &run, from))),
+        ["mutants"] => Workspace::find().and_then(|w| planted(&w, None)),
+        ["mutants", words] => Workspace::find().and_then(|w| planted(&w, Some(words))),
         _ => Err(USAGE.to_owned()),
     };
     match result {
@@ -62,22 +68,28 @@ fn select(names: &str) -> Result<Vec<Step>, String> {
     Ok(chosen.copied().collect())
 }
 
-/// The options of `simulate`: how many seeds, and the first.
-fn seeds(options: &[&str]) -> Result<(u64, u64), String> {
-    let (mut count, mut from) = (None, 0);
+fn planted(workspace: &Workspace, only: Option<&str>) -> Result<bool, String> {
+    let report = mutants::mutants(workspace, only)?;
+    println!("{}", report.note);
+    Ok(report.tally.failed == 0)
+}
+
+/// The options of `simulate`: how much to run, as the program itself takes it, and the first seed.
+fn seeds(options: &[&str]) -> Result<([String; 2], u64), String> {
+    let (mut run, mut from) = (None, 0);
     for pair in options.chunks(2) {
         let &[name, value] = pair else {
             return Err(USAGE.to_owned());
         };
-        let number =
+        let number: u64 =
             value.parse().map_err(|error| format!("{name} {value:?}: {error}; a whole number is needed"))?;
         match name {
-            "--seeds" => count = Some(number),
+            "--seeds" | "--hours" => run = Some([name.to_owned(), number.to_string()]),
             "--from" => from = number,
             _ => return Err(USAGE.to_owned()),
         }
     }
-    Ok((count.ok_or(USAGE)?, from))
+    Ok((run.ok_or(USAGE)?, from))
 }
 
 /// Runs the steps and prints what came of each. Returns whether nothing failed.
@@ -113,8 +125,9 @@ mod tests {
 
     #[test]
     fn options_are_read_or_explained() {
-        assert_eq!(seeds(&["--seeds", "20"]), Ok((20, 0)));
-        assert_eq!(seeds(&["--from", "7", "--seeds", "20"]), Ok((20, 7)));
+        let run = |name: &str, count: &str| [name.to_owned(), count.to_owned()];
+        assert_eq!(seeds(&["--seeds", "20"]), Ok((run("--seeds", "20"), 0)));
+        assert_eq!(seeds(&["--from", "7", "--hours", "2"]), Ok((run("--hours", "2"), 7)));
         for wrong in [&["--seeds"][..], &["--from", "1"], &["--seed", "1"], &[]] {
             assert_eq!(seeds(wrong), Err(USAGE.to_owned()), "{wrong:?}");
         }

@@ -5,13 +5,14 @@ use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::Command;
 
+use crate::mutants;
 use crate::process::{run, run_counting, run_tests, succeeds};
 use crate::python;
 use crate::tally::Report;
 use crate::workspace::Workspace;
 
 /// Seeds of the simulation in one test run.
-const SIMULATION_SEEDS: u64 = 2000;
+pub(crate) const SIMULATION_SEEDS: u64 = 10_000;
 /// The state dict that the end-to-end step moves, in bytes: 64 MiB.
 const DEMO_SIZE: &str = "67108864";
 
@@ -35,19 +36,20 @@ pub(crate) const STEPS: &[Step] = &[
         run: test,
     },
     Step { name: "loom", what: "index and pins under every interleaving", run: loom },
-    Step { name: "simulation", what: "many nodes in one thread, 2000 seeds", run: simulation },
+    Step { name: "simulation", what: "many nodes in one thread, 10,000 seeds", run: simulation },
+    Step { name: "mutants", what: "the simulation finds bugs that were planted for it", run: mutants },
     Step { name: "demo", what: "two real nodes, a state dict of 64 MiB from one to the other", run: demo },
     Step { name: "safetensors", what: "round trips against the official Python package", run: safetensors },
 ];
 
-/// Runs the simulation. Returns whether every seed passed; `Err` if there is nothing to run.
-pub(crate) fn simulate(workspace: &Workspace, count: u64, from: u64) -> Result<bool, String> {
+/// Runs the simulation with this many seeds or for this long. Returns whether every seed passed; `Err` if there is
+/// nothing to run.
+pub(crate) fn simulate(workspace: &Workspace, length: &[String; 2], from: u64) -> Result<bool, String> {
     if !workspace.has_program("hetmem-tests", "simulate") {
         return Err("hetmem-tests has no program `simulate`".to_owned());
     }
-    let (count, from) = (count.to_string(), from.to_string());
     let mut command = workspace.cargo(["run", "--release", "--package", "hetmem-tests", "--bin", "simulate"]);
-    command.args(["--", "--seeds", &count, "--from", &from]);
+    command.args(["--", &length[0], &length[1], "--from", &from.to_string()]);
     Ok(run(&mut command).inspect_err(|why| eprintln!("{why}")).is_ok())
 }
 
@@ -93,11 +95,15 @@ fn loom(workspace: &Workspace) -> Report {
 }
 
 fn simulation(workspace: &Workspace) -> Report {
-    match simulate(workspace, SIMULATION_SEEDS, 0) {
+    match simulate(workspace, &["--seeds".to_owned(), SIMULATION_SEEDS.to_string()], 0) {
         Ok(true) => Report::passed(),
         Ok(false) => Report::failed("a seed failed; it is printed above with the command that replays it"),
         Err(why) => Report::skipped(why),
     }
+}
+
+fn mutants(workspace: &Workspace) -> Report {
+    mutants::mutants(workspace, None).unwrap_or_else(Report::failed)
 }
 
 fn demo(workspace: &Workspace) -> Report {

@@ -1,0 +1,240 @@
+//! `cargo xtask mutants`: one-line bugs, planted one at a time in a copy of the workspace; the simulation must find
+//! each of them. Not mutation testing of every line, and not hooks in the code under test: what ships is what is
+//! mutated. Invariant: the working tree is never touched, and a bug whose place is gone is an error, not a pass.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+use std::{fs, io};
+
+use crate::process::run;
+use crate::tally::{Report, Tally};
+use crate::workspace::Workspace;
+
+/// Seeds in which a planted bug has to be found: as many as one test run simulates.
+pub(crate) const SEEDS: u64 = crate::steps::SIMULATION_SEEDS;
+
+/// A planted bug.
+struct Mutant {
+    /// What is wrong with it, in words.
+    what: &'static str,
+    /// The file, from the workspace's root.
+    file: &'static str,
+    /// Stands there exactly once.
+    find: &'static str,
+    replace: &'static str,
+}
+
+const MUTANTS: &[Mutant] = &[
+    Mutant {
+        what: "an object that is withdrawn keeps its generation and its place in the index",
+        file: "core/src/engine/room.rs",
+        find: "            self.out.push(Action::Withdraw { slot });",
+        replace: "            let _ = slot;",
+    },
+    Mutant {
+        what: "an extent is reused before its leases end",
+        file: "core/src/engine/objects.rs",
+        find: "self.leases == 0 && self.sends == 0",
+        replace: "self.sends == 0",
+    },
+    Mutant {
+        what: "a lease is not counted when it is granted",
+        file: "core/src/engine/owner.rs",
+        find: "object.leases += 1;",
+        replace: "object.leases += 0;",
+    },
+    Mutant {
+        what: "an extent is reused while it is being sent",
+        file: "core/src/engine/objects.rs",
+        find: "self.leases == 0 && self.sends == 0",
+        replace: "self.leases == 0",
+    },
+    Mutant {
+        what: "the lease is counted from the grant, not from before the question",
+        file: "core/src/engine/arrival.rs",
+        find: "let valid_until = at.after_ms(",
+        replace: "let valid_until = self.now.after_ms(",
+    },
+    Mutant {
+        what: "a read that ended after its lease is a success",
+        file: "core/src/engine/arrival.rs",
+        find: "Ok(()) if self.now <= valid_until =>",
+        replace: "Ok(()) if self.now <= valid_until || link.0 < u64::MAX =>",
+    },
+    Mutant {
+        what: "clients' pins are forgotten",
+        file: "core/src/engine/room.rs",
+        find: ".filter(|generation| !pinned.contains(generation))",
+        replace: ".filter(|_| pinned.len() < usize::MAX)",
+    },
+    Mutant {
+        what: "an object is freed as soon as it is withdrawn",
+        file: "core/src/engine/room.rs",
+        find: "        self.scan_wanted = true;\n        self.timers.set(self.now.after_ms(DRAIN_MS), Timer::Drain);\n    }\n\n    pub(super) fn drain_again",
+        replace: "        self.free_object(generation);\n    }\n\n    pub(super) fn drain_again",
+    },
+    Mutant {
+        what: "an extent is freed while bytes may still land in it",
+        file: "core/src/engine/fetch.rs",
+        find: "self.out.push(Action::CancelRead { transfer });",
+        replace: "if let Some((filled, _)) = self.transfers.remove(&transfer) { self.free_object(filled); }\n                self.out.push(Action::CancelRead { transfer });",
+    },
+    Mutant {
+        what: "a copy that was under way brings a deleted object back",
+        file: "core/src/engine/delete.rs",
+        find: "            self.deleted.insert(*object);",
+        replace: "            let _ = object;",
+    },
+    Mutant {
+        what: "what was put is evicted like a copy",
+        file: "core/src/engine/puts.rs",
+        find: "if copied_here || hints.cache {",
+        replace: "if copied_here || hints.cache || len_bytes > 0 {",
+    },
+    Mutant {
+        what: "a client that dies leaves its reservations behind",
+        file: "core/src/engine/local.rs",
+        find: "            self.abort(reservation);\n        }\n        self.forget_waits_of",
+        replace: "            let _ = reservation;\n        }\n        self.forget_waits_of",
+    },
+    Mutant {
+        what: "a node announces nothing to a directory that has started again",
+        file: "core/src/engine/links.rs",
+        find: "            self.announce_all(link);",
+        replace: "",
+    },
+    Mutant {
+        what: "\"no such object\" is said before everyone was asked",
+        file: "core/src/engine/known.rs",
+        find: "        if links.is_empty() {\n            return self.ask_over(operation);",
+        replace: "        if links.len() < usize::MAX {\n            return self.ask_over(operation);",
+    },
+];
+
+/// Plants every bug whose words contain `only`, and looks for it.
+pub(crate) fn mutants(workspace: &Workspace, only: Option<&str>) -> Result<Report, String> {
+    let chosen: Vec<&Mutant> =
+        MUTANTS.iter().filter(|mutant| only.is_none_or(|only| mutant.what.contains(only))).collect();
+    if chosen.is_empty() {
+        return Err(format!("no planted bug says {:?}", only.unwrap_or_default()));
+    }
+    let copy = Copy::of(workspace)?;
+    // Without this, a copy that finds bugs where there are none would pass for a sharp one.
+    if copy.finds_a_bug(SEEDS / 10)?.is_some() {
+        return Err("the simulation fails without any planted bug".to_owned());
+    }
+    let mut tally = Tally::default();
+    for mutant in chosen {
+        let started = Instant::now();
+        let found = copy.with(mutant, || copy.finds_a_bug(SEEDS))?;
+        match &found {
+            Some(_) => tally.passed += 1,
+            None => tally.failed += 1,
+        }
+        let verdict = found.unwrap_or_else(|| format!("NOT FOUND in {SEEDS} seeds"));
+        println!("{:5.0} s  {}: {verdict}", started.elapsed().as_secs_f64(), mutant.what);
+    }
+    Ok(Report {
+        tally,
+        note: format!("{} of {} planted bugs found", tally.passed, tally.passed + tally.failed),
+    })
+}
+
+/// A copy of the workspace, built into a folder of its own.
+struct Copy {
+    root: PathBuf,
+    target: PathBuf,
+}
+
+impl Copy {
+    /// Brings the copy up to date. Files that did not change keep their time, so that little is built again.
+    fn of(workspace: &Workspace) -> Result<Self, String> {
+        let mut git = Command::new("git");
+        git.args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]);
+        let listed = git.current_dir(&workspace.root).stderr(Stdio::inherit()).output();
+        let listed = listed.map_err(|error| format!("git ls-files: {error}"))?;
+        if !listed.status.success() {
+            return Err("git ls-files failed: the planted bugs need a git checkout to copy".to_owned());
+        }
+        let copy = Self {
+            root: workspace.target.join("mutants/tree"),
+            target: workspace.target.join("mutants/target"),
+        };
+        for name in String::from_utf8_lossy(&listed.stdout).split_terminator('\0') {
+            let (from, to) = (workspace.root.join(name), copy.root.join(name));
+            if from.is_file() {
+                bring(&from, &to).map_err(|error| format!("{name}: {error}"))?;
+            }
+        }
+        Ok(copy)
+    }
+
+    /// Runs `check` with the bug in place, and takes it out again.
+    fn with<T>(&self, mutant: &Mutant, check: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+        let path = self.root.join(mutant.file);
+        let failed = |error: io::Error| format!("{}: {error}", mutant.file);
+        let whole = fs::read_to_string(&path).map_err(failed)?;
+        fs::write(&path, mutant.plant(&whole)?).map_err(failed)?;
+        let result = check();
+        fs::write(&path, whole).map_err(failed)?;
+        result.map_err(|why| format!("{}: {why}", mutant.what))
+    }
+
+    /// Builds and runs the simulation until the first seed that fails. Returns its line.
+    fn finds_a_bug(&self, seeds: u64) -> Result<Option<String>, String> {
+        let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        build.args(["build", "--quiet", "--release", "--package", "hetmem-tests", "--bin", "simulate"]);
+        build.current_dir(&self.root).env("CARGO_TARGET_DIR", &self.target);
+        // Built often, run briefly. With assertions: the engine's own count as finding it.
+        build.env("CARGO_PROFILE_RELEASE_LTO", "off").env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16");
+        build.env("CARGO_PROFILE_RELEASE_DEBUG", "0").env("CARGO_PROFILE_RELEASE_DEBUG_ASSERTIONS", "true");
+        run(&mut build)?;
+        let program = self.target.join("release/simulate");
+        let mut simulate = Command::new(&program);
+        simulate.args(["--seeds", &seeds.to_string(), "--failures", "1"]).stderr(Stdio::null());
+        let output = simulate.output().map_err(|error| format!("{}: {error}", program.display()))?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let line = text.lines().find(|line| line.starts_with("seed ") && line.contains(" FAILED "));
+        match (output.status.code(), line) {
+            (Some(0), None) => Ok(None),
+            (Some(1), Some(line)) => Ok(Some(line.chars().take(200).collect())),
+            (code, _) => Err(format!("the simulation ended with {code:?}: {}", text.trim_end())),
+        }
+    }
+}
+
+impl Mutant {
+    fn plant(&self, whole: &str) -> Result<String, String> {
+        match whole.matches(self.find).count() {
+            1 => Ok(whole.replacen(self.find, self.replace, 1)),
+            count => Err(format!("{}: {:?} stands there {count} times, not once", self.file, self.find)),
+        }
+    }
+}
+
+fn bring(from: &Path, to: &Path) -> io::Result<()> {
+    let bytes = fs::read(from)?;
+    if fs::read(to).is_ok_and(|there| there == bytes) {
+        return Ok(());
+    }
+    if let Some(folder) = to.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    fs::write(to, bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_planted_bug_has_its_place() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        for mutant in MUTANTS {
+            let whole = fs::read_to_string(root.join(mutant.file)).expect("the file is there");
+            let planted = mutant.plant(&whole).expect("its place is there once");
+            assert_ne!(planted, whole, "{}", mutant.what);
+        }
+    }
+}
