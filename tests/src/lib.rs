@@ -5,6 +5,7 @@
 
 pub mod content;
 pub mod daemon;
+pub mod fuzz;
 pub mod load;
 pub mod packets;
 pub mod sim;
