@@ -7,7 +7,6 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 use std::{fs, io};
 
-use crate::process::run;
 use crate::tally::{Report, Tally};
 use crate::workspace::Workspace;
 
@@ -87,10 +86,10 @@ const MUTANTS: &[Mutant] = &[
         replace: "            let _ = object;",
     },
     Mutant {
-        what: "what was put is evicted like a copy",
-        file: "core/src/engine/puts.rs",
-        find: "if copied_here || hints.cache {",
-        replace: "if copied_here || hints.cache || len_bytes > 0 {",
+        what: "a copy is evicted though the node that had the original is gone",
+        file: "core/src/engine/room.rs",
+        find: "object.copied_here && self.is_alive(object.id.origin, object.id.epoch);\n        object.state",
+        replace: "object.copied_here;\n        object.state",
     },
     Mutant {
         what: "a client that dies leaves its reservations behind",
@@ -189,7 +188,10 @@ impl Copy {
         // Built often, run briefly. With assertions: the engine's own count as finding it.
         build.env("CARGO_PROFILE_RELEASE_LTO", "off").env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16");
         build.env("CARGO_PROFILE_RELEASE_DEBUG", "0").env("CARGO_PROFILE_RELEASE_DEBUG_ASSERTIONS", "true");
-        run(&mut build)?;
+        let built = build.status().map_err(|error| format!("cargo build: {error}"))?;
+        if !built.success() {
+            return Err(format!("cargo build ended with {built}"));
+        }
         let program = self.target.join("release/simulate");
         let mut simulate = Command::new(&program);
         simulate.args(["--seeds", &seeds.to_string(), "--failures", "1"]).stderr(Stdio::null());

@@ -23,9 +23,18 @@ pub(super) fn of(tag: u64, start: u64, len: usize) -> Vec<u8> {
 
 /// Whether `bytes` are those of this tag from `start` on.
 pub(super) fn are_of(tag: u64, start: u64, bytes: &[u8]) -> bool {
-    // The first bytes tell almost every wrong tag without making the rest.
-    let head = bytes.len().min(8);
-    of(tag, start, head) == bytes[..head] && of(tag, start, bytes.len()) == bytes
+    let mut index = start / 8;
+    let skip = usize::try_from(start % 8).unwrap_or(0);
+    let (head, rest) = bytes.split_at(if skip == 0 { 0 } else { (8 - skip).min(bytes.len()) });
+    if !head.is_empty() {
+        if head != &word(tag, index)[skip..skip + head.len()] {
+            return false;
+        }
+        index += 1;
+    }
+    let (words, tail) = rest.as_chunks::<8>();
+    let whole = words.iter().zip(index..).all(|(bytes, index)| *bytes == word(tag, index));
+    whole && *tail == word(tag, index + words.len() as u64)[..tail.len()]
 }
 
 #[cfg(test)]
@@ -39,6 +48,13 @@ mod tests {
             let part = &whole[start..][..len];
             assert_eq!(of(7, start as u64, len), part);
             assert!(are_of(7, start as u64, part));
+        }
+        for wrong in 0..whole.len() {
+            let mut spoiled = whole.clone();
+            spoiled[wrong] ^= 1;
+            for start in [0, 3, 8] {
+                assert_eq!(are_of(7, start as u64, &spoiled[start..]), wrong < start, "{wrong} of {start}");
+            }
         }
         assert!(!are_of(8, 0, &whole));
         assert!(!are_of(7, 1, &whole[..50]));

@@ -85,7 +85,10 @@ impl Plan {
             objects_max: rng.weighted(&[(15, 6), (15, 16), (70, 256)]),
             threshold_bytes: rng.pick(&[Some(0), Some(0), Some(1_024), Some(8_192), None, Some(u64::MAX)]),
             lease_ms: u32::try_from(lease).unwrap_or(u32::MAX),
-            len_max: rng.pick(&[200, 2_000, 20_000, 100_000]).min(capacity_bytes / 4),
+            // Long objects cost time and find little that shorter ones do not.
+            len_max: rng
+                .weighted(&[(35, 200), (35, 2_000), (25, 20_000), (5, 100_000)])
+                .min(capacity_bytes / 4),
             busy_ns: rng.between(500, 6_000) * MS,
             pause_ns: rng.pick(&[MS / 2, 3 * MS, 10 * MS]),
             fault_pause_ns: if weather == Weather::Stalls {
