@@ -49,6 +49,8 @@ pub struct Tally {
     pub rendezvous: u64,
     /// Reads whose last byte came after their lease had run out.
     pub late_reads: u64,
+    /// Completions that were reported twice.
+    pub repeats: u64,
     /// Objects evicted.
     pub evicted: u64,
     /// Keys that every node had to find at the end.
@@ -70,6 +72,7 @@ impl Tally {
         self.eager += other.eager;
         self.rendezvous += other.rendezvous;
         self.late_reads += other.late_reads;
+        self.repeats += other.repeats;
         self.evicted += other.evicted;
         self.durable += other.durable;
     }
@@ -80,7 +83,7 @@ impl fmt::Display for Tally {
         write!(
             f,
             "{} operations, {} faults, {} deaths of clients, {} engine inputs, {} gets compared ({} bytes; {} in place, {} raced a withdrawal), \
-             {} objects sealed, {} fetched eagerly, {} by read ({} too late), {} evicted, {} keys found everywhere at the end",
+             {} objects sealed, {} fetched eagerly, {} by read ({} too late), {} completions repeated, {} evicted, {} keys found everywhere at the end",
             self.operations,
             self.faults,
             self.deaths,
@@ -93,6 +96,7 @@ impl fmt::Display for Tally {
             self.eager,
             self.rendezvous,
             self.late_reads,
+            self.repeats,
             self.evicted,
             self.durable
         )

@@ -45,6 +45,14 @@ impl World {
                 Input::Landed { request: token.0, result: result.map(|_| ()) }
             }
         };
+        if let Some(again) = repeated(&input)
+            && self.rng.percent(self.plan.repeats)
+        {
+            self.tally.repeats += 1;
+            let epoch = self.nodes[at].epoch;
+            let delay = self.rng.between(0, 20 * MS);
+            self.later(delay, Due::Again { at, epoch, input: again });
+        }
         self.feed(at, input);
     }
 
@@ -139,5 +147,19 @@ impl World {
             }
         }
         self.nodes[at].deferred.remove(&link);
+    }
+}
+
+/// A completion once more, as a fabric that lost count would report it.
+fn repeated(input: &Input) -> Option<Input> {
+    match input {
+        Input::ReadDone { transfer, result } => {
+            Some(Input::ReadDone { transfer: *transfer, result: result.clone() })
+        }
+        Input::Landed { request, result } => {
+            Some(Input::Landed { request: *request, result: result.clone() })
+        }
+        Input::SendDone { send } => Some(Input::SendDone { send: *send }),
+        _ => None,
     }
 }

@@ -57,6 +57,8 @@ pub(super) struct Plan {
     pub(super) network: SimFaults,
     /// The most that a clock differs from true time, in parts of a million.
     pub(super) clock_ppm: u64,
+    /// Of a hundred completions, how many are reported twice.
+    pub(super) repeats: u64,
 }
 
 impl Plan {
@@ -77,7 +79,7 @@ impl Plan {
         let capacity_bytes = rng.pick(&[512_u64, 768, 1_024, 2_048, 4_096]) << 10;
         Self {
             weather,
-            nodes: rng.weighted(&[(30, 2), (40, 3), (20, 4), (10, 5)]),
+            nodes: rng.weighted(&[(45, 3), (25, 4), (15, 5), (10, 6), (5, 7)]),
             clients_per_node: rng.between(1, 4),
             keys: rng.pick(&[3, 8, 16, 40]),
             capacity_bytes,
@@ -89,7 +91,7 @@ impl Plan {
             len_max: rng
                 .weighted(&[(35, 200), (35, 2_000), (25, 20_000), (5, 100_000)])
                 .min(capacity_bytes / 4),
-            busy_ns: rng.between(500, 6_000) * MS,
+            busy_ns: rng.weighted(&[(60, 500), (30, 1_500), (10, 6_000)]) * MS / 100 * rng.between(50, 100),
             pause_ns: rng.pick(&[MS / 2, 3 * MS, 10 * MS]),
             fault_pause_ns: if weather == Weather::Stalls {
                 100 * MS
@@ -103,7 +105,8 @@ impl Plan {
             deletes: rng.pick(&[0, 2, 8, 15]),
             puts: rng.pick(&[20, 35, 60]),
             network,
-            clock_ppm: rng.pick(&[0, 20_000, 80_000]),
+            clock_ppm: rng.pick(&[0, 20_000, 50_000]),
+            repeats: if weather == Weather::Calm { 0 } else { rng.pick(&[0, 5, 30]) },
         }
     }
 

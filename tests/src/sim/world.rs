@@ -25,27 +25,80 @@ pub(super) const GRACE_NS: u64 = 1_000 * MS;
 /// The longest silence that is no loss: heartbeats come every 100 ms, and five may be missed.
 const STALL_NS_MAX: u64 = 300 * MS;
 const AUDIT_NS: u64 = 20 * MS;
-/// How long a cluster without clients may take to come to rest, in nanoseconds.
-const SETTLE_NS: u64 = 4_000 * MS;
+/// How long a cluster without clients may take to come to rest once its leases have run out, in nanoseconds.
+const SETTLE_NS: u64 = 1_500 * MS;
 /// No seed takes longer than this, in nanoseconds.
 const END_NS: u64 = 200_000 * MS;
 
 /// Something that will happen.
 pub(super) enum Due {
-    ToNode { at: usize, epoch: u64, client: ClientId, request: u64, message: ClientMessage, payload: Bytes },
-    ToClient { client: ClientId, request: u64, reply: Option<ClientReply> },
-    Step { client: ClientId },
-    Scribble { client: ClientId },
-    Die { client: ClientId },
-    Left { at: usize, epoch: u64, client: ClientId },
-    Gone { at: usize, epoch: u64, client: ClientId },
-    Join { at: usize, epoch: u64 },
-    Segment { at: usize, epoch: u64, segment: SegmentId, len_bytes: u64 },
-    CopyPart { at: usize, epoch: u64, generation: Generation, last: bool },
-    Deferred { at: usize, epoch: u64, link: LinkId },
+    ToNode {
+        at: usize,
+        epoch: u64,
+        client: ClientId,
+        request: u64,
+        message: ClientMessage,
+        payload: Bytes,
+    },
+    ToClient {
+        client: ClientId,
+        request: u64,
+        reply: Option<ClientReply>,
+    },
+    Step {
+        client: ClientId,
+    },
+    Scribble {
+        client: ClientId,
+    },
+    Die {
+        client: ClientId,
+    },
+    Left {
+        at: usize,
+        epoch: u64,
+        client: ClientId,
+    },
+    Gone {
+        at: usize,
+        epoch: u64,
+        client: ClientId,
+    },
+    Join {
+        at: usize,
+        epoch: u64,
+    },
+    Segment {
+        at: usize,
+        epoch: u64,
+        segment: SegmentId,
+        len_bytes: u64,
+    },
+    CopyPart {
+        at: usize,
+        epoch: u64,
+        generation: Generation,
+        last: bool,
+    },
+    Deferred {
+        at: usize,
+        epoch: u64,
+        link: LinkId,
+    },
+    /// A completion that was reported before.
+    Again {
+        at: usize,
+        epoch: u64,
+        input: Input,
+    },
     Fault,
-    Heal { one: usize, other: usize },
-    Restart { at: usize },
+    Heal {
+        one: usize,
+        other: usize,
+    },
+    Restart {
+        at: usize,
+    },
     Audit,
 }
 
@@ -317,7 +370,7 @@ impl World {
                 }
             }
             Phase::Touring if self.clients.is_empty() => {
-                self.phase = Phase::Settling { until: now + SETTLE_NS };
+                self.phase = Phase::Settling { until: now + u64::from(self.plan.lease_ms) * MS + SETTLE_NS };
             }
             Phase::Settling { until } if now >= until => {
                 self.phase = Phase::Over;
@@ -479,6 +532,9 @@ impl World {
                 self.copy_part(at, generation, last);
             }
             Due::Deferred { at, epoch, link } if self.is_there(at, epoch) => self.retry_deferred(at, link),
+            Due::Again { at, epoch, input } if self.is_there(at, epoch) => {
+                self.feed(at, input);
+            }
             Due::Fault => self.fault(),
             Due::Heal { one, other } => {
                 if let Some(place) = self.partitions.iter().position(|pair| *pair == (one, other)) {
