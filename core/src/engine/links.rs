@@ -109,6 +109,7 @@ impl Engine {
             self.directory_link = None;
         }
         self.leases_lost(link);
+        self.locations.forget_link(link);
         if let Some(node) = state.node {
             self.peer_unlinked(node, link, why);
         }

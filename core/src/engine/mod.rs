@@ -15,6 +15,7 @@ mod known;
 mod lifecycle;
 mod links;
 mod local;
+mod locations;
 mod objects;
 mod owner;
 mod puts;
@@ -40,6 +41,7 @@ use directory::Deleted;
 use fetch::{Fetch, FetchId, Hints};
 use links::{Link, Peer};
 use local::Client;
+use locations::Locations;
 use objects::Objects;
 use owner::Lease;
 use room::SpaceRequest;
@@ -102,6 +104,7 @@ pub struct Engine {
     /// The answer whose payload may still be given a place: the one that is being handled.
     payload_at_hand: Option<u64>,
     hints: Hints,
+    locations: Locations,
 
     /// Questions to peers that wait for an answer, by request number.
     pending: BTreeMap<u64, (LinkId, cluster::Pending)>,
@@ -150,6 +153,7 @@ impl Engine {
             next_transfer: 1,
             payload_at_hand: None,
             hints: Hints::default(),
+            locations: Locations::default(),
             pending: BTreeMap::new(),
             next_request: 1,
             deletes: BTreeMap::new(),
@@ -183,6 +187,7 @@ impl Engine {
             Input::Refused { link, why } => self.peer_refused(link, &why),
             Input::Landed { request, result } => self.landed(request, result),
             Input::ReadDone { transfer, result } => self.read_done(transfer, result),
+            Input::WordRead { transfer, result } => self.word_read(transfer, &result),
             Input::SendDone { send } => self.send_done(send),
             Input::PinScan { pinned, touched } => self.pin_scan(&pinned, &touched),
             Input::SegmentReady { segment, keys } => self.segment_ready(segment, keys),

@@ -4,6 +4,7 @@
 
 mod deletes;
 mod local;
+mod locations;
 mod remote;
 mod room;
 mod topology;

@@ -51,6 +51,15 @@ pub(super) struct Held {
     local: Extent,
 }
 
+/// A read of a generation word that a test holds back.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Word {
+    pub(super) node: usize,
+    link: LinkId,
+    pub(super) transfer: TransferId,
+    remote: RemoteExtent,
+}
+
 pub(super) struct Node {
     pub(super) engine: Engine,
     pub(super) address: String,
@@ -76,6 +85,8 @@ pub(super) struct World {
     queue: VecDeque<(usize, Input, Option<Vec<u8>>)>,
     pub(super) hold_reads: bool,
     pub(super) held: Vec<Held>,
+    pub(super) hold_words: bool,
+    pub(super) words: Vec<Word>,
     pub(super) hold_sends: bool,
     pub(super) sends: Vec<(usize, u64)>,
     pub(super) hold_copies: bool,
@@ -332,6 +343,14 @@ impl World {
                     self.finish_read(read);
                 }
             }
+            Action::ReadWord { link, transfer, remote } => {
+                let word = Word { node, link, transfer, remote };
+                if self.hold_words {
+                    self.words.push(word);
+                } else {
+                    self.finish_word(word);
+                }
+            }
             Action::CancelRead { transfer } => {
                 let at = self.held.iter().position(|read| (read.node, read.transfer) == (node, transfer));
                 if let Some(at) = at {
@@ -365,11 +384,32 @@ impl World {
         LinkId(at.next_link - 1)
     }
 
+    /// Lets a word that was held back be read now.
+    pub(super) fn finish_word(&mut self, word: Word) {
+        let result = match self.nodes[word.node].links.get(&word.link) {
+            None => Err(lost()),
+            Some(_) if word.remote.key != RemoteKey(1) || word.remote.len_bytes != 8 => {
+                Err(StoreError::stale("read", "a word", "there is no such region"))
+            }
+            Some((peer, _)) => {
+                let slot = SlotId(u32::try_from(word.remote.offset / 64).expect("a slot"));
+                Ok(self.nodes[*peer].index.get(&slot).map_or(0, |object| object.generation.0))
+            }
+        };
+        self.push(word.node, Input::WordRead { transfer: word.transfer, result });
+    }
+
     /// Lets a read that was held back copy what is there now.
     pub(super) fn finish_read(&mut self, read: Held) {
-        let (peer, _) = self.nodes[read.node].links[&read.link];
+        let Some(&(peer, _)) = self.nodes[read.node].links.get(&read.link) else {
+            return self.push(read.node, Input::ReadDone { transfer: read.transfer, result: Err(lost()) });
+        };
         let segment = SegmentId(u32::try_from(read.remote.key.0 - 100).expect("a key"));
         let remote = Extent { segment, offset: read.remote.offset, len_bytes: read.remote.len_bytes };
+        if !self.nodes[peer].segments.contains_key(&segment) {
+            let result = Err(StoreError::stale("read", segment, "its key names no region"));
+            return self.push(read.node, Input::ReadDone { transfer: read.transfer, result });
+        }
         let bytes = self.nodes[peer].bytes(remote).to_vec();
         self.write(read.node, read.local, &bytes);
         self.push(read.node, Input::ReadDone { transfer: read.transfer, result: Ok(()) });
