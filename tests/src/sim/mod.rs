@@ -49,6 +49,12 @@ pub struct Tally {
     pub rendezvous: u64,
     /// Reads whose last byte came after their lease had run out.
     pub late_reads: u64,
+    /// Reads of places that were known from before, without a lease.
+    pub known_reads: u64,
+    /// Gets answered so, on nodes that lived to the end.
+    pub known: u64,
+    /// Such places that had been given up by then, on nodes that lived to the end.
+    pub outdated: u64,
     /// Objects evicted.
     pub evicted: u64,
     /// Keys that every node had to find at the end.
@@ -70,6 +76,9 @@ impl Tally {
         self.eager += other.eager;
         self.rendezvous += other.rendezvous;
         self.late_reads += other.late_reads;
+        self.known_reads += other.known_reads;
+        self.known += other.known;
+        self.outdated += other.outdated;
         self.evicted += other.evicted;
         self.durable += other.durable;
     }
@@ -80,7 +89,7 @@ impl fmt::Display for Tally {
         write!(
             f,
             "{} operations, {} faults, {} deaths of clients, {} engine inputs, {} gets compared ({} bytes; {} in place, {} raced a withdrawal), \
-             {} objects sealed, {} fetched eagerly, {} by read ({} too late), {} evicted, {} keys found everywhere at the end",
+             {} objects sealed, {} fetched eagerly, {} by read ({} too late; {} at a known place in {} reads, {} places given up), {} evicted, {} keys found everywhere at the end",
             self.operations,
             self.faults,
             self.deaths,
@@ -93,6 +102,9 @@ impl fmt::Display for Tally {
             self.eager,
             self.rendezvous,
             self.late_reads,
+            self.known,
+            self.known_reads,
+            self.outdated,
             self.evicted,
             self.durable
         )

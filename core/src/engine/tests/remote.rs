@@ -211,6 +211,7 @@ fn a_read_counts_only_within_four_fifths_of_its_lease() {
             world.finish_word(word);
         }
         world.settle();
+        assert_eq!(world.answer(1, away, request).is_some(), expected == 1, "the word was unchanged");
         world.assert_drained();
     }
 }
