@@ -19,6 +19,7 @@ mod locations;
 mod objects;
 mod owner;
 mod puts;
+mod redial;
 mod room;
 mod space;
 mod status;
@@ -44,6 +45,7 @@ use local::Client;
 use locations::Locations;
 use objects::Objects;
 use owner::Lease;
+use redial::Redial;
 use room::SpaceRequest;
 use space::Space;
 use timer::{Timer, Timers};
@@ -88,6 +90,7 @@ pub struct Engine {
     links: BTreeMap<LinkId, Link>,
     peers: BTreeMap<NodeId, Peer>,
     dialling: BTreeSet<String>,
+    redial: Redial,
     directory_link: Option<LinkId>,
     reconnect_attempts: u32,
     directory: Option<Directory>,
@@ -142,6 +145,7 @@ impl Engine {
             links: BTreeMap::new(),
             peers: BTreeMap::new(),
             dialling: BTreeSet::new(),
+            redial: Redial::default(),
             directory_link: None,
             reconnect_attempts: 0,
             directory,
@@ -224,6 +228,7 @@ impl Engine {
             match timer {
                 Timer::Heartbeat => self.heartbeat(),
                 Timer::Reconnect => self.reconnect(),
+                Timer::Redial => self.redial_due(),
                 Timer::Lease(lease) => self.lease_over(lease),
                 Timer::Ttl(generation) => self.ttl_over(generation),
                 Timer::Fetch(fetch) => self.fetch_deadline(fetch),

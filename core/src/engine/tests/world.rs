@@ -94,6 +94,8 @@ pub(super) struct World {
     pub(super) fail_segments: usize,
     /// Addresses that cannot be dialled.
     pub(super) unreachable: BTreeSet<String>,
+    /// Who dialled whom, and when.
+    pub(super) dials: Vec<(usize, String, Time)>,
 }
 
 /// What a node of a test differs in.
@@ -364,6 +366,7 @@ impl World {
     }
 
     fn connect(&mut self, node: usize, address: String) {
+        self.dials.push((node, address.clone(), self.now));
         let peer = self.nodes.iter().position(|peer| peer.address == address);
         let Some(peer) = peer.filter(|_| !self.unreachable.contains(&address)) else {
             let why = StoreError::unavailable(address.clone(), "nobody listens");
