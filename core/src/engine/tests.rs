@@ -5,6 +5,7 @@
 mod deletes;
 mod local;
 mod locations;
+mod public_defects;
 mod remote;
 mod room;
 mod topology;
