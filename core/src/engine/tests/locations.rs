@@ -276,6 +276,58 @@ fn a_get_that_is_given_up_while_a_known_place_is_read_frees_its_extent_when_the_
     assert_eq!(world.used(1), 0);
 }
 
+/// The owner's side of it: the word changes at once, the extent waits for pins, leases and sends, whichever goes last,
+/// and only then another object gets it.
+#[test]
+fn the_word_changes_first_then_readers_go_then_the_extent_is_used_again() {
+    for last in 0..3 {
+        let mut world = World::shaped(3, &Shape { threshold_bytes: Some(500), ..Shape::default() });
+        let (home, away, third) = (world.client(0, 1), world.client(1, 1), world.client(2, 1));
+        let bytes = pattern(1, 1_000);
+        world.put(0, home, "k", &bytes);
+        let pinned = world.get(0, home, "k").expect("it is here");
+        (world.hold_reads, world.hold_sends) = (true, true);
+        let read = world.ask_get(1, away, "k", false);
+        let range = Some(Range { start: 0, len_bytes: 400 });
+        let part = ClientMessage::Get { key: key("k"), range, timeout_ms: 3_000, keep: false };
+        let sent = world.ask(2, third, part);
+        world.settle();
+        assert_eq!((world.status(0).leases, world.sends.len()), (1, 1));
+        let extent = pinned.extent;
+        evict(&mut world, 0, home);
+        assert!(world.nodes[0].index.is_empty(), "nothing in the index names it from now on");
+        for step in [last + 1, last + 2, last] {
+            world.advance(100);
+            assert_eq!((world.status(0).draining, world.used(0)), (1, 1_024), "before step {step}");
+            world.put(0, home, &format!("other {step}"), &pattern(2, 10));
+            let mut shown = world.nodes[0].index.values();
+            assert!(shown.all(|object| object.extent.offset != extent.offset), "it is given to nobody");
+            let other = ClientMessage::Evict { key: key(&format!("other {step}")), force: true };
+            assert_eq!(world.call(0, home, other), Ok(ClientReply::Done));
+            match step % 3 {
+                0 => world.unpin(0, home, pinned.generation),
+                1 => {
+                    let read = world.held.remove(0);
+                    world.finish_read(read);
+                }
+                _ => {
+                    let (node, send) = world.sends.remove(0);
+                    world.feed(node, crate::engine::Input::SendDone { send });
+                }
+            }
+        }
+        world.advance(100);
+        assert_eq!((world.status(0).draining, world.used(0)), (0, 0));
+        world.put(0, home, "next", &bytes);
+        let next = world.nodes[0].index.values().next().expect("an object");
+        assert_eq!(next.extent, extent, "now it is another's");
+        assert!(next.generation > pinned.generation, "of another generation");
+        for (node, client, request) in [(1, away, read), (2, third, sent)] {
+            assert!(matches!(world.answer(node, client, request), Some(Ok(_))), "it was in time");
+        }
+    }
+}
+
 #[test]
 fn a_late_read_is_a_success_only_by_an_unchanged_word() {
     for still_there in [true, false] {

@@ -113,9 +113,8 @@ fn plasma_201_an_object_that_a_dead_client_waits_for_is_put_and_served() {
     let mut world = World::shaped(2, &reading());
     let (home, dead, alive) = (world.client(0, 1), world.client(1, 1), world.client(1, 2));
     let wait = || ClientMessage::Wait { key: key("k"), timeout_ms: 10_000 };
-    for (node, client) in [(1, dead), (0, home)] {
-        let _ = world.ask(node, client, wait());
-    }
+    let waiting =
+        [(1, dead), (0, home)].map(|(node, client)| (node, client, world.ask(node, client, wait())));
     let waits = world.ask(1, alive, wait());
     world.settle();
     world.leave(1, dead);
@@ -123,6 +122,9 @@ fn plasma_201_an_object_that_a_dead_client_waits_for_is_put_and_served() {
     let home = world.client(0, 2);
     world.put(0, home, "k", &pattern(1, 1_000));
     assert_eq!(world.answer(1, alive, waits), Some(Ok(ClientReply::Exists)));
+    for (node, client, request) in waiting {
+        assert_eq!(world.answer(node, client, request), None, "there is nobody to answer");
+    }
     // The same in the middle of a read that another one waits for too.
     let dead = world.client(1, 3);
     world.hold_reads = true;

@@ -421,6 +421,12 @@ impl World {
     pub(super) fn write(&mut self, node: usize, extent: Extent, bytes: &[u8]) {
         assert_eq!(bytes.len() as u64, extent.len_bytes);
         let range = span(extent.offset, extent.len_bytes);
+        let end = extent.offset + extent.len_bytes;
+        let shown = self.nodes[node].index.values().find(|shown| {
+            let Extent { segment, offset, len_bytes } = shown.extent;
+            segment == extent.segment && offset < end && extent.offset < offset + len_bytes
+        });
+        assert!(shown.is_none(), "{extent:?} is written, and its generation word still names {shown:?}");
         let memory = self.nodes[node].segments.get_mut(&extent.segment).expect("a segment");
         memory[range].copy_from_slice(bytes);
     }
