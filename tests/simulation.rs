@@ -38,6 +38,8 @@ fn the_seeds_reach_what_they_are_for() {
         ("eager gets", tally.eager),
         ("gets by read", tally.rendezvous),
         ("reads that came too late", tally.late_reads),
+        ("gets at known places", tally.known),
+        ("known places that were given up", tally.outdated),
         ("evictions", tally.evicted),
         ("objects sealed", tally.sealed),
         ("keys found everywhere", tally.durable),

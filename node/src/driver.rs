@@ -19,6 +19,7 @@ use parking_lot::Mutex;
 use crate::clients::Clients;
 use crate::outbox::Outbox;
 use crate::segments::Job;
+use crate::words::Words;
 
 /// A descriptor to send beside a reply, kept open until it is sent.
 pub(crate) enum Descriptors {
@@ -48,6 +49,7 @@ pub(crate) struct Driver {
     pub(crate) fabric: OnceLock<Arc<dyn Fabric>>,
     pub(crate) clients: Clients,
     pub(crate) outbox: Outbox,
+    pub(crate) words: Words,
     pub(crate) jobs: Sender<Job>,
     /// Frames and sessions of clients that were refused for what they sent.
     pub(crate) refused: AtomicU64,
@@ -69,6 +71,7 @@ impl Driver {
             fabric: OnceLock::new(),
             clients: Clients::default(),
             outbox: Outbox::default(),
+            words: Words::default(),
             jobs,
             refused: AtomicU64::new(0),
             started: Instant::now(),
@@ -184,6 +187,7 @@ impl Driver {
             | Action::Disconnect { .. }
             | Action::Send { .. }
             | Action::Read { .. }
+            | Action::ReadWord { .. }
             | Action::CancelRead { .. } => self.outbox.push(action),
         }
         None

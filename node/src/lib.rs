@@ -14,6 +14,7 @@ mod outbox;
 mod peers;
 mod reactor;
 mod segments;
+mod words;
 
 pub use config::{Config, FabricChoice, KEYS, parse_bytes};
-pub use node::Node;
+pub use node::{EngineHeld, Node};

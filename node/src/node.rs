@@ -17,12 +17,13 @@ use hetmem_transport::{Access, Fabric, FabricSink, TcpConfig, TcpFabric};
 use rustix::event::{EventfdFlags, eventfd};
 
 use crate::config::{Config, FabricChoice};
-use crate::driver::Driver;
+use crate::driver::{Core, Driver};
 use crate::inprocess::InProcess;
 use crate::memory::GenerationsRegion;
 use crate::peers::{Sink, TCP};
 use crate::reactor::Reactor;
 use crate::segments::{Job, Maker};
+use crate::words::WORDS_SEGMENT;
 
 /// The number under which the index is registered with fabrics; segments of objects count from 1.
 const INDEX_SEGMENT: SegmentId = SegmentId(0);
@@ -130,6 +131,7 @@ impl Node {
         let reserve = Reserve::new(config.host_bytes, config.huge_pages)?;
         let (jobs, received) = channel();
         let driver = Arc::new(Driver::new(engine, index, jobs.clone()));
+        fabric.register(WORDS_SEGMENT, driver.words.region(), Access::Local)?;
         let _ = driver.fabric.set(Arc::clone(fabric) as Arc<dyn Fabric>);
         let os = |error: std::io::Error| StoreError::os("starting a thread", error);
         let maker = Maker { reserve, pages: config.huge_pages };
@@ -179,6 +181,14 @@ impl Node {
         self.fabric.address().parse::<std::net::SocketAddr>().is_ok_and(|address| !loopback(address.ip()))
     }
 
+    /// Keeps the engine from doing anything until the guard is dropped: messages, requests and timers wait. What the
+    /// fabric does by itself goes on.
+    #[doc(hidden)]
+    #[must_use = "the engine goes on once this is dropped"]
+    pub fn hold_engine(&self) -> EngineHeld<'_> {
+        EngineHeld(self.driver.core.lock())
+    }
+
     /// A session inside this process: calls run on the caller's thread.
     ///
     /// # Errors
@@ -207,6 +217,16 @@ impl Node {
             }
             Ok(())
         })
+    }
+}
+
+/// See `Node::hold_engine`.
+#[doc(hidden)]
+pub struct EngineHeld<'a>(#[expect(dead_code, reason = "held, not used")] parking_lot::MutexGuard<'a, Core>);
+
+impl fmt::Debug for EngineHeld<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EngineHeld").finish_non_exhaustive()
     }
 }
 

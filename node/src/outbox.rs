@@ -76,6 +76,14 @@ impl Driver {
                     self.feed(Input::ReadDone { transfer, result: Err(why) });
                 }
             }
+            Action::ReadWord { link, transfer, remote } => {
+                let begun =
+                    self.words.begin(transfer).and_then(|local| fabric.read(link, transfer, remote, local));
+                if let Err(why) = begun {
+                    self.words.finish(transfer);
+                    self.feed(Input::WordRead { transfer, result: Err(why) });
+                }
+            }
             Action::CancelRead { transfer } => fabric.cancel(transfer),
             Action::Disconnect { link } => fabric.disconnect(link),
             Action::Connect { address } => {

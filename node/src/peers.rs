@@ -77,9 +77,10 @@ impl FabricSink for Sink {
                     Input::LinkDown { link, why }
                 }
             },
-            FabricEvent::ReadDone { transfer, result } => {
-                Input::ReadDone { transfer, result: result.map(|_| ()) }
-            }
+            FabricEvent::ReadDone { transfer, result } => match driver.words.finish(transfer) {
+                Some(word) => Input::WordRead { transfer, result: result.map(|_| word) },
+                None => Input::ReadDone { transfer, result: result.map(|_| ()) },
+            },
             FabricEvent::SendDone { token, .. } => Input::SendDone { send: token.0 },
             FabricEvent::Landed { token, result, .. } => {
                 Input::Landed { request: token.0, result: result.map(|_| ()) }

@@ -10,5 +10,6 @@ mod kill_clients;
 mod kill_nodes;
 mod leaks;
 mod limits;
+mod locations;
 mod readers;
 mod stop;

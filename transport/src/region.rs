@@ -6,7 +6,7 @@
 //! Holds unsafe code: reads and writes of registered memory within checked bounds.
 #![allow(unsafe_code)]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -35,6 +35,8 @@ pub(crate) struct Regions {
 struct Tables {
     by_segment: HashMap<SegmentId, Arc<Region>>,
     by_key: HashMap<RemoteKey, Arc<Region>>,
+    /// Every key that there ever was: a peer that still has one must never reach another region by it.
+    used_keys: HashSet<RemoteKey>,
 }
 
 /// One registered segment.
@@ -59,7 +61,7 @@ impl Regions {
     /// Registers a segment under `key`.
     ///
     /// # Errors
-    /// `Invalid` if the segment or the key is in use, or the length is no length of memory.
+    /// `Invalid` if the segment is registered, the key is or was in use, or the length is no length of memory.
     pub(crate) fn register(
         &self,
         segment: SegmentId,
@@ -83,10 +85,12 @@ impl Regions {
             memory: Mutex::new(Some(memory)),
         });
         let mut tables = self.tables.write();
-        if tables.by_segment.contains_key(&segment) || tables.by_key.contains_key(&key) {
+        if tables.by_segment.contains_key(&segment) || !tables.used_keys.insert(key) {
             return Err(StoreError::invalid(
                 "region",
-                format!("segment {segment} (key {key}) is registered already: deregister it first"),
+                format!(
+                    "segment {segment} is registered already, or key {key} was used before: deregister first"
+                ),
             ));
         }
         tables.by_segment.insert(segment, Arc::clone(&region));
@@ -363,6 +367,18 @@ mod tests {
             assert!(regions.local("send", local).is_err());
         }
         assert!(regions.remote(RemoteExtent { key: RemoteKey(7), offset: 4096, len_bytes: 0 }).is_ok());
+    }
+
+    #[test]
+    fn a_key_never_names_a_second_region() {
+        let (regions, _memory) = regions(Access::RemoteRead);
+        regions.remove(SegmentId(1)).expect("registered").close();
+        let memory = Arc::new(HeapRegion::new(4096));
+        for segment in [SegmentId(1), SegmentId(2)] {
+            let again = regions.register(segment, RemoteKey(7), Arc::clone(&memory) as _, Access::RemoteRead);
+            assert!(again.is_err(), "a peer may still have the key");
+        }
+        assert!(regions.register(SegmentId(1), RemoteKey(8), memory, Access::RemoteRead).is_ok());
     }
 
     #[test]

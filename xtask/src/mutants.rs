@@ -62,6 +62,18 @@ const MUTANTS: &[Mutant] = &[
         replace: "Ok(()) if self.now <= valid_until || link.0 < u64::MAX =>",
     },
     Mutant {
+        what: "a generation word that has changed is believed",
+        file: "core/src/engine/locations.rs",
+        find: "if *result != Ok(location.generation.0) {",
+        replace: "if result.is_err() {",
+    },
+    Mutant {
+        what: "a place that was read without a lease is believed without a look at the word",
+        file: "core/src/engine/locations.rs",
+        find: "            Ok(()) => self.check_word(id, location, generation, true),",
+        replace: "            Ok(()) => self.fetch_complete(id, Some(location.link), generation, Path::Read),",
+    },
+    Mutant {
         what: "clients' pins are forgotten",
         file: "core/src/engine/room.rs",
         find: ".filter(|generation| !pinned.contains(generation))",

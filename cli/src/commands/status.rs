@@ -46,7 +46,7 @@ fn status_json(status: &Status) -> Value {
 }
 
 /// Counters with their names, once for text and JSON.
-fn counters(status: &Status) -> [(&'static str, &'static str, u64); 10] {
+fn counters(status: &Status) -> [(&'static str, &'static str, u64); 12] {
     let counted = &status.counters;
     [
         ("puts", "objects sealed by clients", counted.puts),
@@ -54,6 +54,8 @@ fn counters(status: &Status) -> [(&'static str, &'static str, u64); 10] {
         ("gets", "gets that asked this node", counted.gets),
         ("eager", "of them: inside a peer's answer", counted.eager),
         ("read", "of them: by Read from a peer", counted.read),
+        ("known", "of those: where it was found before, asking nobody", counted.known),
+        ("outdated", "places found before that held it no more", counted.outdated),
         ("failed", "of them: failed", counted.failed),
         ("evicted", "objects evicted", counted.evicted),
         ("served_eager", "objects sent to peers inside an answer", counted.served_eager),

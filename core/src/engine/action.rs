@@ -98,6 +98,8 @@ pub enum Action {
     Land { request: u64, extent: Extent },
     /// Read from a peer; exactly one `ReadDone` follows.
     Read { link: LinkId, transfer: TransferId, remote: RemoteExtent, local: Extent },
+    /// Read the 8 bytes at a peer that hold a generation; exactly one `WordRead` follows.
+    ReadWord { link: LinkId, transfer: TransferId, remote: RemoteExtent },
     /// Make a read end soon; its `ReadDone` still follows.
     CancelRead { transfer: TransferId },
 

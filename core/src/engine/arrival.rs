@@ -1,6 +1,7 @@
 //! The bytes of gets from other nodes: where they land, and when they may be believed. Not whom to ask (`fetch`).
 //! Invariant: a fetch succeeds only if its lease, counted from before the question and less a fifth for clocks that
-//! run at different rates, had not run out when the last byte was there, and its object was not deleted meanwhile.
+//! run at different rates, had not run out when the last byte was there, or the owner's generation word was unchanged
+//! after that (`locations`); and if its object was not deleted meanwhile.
 
 use super::Engine;
 use super::action::Action;
@@ -118,7 +119,7 @@ impl Engine {
         }
     }
 
-    fn fetch_needs_room(&mut self, id: FetchId, link: LinkId, source: Source, len_bytes: u64) {
+    pub(super) fn fetch_needs_room(&mut self, id: FetchId, link: LinkId, source: Source, len_bytes: u64) {
         if let Some(fetch) = self.fetches.get_mut(&id) {
             fetch.stage = Stage::NeedsRoom { link, source };
         }
@@ -144,6 +145,8 @@ impl Engine {
             {
                 self.fetch_reads(id, link, (granted, valid_until), source, extent);
             }
+            Bytes::Known { location, remote }
+                if self.fetch_reads_known(id, source, (location, remote), extent) => {}
             bytes => {
                 // The payload was let go, or the lease ran out, or the link broke, while there was no room.
                 let _ = self.space.free(extent);
@@ -180,8 +183,7 @@ impl Engine {
         let Some(generation) = self.insert_fetched(id, source, extent) else {
             return;
         };
-        let transfer = TransferId(self.next_transfer);
-        self.next_transfer += 1;
+        let transfer = self.new_transfer();
         self.transfers.insert(transfer, (generation, id));
         if let Some(fetch) = self.fetches.get_mut(&id) {
             fetch.stage = Stage::Reading { link, transfer, granted, valid_until };
@@ -192,7 +194,17 @@ impl Engine {
         self.out.push(Action::Read { link, transfer, remote: granted.extent, local: extent });
     }
 
-    fn insert_fetched(&mut self, id: FetchId, source: Source, extent: Extent) -> Option<Generation> {
+    pub(super) fn new_transfer(&mut self) -> TransferId {
+        self.next_transfer += 1;
+        TransferId(self.next_transfer - 1)
+    }
+
+    pub(super) fn insert_fetched(
+        &mut self,
+        id: FetchId,
+        source: Source,
+        extent: Extent,
+    ) -> Option<Generation> {
         let fetch = self.fetches.get(&id)?;
         Some(self.objects.insert(Object {
             key: fetch.key.clone(),
@@ -255,6 +267,10 @@ impl Engine {
             return;
         };
         let stage = self.fetches.get(&id).map(|fetch| &fetch.stage);
+        if let Some(&Stage::ReadingKnown { location, .. }) = stage {
+            self.filled(generation, id);
+            return self.known_read(id, location, generation, &result);
+        }
         let Some(&Stage::Reading { link, granted, valid_until, .. }) = stage else {
             // Its fetch was given up; this was what the extent waited for.
             self.filled(generation, id);
@@ -264,14 +280,11 @@ impl Engine {
         self.tell_peer(link, PeerMessage::Release { lease: granted.lease });
         match result {
             Ok(()) if self.now <= valid_until => {
+                self.remember_place(id, link, granted, generation);
                 self.fetch_complete(id, Some(link), generation, Path::Read);
             }
-            Ok(()) => {
-                // Late: the owner may have reused the extent. Time never turns a late read into a success.
-                self.free_object(generation);
-                let why = format!("the lease of {} ms ran out while it was read", granted.lease_ms);
-                self.fetch_unfilled(id, self.fetch_stale(id, why));
-            }
+            // Late: the owner may have reused the extent. Time never turns a late read into a success.
+            Ok(()) => self.check_late_read(id, link, granted, generation),
             Err(why) => {
                 self.free_object(generation);
                 self.fetch_tried(id, link);
@@ -280,13 +293,17 @@ impl Engine {
         }
     }
 
-    fn fetch_stale(&self, id: FetchId, why: impl Into<std::borrow::Cow<'static, str>>) -> StoreError {
+    pub(super) fn fetch_stale(
+        &self,
+        id: FetchId,
+        why: impl Into<std::borrow::Cow<'static, str>>,
+    ) -> StoreError {
         let key = self.fetches.get(&id).map(|fetch| fetch.key.to_string());
         StoreError::stale("get", key.unwrap_or_default(), why)
     }
 
     /// The bytes did not come, or not in time.
-    fn fetch_unfilled(&mut self, id: FetchId, why: StoreError) {
+    pub(super) fn fetch_unfilled(&mut self, id: FetchId, why: StoreError) {
         if let Some(fetch) = self.fetches.get_mut(&id) {
             fetch.stage = Stage::Waiting;
         }
@@ -298,7 +315,13 @@ impl Engine {
         self.fetch_unfilled(id, self.fetch_stale(id, "the object was deleted while it was fetched"));
     }
 
-    fn fetch_complete(&mut self, id: FetchId, link: Option<LinkId>, generation: Generation, path: Path) {
+    pub(super) fn fetch_complete(
+        &mut self,
+        id: FetchId,
+        link: Option<LinkId>,
+        generation: Generation,
+        path: Path,
+    ) {
         let Some(object) = self.objects.get(generation) else {
             return;
         };

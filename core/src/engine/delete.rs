@@ -151,6 +151,7 @@ impl Engine {
 
     /// Drops this node's object of a key; only that one object if one is named.
     pub(super) fn drop_local(&mut self, key: &Key, object: Option<ObjectId>) -> bool {
+        self.locations.forget_object(key, object);
         let Some((generation, there)) = self.objects.sealed(key) else {
             return false;
         };

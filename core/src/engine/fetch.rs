@@ -6,12 +6,13 @@ use std::collections::{BTreeMap, VecDeque};
 
 use super::action::Action;
 use super::cluster::{AskFor, Pending};
+use super::locations::Location;
 use super::timer::{Time, Timer};
 use super::{Engine, THRESHOLD_DEFAULT};
 use crate::error::{ErrorKind, StoreError};
 use crate::key::Key;
 use crate::meta::ObjectMeta;
-use crate::tier::{ClientId, LinkId, NodeId, ObjectId, TransferId};
+use crate::tier::{ClientId, Generation, LinkId, NodeId, ObjectId, RemoteExtent, TransferId};
 use crate::wire::{Granted, Holder, PeerMessage, Range};
 
 /// How soon a fetch that met a passing obstacle tries again, in milliseconds.
@@ -61,6 +62,11 @@ pub(super) enum Stage {
     Landing { link: LinkId },
     /// A read is under way.
     Reading { link: LinkId, transfer: TransferId, granted: Granted, valid_until: Time },
+    /// A read without a lease is under way, of a place that is remembered.
+    ReadingKnown { transfer: TransferId, location: Location },
+    /// The bytes are here, in this generation; what they are is seen by the owner's word. `known` if no GRANT was
+    /// asked for.
+    CheckingWord { transfer: TransferId, location: Location, generation: Generation, known: bool },
 }
 
 /// What a peer has answered.
@@ -78,6 +84,8 @@ pub(super) enum Bytes {
     InAnswer { request: u64 },
     /// At the peer, to be read until then.
     Granted { granted: Granted, valid_until: Time },
+    /// At a peer that was not asked, where the object was found before.
+    Known { location: Location, remote: RemoteExtent },
 }
 
 #[derive(Debug)]
@@ -90,7 +98,7 @@ pub(super) struct Fetch {
     /// How many questions were asked for it.
     questions: u64,
     /// Nodes that did not give it since it was last tried from the start.
-    tried: Vec<NodeId>,
+    pub(super) tried: Vec<NodeId>,
     /// What was last in the way.
     obstacle: Option<StoreError>,
     /// The node that did not give it at last, rather than not have it.
@@ -143,7 +151,11 @@ impl Engine {
     ) {
         let deadline = self.now.after_ms(timeout_ms);
         let mut waiter = FetchWaiter { client, request, deadline, timeout_ms, came_after: 0 };
-        let same = |fetch: &Fetch| fetch.key == key && fetch.range == range && fetch.want == want;
+        // Once the owner's word is being read, what it says may be older than who comes now.
+        let same = |fetch: &Fetch| {
+            let decided = matches!(fetch.stage, Stage::CheckingWord { .. });
+            fetch.key == key && fetch.range == range && fetch.want == want && !decided
+        };
         let joinable = matches!(want, Want::Object { keep: true });
         if joinable && let Some((&id, fetch)) = self.fetches.iter_mut().find(|(_, fetch)| same(fetch)) {
             waiter.came_after = fetch.questions;
@@ -170,7 +182,7 @@ impl Engine {
     }
 
     /// Asks the node that is most likely to have the object.
-    fn fetch_start(&mut self, id: FetchId) {
+    pub(super) fn fetch_start(&mut self, id: FetchId) {
         let Some(fetch) = self.fetches.get(&id) else {
             return;
         };
@@ -183,6 +195,12 @@ impl Engine {
             }
             return;
         }
+        if self.fetch_known(id) {
+            return;
+        }
+        let Some(fetch) = self.fetches.get(&id) else {
+            return;
+        };
         let hinted = self.hints.get(&key).filter(|node| !fetch.tried.contains(node));
         if let Some(node) = hinted
             && let Some(link) = self.link_to(node)
@@ -210,7 +228,7 @@ impl Engine {
         }
     }
 
-    fn set_stage(&mut self, id: FetchId, stage: Stage) {
+    pub(super) fn set_stage(&mut self, id: FetchId, stage: Stage) {
         if let Some(fetch) = self.fetches.get_mut(&id) {
             fetch.stage = stage;
         }
@@ -557,6 +575,8 @@ impl Engine {
                 self.out.push(Action::CancelRead { transfer });
                 self.tell_peer(link, PeerMessage::Release { lease: granted.lease });
             }
+            Stage::ReadingKnown { transfer, .. } => self.out.push(Action::CancelRead { transfer }),
+            Stage::CheckingWord { transfer, generation, .. } => self.give_up_word(transfer, generation),
         }
     }
 }

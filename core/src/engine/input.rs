@@ -76,6 +76,8 @@ pub enum Input {
     Landed { request: u64, result: Result<(), StoreError> },
     /// A read has ended; no more bytes land.
     ReadDone { transfer: TransferId, result: Result<(), StoreError> },
+    /// `Action::ReadWord` has ended: the word as the owner's memory held it after the action, as a number.
+    WordRead { transfer: TransferId, result: Result<u64, StoreError> },
     /// The payload of a send is no longer read from its extent.
     SendDone { send: u64 },
 

@@ -50,7 +50,8 @@ impl Engine {
 
     pub(super) fn dial(&mut self, address: &str) {
         let dialled = self.links.values().any(|link| !link.inbound && link.address == address);
-        if !dialled && self.dialling.insert(address.to_owned()) {
+        if !dialled && !self.dialling.contains(address) && self.may_dial(address) {
+            self.dialling.insert(address.to_owned());
             self.out.push(Action::Connect { address: address.to_owned() });
         }
     }
@@ -58,6 +59,7 @@ impl Engine {
     pub(super) fn link_up(&mut self, link: LinkId, fabric: FabricId, address: String, inbound: bool) {
         if !inbound {
             self.dialling.remove(&address);
+            self.dialled_up(&address);
         }
         let join = !inbound && self.config.join.as_deref() == Some(address.as_str());
         self.links.insert(link, Link { fabric, address, inbound, node: None, join: false, heard: self.now });
@@ -72,6 +74,7 @@ impl Engine {
 
     pub(super) fn connect_failed(&mut self, address: &str, why: &StoreError) {
         self.dialling.remove(address);
+        self.dialled_down(address);
         if self.config.join.as_deref() == Some(address) {
             self.directory_lost(why);
             return;
@@ -103,12 +106,16 @@ impl Engine {
         let Some(state) = self.links.remove(&link) else {
             return;
         };
+        if !state.inbound {
+            self.dialled_down(&state.address);
+        }
         // From here on nothing new is asked over it, so what was asked is answered below, once.
         let was_directory = self.directory_link == Some(link);
         if was_directory {
             self.directory_link = None;
         }
         self.leases_lost(link);
+        self.locations.forget_link(link);
         if let Some(node) = state.node {
             self.peer_unlinked(node, link, why);
         }

@@ -15,9 +15,11 @@ mod known;
 mod lifecycle;
 mod links;
 mod local;
+mod locations;
 mod objects;
 mod owner;
 mod puts;
+mod redial;
 mod room;
 mod space;
 mod status;
@@ -40,8 +42,10 @@ use directory::Deleted;
 use fetch::{Fetch, FetchId, Hints};
 use links::{Link, Peer};
 use local::Client;
+use locations::Locations;
 use objects::Objects;
 use owner::Lease;
+use redial::Redial;
 use room::SpaceRequest;
 use space::Space;
 use timer::{Timer, Timers};
@@ -86,6 +90,7 @@ pub struct Engine {
     links: BTreeMap<LinkId, Link>,
     peers: BTreeMap<NodeId, Peer>,
     dialling: BTreeSet<String>,
+    redial: Redial,
     directory_link: Option<LinkId>,
     reconnect_attempts: u32,
     directory: Option<Directory>,
@@ -102,6 +107,7 @@ pub struct Engine {
     /// The answer whose payload may still be given a place: the one that is being handled.
     payload_at_hand: Option<u64>,
     hints: Hints,
+    locations: Locations,
 
     /// Questions to peers that wait for an answer, by request number.
     pending: BTreeMap<u64, (LinkId, cluster::Pending)>,
@@ -139,6 +145,7 @@ impl Engine {
             links: BTreeMap::new(),
             peers: BTreeMap::new(),
             dialling: BTreeSet::new(),
+            redial: Redial::default(),
             directory_link: None,
             reconnect_attempts: 0,
             directory,
@@ -150,6 +157,7 @@ impl Engine {
             next_transfer: 1,
             payload_at_hand: None,
             hints: Hints::default(),
+            locations: Locations::default(),
             pending: BTreeMap::new(),
             next_request: 1,
             deletes: BTreeMap::new(),
@@ -183,6 +191,7 @@ impl Engine {
             Input::Refused { link, why } => self.peer_refused(link, &why),
             Input::Landed { request, result } => self.landed(request, result),
             Input::ReadDone { transfer, result } => self.read_done(transfer, result),
+            Input::WordRead { transfer, result } => self.word_read(transfer, &result),
             Input::SendDone { send } => self.send_done(send),
             Input::PinScan { pinned, touched } => self.pin_scan(&pinned, &touched),
             Input::SegmentReady { segment, keys } => self.segment_ready(segment, keys),
@@ -219,6 +228,7 @@ impl Engine {
             match timer {
                 Timer::Heartbeat => self.heartbeat(),
                 Timer::Reconnect => self.reconnect(),
+                Timer::Redial => self.redial_due(),
                 Timer::Lease(lease) => self.lease_over(lease),
                 Timer::Ttl(generation) => self.ttl_over(generation),
                 Timer::Fetch(fetch) => self.fetch_deadline(fetch),

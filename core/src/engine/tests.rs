@@ -4,6 +4,8 @@
 
 mod deletes;
 mod local;
+mod locations;
+mod public_defects;
 mod remote;
 mod room;
 mod topology;

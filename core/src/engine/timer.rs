@@ -28,6 +28,7 @@ impl Time {
 pub(super) enum Timer {
     Heartbeat,
     Reconnect,
+    Redial,
     Lease(LeaseId),
     Ttl(Generation),
     Fetch(FetchId),

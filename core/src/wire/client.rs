@@ -275,6 +275,10 @@ pub struct NodeStatus {
     pub served_grants: u64,
     /// Frames or sessions refused because of what they sent.
     pub refused: u64,
+    /// Of the gets answered by Read: those of a place that was known, with no question to anybody.
+    pub known: u64,
+    /// Places that were tried so and had been given up by then: the object was asked for after all.
+    pub outdated: u64,
 }
 
 /// A node's view of itself and its cluster.

@@ -175,7 +175,7 @@ fn peer_status() -> impl Strategy<Value = PeerStatus> {
 }
 
 fn status() -> impl Strategy<Value = Status> {
-    let counters = any::<[u64; 10]>().prop_map(|n| NodeStatus {
+    let counters = any::<[u64; 12]>().prop_map(|n| NodeStatus {
         puts: n[0],
         hits: n[1],
         gets: n[2],
@@ -186,6 +186,8 @@ fn status() -> impl Strategy<Value = Status> {
         served_eager: n[7],
         served_grants: n[8],
         refused: n[9],
+        known: n[10],
+        outdated: n[11],
     });
     let lists = (vec(tier_status(), 0..3), vec(peer_status(), 0..3));
     (any::<[u64; 6]>(), text(), text(), any::<bool>(), any::<u32>(), lists, counters).prop_map(

@@ -51,6 +51,12 @@ pub struct Tally {
     pub late_reads: u64,
     /// Completions that were reported twice.
     pub repeats: u64,
+    /// Reads of places that were known from before, without a lease.
+    pub known_reads: u64,
+    /// Gets answered so, on nodes that lived to the end.
+    pub known: u64,
+    /// Such places that had been given up by then, on nodes that lived to the end.
+    pub outdated: u64,
     /// Objects evicted.
     pub evicted: u64,
     /// Keys that every node had to find at the end.
@@ -73,6 +79,9 @@ impl Tally {
         self.rendezvous += other.rendezvous;
         self.late_reads += other.late_reads;
         self.repeats += other.repeats;
+        self.known_reads += other.known_reads;
+        self.known += other.known;
+        self.outdated += other.outdated;
         self.evicted += other.evicted;
         self.durable += other.durable;
     }
@@ -83,7 +92,7 @@ impl fmt::Display for Tally {
         write!(
             f,
             "{} operations, {} faults, {} deaths of clients, {} engine inputs, {} gets compared ({} bytes; {} in place, {} raced a withdrawal), \
-             {} objects sealed, {} fetched eagerly, {} by read ({} too late), {} completions repeated, {} evicted, {} keys found everywhere at the end",
+             {} objects sealed, {} fetched eagerly, {} by read ({} too late; {} at a known place in {} reads, {} places given up), {} completions repeated, {} evicted, {} keys found everywhere at the end",
             self.operations,
             self.faults,
             self.deaths,
@@ -96,6 +105,9 @@ impl fmt::Display for Tally {
             self.eager,
             self.rendezvous,
             self.late_reads,
+            self.known,
+            self.known_reads,
+            self.outdated,
             self.repeats,
             self.evicted,
             self.durable

@@ -25,6 +25,9 @@ use super::world::{Due, World};
 
 pub(super) const FABRIC: FabricId = FabricId(0);
 const INDEX_SEGMENT: SegmentId = SegmentId(0);
+/// Where generation words of peers land, one place per read of one; the places are used in turn.
+const WORDS_SEGMENT: SegmentId = SegmentId(u32::MAX);
+const WORDS_MAX: u64 = 1024;
 const SLOT_LEN: u64 = 64;
 pub(super) const HEARTBEAT_MS: u64 = 100;
 
@@ -53,10 +56,12 @@ impl Clock {
     }
 }
 
-/// A read under way, and the lease that it is under: whose, of which incarnation, until when of the owner's clock.
+/// A read under way, the lease that it is under (whose, of which incarnation, until when of the owner's clock), and
+/// which generation was there when it began.
 struct Read {
     local: Extent,
     lease: Option<(usize, u64, u64)>,
+    generation: Option<(RemoteKey, Generation)>,
 }
 
 /// One client's pins. A place is taken by the client, or by the node on its behalf.
@@ -80,6 +85,11 @@ pub(super) struct Node {
     pub(super) index: BTreeMap<SlotId, Shown>,
     pub(super) by_key: BTreeMap<Key, SlotId>,
     words: Arc<HeapRegion>,
+    words_key: RemoteKey,
+    /// Words of peers: what has landed, and the reads under way with the index that each is of.
+    landed_words: Arc<HeapRegion>,
+    pub(super) word_reads: BTreeMap<TransferId, (RemoteKey, u64)>,
+    next_word: u64,
     pub(super) pages: BTreeMap<ClientId, Page>,
     pub(super) touched: Vec<SlotId>,
     pub(super) guards: Guards,
@@ -88,12 +98,13 @@ pub(super) struct Node {
     pub(super) deferred: BTreeMap<LinkId, VecDeque<Message>>,
     pub(super) dialling: BTreeMap<LinkId, String>,
     reads: BTreeMap<TransferId, Read>,
-    /// The latest grant of each remote place.
-    grants: BTreeMap<(RemoteKey, u64), LeaseId>,
+    /// The grants of each remote place that were not given back.
+    grants: BTreeMap<(RemoteKey, u64), BTreeSet<(LeaseId, LinkId)>>,
     /// When the leases that this node gave run out, by its clock.
     granted_until: BTreeMap<LeaseId, u64>,
-    /// Where reads that ended after their lease have put their bytes.
-    spoiled: BTreeSet<(SegmentId, u64)>,
+    /// Where reads that ended after their lease, or had none, have put their bytes; and whose index would have to
+    /// hold which generation still for these to be an object.
+    spoiled: BTreeMap<(SegmentId, u64), Option<(RemoteKey, Generation)>>,
     landings: BTreeMap<u64, Extent>,
     sends: BTreeMap<u64, Extent>,
     leases: BTreeMap<LeaseId, (LinkId, SegmentId, u64)>,
@@ -148,6 +159,10 @@ impl Node {
         let key = fabric
             .register(INDEX_SEGMENT, Arc::clone(&words) as _, Access::RemoteRead)
             .expect("the index is registered once");
+        let landed_words = Arc::new(HeapRegion::new(usize::try_from(WORDS_MAX * 8).expect("few")));
+        fabric
+            .register(WORDS_SEGMENT, Arc::clone(&landed_words) as _, Access::Local)
+            .expect("the words are registered once");
         let engine = Engine::new(config(plan, number, epoch, key));
         Self {
             name,
@@ -161,6 +176,10 @@ impl Node {
             index: BTreeMap::new(),
             by_key: BTreeMap::new(),
             words,
+            words_key: key,
+            landed_words,
+            word_reads: BTreeMap::new(),
+            next_word: 0,
             pages: BTreeMap::new(),
             touched: Vec::new(),
             guards: Guards::default(),
@@ -171,7 +190,7 @@ impl Node {
             reads: BTreeMap::new(),
             grants: BTreeMap::new(),
             granted_until: BTreeMap::new(),
-            spoiled: BTreeSet::new(),
+            spoiled: BTreeMap::new(),
             landings: BTreeMap::new(),
             sends: BTreeMap::new(),
             leases: BTreeMap::new(),
@@ -253,13 +272,21 @@ impl World {
                 }
             }
             Input::ReadDone { transfer, result } => self.read_over(at, *transfer, result.is_ok()),
+            Input::WordRead { transfer, result } => {
+                let of = node.word_reads.remove(transfer);
+                if let (Some((key, _)), Ok(word)) = (of, result) {
+                    // Only one place's bytes are asked about, but no two objects have one generation of one index.
+                    node.spoiled.retain(|_, wanted| *wanted != Some((key, Generation(*word))));
+                }
+            }
             Input::PeerMessage { link, message: PeerMessage::Release { lease }, .. }
                 if node.leases.get(lease).is_some_and(|(of, ..)| of == link) =>
             {
                 node.end_lease(*lease);
             }
-            Input::PeerMessage { message: PeerMessage::Grant { granted, .. }, .. } => {
-                node.grants.insert((granted.extent.key, granted.extent.offset), granted.lease);
+            Input::PeerMessage { link, message: PeerMessage::Grant { granted, .. }, .. } => {
+                let place = (granted.extent.key, granted.extent.offset);
+                node.grants.entry(place).or_default().insert((granted.lease, *link));
             }
             Input::LinkDown { link, .. } => {
                 let of_link = node.leases.iter().filter(|(_, (of, ..))| of == link);
@@ -281,9 +308,22 @@ impl World {
         }
     }
 
-    /// The lease under which a node is about to read.
+    /// Which generation of which index is at a place, as its owner shows it now.
+    fn generation_at(&self, remote: RemoteExtent) -> Option<(RemoteKey, Generation)> {
+        let owner = self.nodes.iter().find(|node| node.keys.contains_key(&remote.key))?;
+        let segment = owner.keys[&remote.key];
+        let around = |extent: Extent| {
+            extent.segment == segment
+                && extent.offset <= remote.offset
+                && remote.offset + remote.len_bytes <= extent.offset + extent.len_bytes
+        };
+        let shown = owner.index.values().find(|shown| around(shown.object.extent))?;
+        Some((owner.words_key, shown.object.generation))
+    }
+
+    /// The lease under which a node is about to read: the latest one of the place.
     fn lease_of(&self, at: usize, remote: RemoteExtent) -> Option<(usize, u64, u64)> {
-        let lease = self.nodes[at].grants.get(&(remote.key, remote.offset))?;
+        let (lease, _) = self.nodes[at].grants.get(&(remote.key, remote.offset))?.last()?;
         let owner = self.nodes.iter().position(|node| node.keys.contains_key(&remote.key))?;
         let until = *self.nodes[owner].granted_until.get(lease)?;
         Some((owner, self.nodes[owner].epoch, until))
@@ -293,7 +333,7 @@ impl World {
     fn read_over(&mut self, at: usize, transfer: TransferId, complete: bool) {
         let Some(read) = self.nodes[at].reads.remove(&transfer) else { return };
         let now = self.now();
-        let late = read.lease.is_some_and(|(owner, epoch, until)| {
+        let late = read.lease.is_none_or(|(owner, epoch, until)| {
             let owner = &self.nodes[owner];
             owner.epoch == epoch && owner.clock.at(now) >= until
         });
@@ -301,8 +341,9 @@ impl World {
         let node = &mut self.nodes[at];
         node.guards.remove(read.local.segment, Hold::Reading(transfer));
         if late && complete {
-            self.tally.late_reads += 1;
-            node.spoiled.insert(place);
+            self.tally.late_reads += u64::from(read.lease.is_some());
+            self.tally.known_reads += u64::from(read.lease.is_none());
+            node.spoiled.insert(place, read.generation);
         } else {
             node.spoiled.remove(&place);
         }
@@ -347,9 +388,9 @@ impl World {
             Action::PinAndReply { client, request, mut located } => {
                 let place = (located.extent.segment, located.extent.offset);
                 let empty = located.extent.len_bytes == 0;
-                if located.path == Path::Read && !empty && self.nodes[at].spoiled.contains(&place) {
+                if located.path == Path::Read && !empty && self.nodes[at].spoiled.contains_key(&place) {
                     self.fail(format!(
-                        "node {at}: a read whose lease had run out was a success: {located:?}"
+                        "node {at}: a read without a live lease was a success, and its place had been given up: {located:?}"
                     ));
                 }
                 let page = self.nodes[at].pages.get_mut(&client);
@@ -422,7 +463,14 @@ impl World {
             Action::Read { transfer, local, remote, .. } => {
                 self.hold(at, *local, Hold::Reading(*transfer));
                 let lease = self.lease_of(at, *remote);
-                self.nodes[at].reads.insert(*transfer, Read { local: *local, lease });
+                let generation = self.generation_at(*remote);
+                self.nodes[at].reads.insert(*transfer, Read { local: *local, lease, generation });
+            }
+            Action::Send { link, message: PeerMessage::Release { lease }, .. } => {
+                // What is read there from now on is read without it.
+                for leases in self.nodes[at].grants.values_mut() {
+                    leases.remove(&(*lease, *link));
+                }
             }
             Action::Send { payload: Some((extent, send)), .. } => {
                 self.hold(at, *extent, Hold::Sending(*send));
@@ -579,6 +627,21 @@ impl World {
 }
 
 impl Node {
+    /// Where the next word of a peer lands.
+    pub(super) fn begin_word(&mut self, transfer: TransferId, remote: RemoteExtent) -> Extent {
+        let offset = self.next_word % WORDS_MAX * 8;
+        self.next_word += 1;
+        self.word_reads.insert(transfer, (remote.key, offset));
+        Extent { segment: WORDS_SEGMENT, offset, len_bytes: 8 }
+    }
+
+    /// The word that a read has brought, if it was one of a word.
+    pub(super) fn landed_word(&self, transfer: TransferId) -> Option<u64> {
+        let (_, offset) = self.word_reads.get(&transfer)?;
+        let bytes = self.landed_words.read(usize::try_from(*offset).ok()?, 8);
+        Some(u64::from_le_bytes(bytes.try_into().ok()?))
+    }
+
     fn end_lease(&mut self, lease: LeaseId) {
         if let Some((_, segment, until)) = self.leases.remove(&lease) {
             self.guards.remove(segment, Hold::Leased(lease, until));

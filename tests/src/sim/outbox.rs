@@ -37,9 +37,10 @@ impl World {
                     Input::LinkDown { link, why }
                 }
             },
-            FabricEvent::ReadDone { transfer, result } => {
-                Input::ReadDone { transfer, result: result.map(|_| ()) }
-            }
+            FabricEvent::ReadDone { transfer, result } => match node.landed_word(transfer) {
+                Some(word) => Input::WordRead { transfer, result: result.map(|_| word) },
+                None => Input::ReadDone { transfer, result: result.map(|_| ()) },
+            },
             FabricEvent::SendDone { token, .. } => Input::SendDone { send: token.0 },
             FabricEvent::Landed { token, result, .. } => {
                 Input::Landed { request: token.0, result: result.map(|_| ()) }
@@ -90,6 +91,12 @@ impl World {
             Action::Read { link, transfer, remote, local } => {
                 if let Err(why) = fabric.read(link, transfer, remote, local) {
                     self.feed(at, Input::ReadDone { transfer, result: Err(why) });
+                }
+            }
+            Action::ReadWord { link, transfer, remote } => {
+                let local = self.nodes[at].begin_word(transfer, remote);
+                if let Err(why) = fabric.read(link, transfer, remote, local) {
+                    self.feed(at, Input::WordRead { transfer, result: Err(why) });
                 }
             }
             Action::CancelRead { transfer } => fabric.cancel(transfer),

@@ -402,6 +402,8 @@ impl World {
             let counters = status.counters;
             self.tally.eager += counters.eager;
             self.tally.rendezvous += counters.read;
+            self.tally.known += counters.known;
+            self.tally.outdated += counters.outdated;
             let held = (status.draining, status.reservations, status.leases, status.clients);
             let granules = |extent: &Extent| extent.len_bytes.max(1).div_ceil(64) * 64;
             let sealed: u64 = self.nodes[at].index.values().map(|shown| granules(&shown.object.extent)).sum();

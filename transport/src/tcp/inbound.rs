@@ -12,7 +12,7 @@ use rustix::event::epoll::EventFlags;
 
 use super::link::{Link, Opening};
 use super::serve::ServeStream;
-use super::shared::{Conn, Shared};
+use super::shared::{Conn, Shared, Task};
 use super::sys::{Got, Socket};
 use super::turn::Turn;
 use super::wire::{FabricMessage, HANDSHAKE_BODY_MAX, StreamToken};
@@ -43,11 +43,11 @@ impl Inbound {
         }
     }
 
-    /// Begins to receive. The same flags serve a control stream, so that becoming one needs no further call.
+    /// Begins to receive.
     pub(super) fn watch(self: &Arc<Self>, shared: &Arc<Shared>) {
         self.socket.prepare();
         let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-        if let Err(why) = shared.epoll.add(&self.socket, self.socket.id, flags) {
+        if let Err(why) = shared.serving.add(&self.socket, self.socket.id, flags) {
             *self.doomed.lock() = Some(why);
             self.run(shared);
         }
@@ -81,10 +81,12 @@ impl Inbound {
         });
         // An event that was meant for the successor may have come here.
         if let Some(conn) = became {
-            if self.ended.load(Ordering::Acquire)
-                && let Conn::Link(link) = &conn
-            {
-                link.note_end();
+            if let Conn::Link(link) = &conn {
+                if self.ended.load(Ordering::Acquire) {
+                    link.note_end();
+                }
+                // This thread serves reads; a link's work may call the sink.
+                return shared.later(Task::Work(conn));
             }
             conn.work(shared);
         }
@@ -144,6 +146,14 @@ impl Inbound {
         shared.clear_deadline(self.socket.id);
         shared.insert(self.socket.id, conn.clone());
         shared.inbound_is_over();
+        if let Conn::Link(link) = &conn {
+            // From here on it is for the threads that may call the sink.
+            shared.serving.remove(&self.socket);
+            let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+            if let Err(why) = shared.epoll.add(&self.socket, self.socket.id, flags) {
+                link.fail(shared, why);
+            }
+        }
         Ok(conn)
     }
 

@@ -1,6 +1,10 @@
 //! The TCP fabric: frames over one control stream per link, reads served by the owner over data streams that the
 //! reader opens (docs/tcp-fabric.md). Not the engine's protocol. Invariant: a fixed number of threads, and callers
-//! of `progress`, do all the work on one shared epoll; no number of peers or of bytes they send adds a thread.
+//! of `progress`, do all the work; no number of peers or of bytes they send adds a thread.
+//!
+//! There are two epolls. Threads that may call the sink, and callers of `progress`, share the one with control streams
+//! and the streams on which this end reads. Threads that never call the sink share the other, with the listener and the
+//! data streams on which peers read: a sink that is held up holds up no peer's read, nor a new stream for one.
 //!
 //! Control streams are watched edge-triggered: the next frame needs no further system call to be noticed. Data
 //! streams are watched for one event at a time: while one thread receives or sends at length, what arrives meanwhile
@@ -48,8 +52,10 @@ const LOOKUPS_MAX: usize = 8;
 pub struct TcpConfig {
     /// Where to listen, as `host:port`; port 0 picks a free one.
     pub listen: String,
-    /// Threads of the fabric, besides callers of `progress`.
+    /// Threads that call the sink, besides callers of `progress`.
     pub threads: usize,
+    /// Threads that serve peers' reads and accept connections, and never call the sink.
+    pub serving_threads: usize,
     /// The most data streams that reads of one link are spread over.
     pub streams: usize,
     /// Bytes asked for in one request, at least 256 KiB.
@@ -73,6 +79,7 @@ impl Default for TcpConfig {
         Self {
             listen: "127.0.0.1:0".to_owned(),
             threads: 2,
+            serving_threads: 2,
             // 64 MiB over loopback on 2 idle cores, in GiB/s: 5.0 with 1 stream, 5.6 with 2, 5.0 to 5.8 with 4 (with
             // bbr: 3.9, 4.6, 4.0); a bare blocking loop 2.9.
             streams: 2,
@@ -113,23 +120,31 @@ impl TcpFabric {
         check(&config)?;
         let listen = resolve(&config.listen, true)?;
         let (listener, address) = sys::listen(listen)?;
-        let threads = config.threads;
+        let (threads, serving_threads) = (config.threads, config.serving_threads);
         let shared = Arc::new(Shared::new(config, sink, listener, address.port())?);
         let fabric = Arc::new(Self {
-            shared: Arc::clone(&shared),
+            shared,
             address,
             threads: Mutex::default(),
             lookups: Arc::new(AtomicUsize::new(0)),
         });
         for number in 0..threads {
-            let shared = Arc::clone(&shared);
-            let thread = std::thread::Builder::new()
-                .name(format!("tcp-fabric-{number}"))
-                .spawn(move || shared.serve())
-                .map_err(|error| StoreError::os("start a thread of the TCP fabric", error))?;
-            fabric.threads.lock().push(thread);
+            fabric.start_thread(format!("tcp-fabric-{number}"), Shared::serve)?;
+        }
+        for number in 0..serving_threads {
+            fabric.start_thread(format!("tcp-serving-{number}"), Shared::serve_reads)?;
         }
         Ok(fabric)
+    }
+
+    fn start_thread(&self, name: String, life: fn(&Arc<Shared>)) -> Result<(), StoreError> {
+        let shared = Arc::clone(&self.shared);
+        let thread = std::thread::Builder::new()
+            .name(name)
+            .spawn(move || life(&shared))
+            .map_err(|error| StoreError::os("start a thread of the TCP fabric", error))?;
+        self.threads.lock().push(thread);
+        Ok(())
     }
 
     fn link(&self, operation: &'static str, link: LinkId) -> Result<Arc<Link>, StoreError> {
@@ -166,8 +181,11 @@ impl TcpFabric {
 }
 
 fn check(config: &TcpConfig) -> Result<(), StoreError> {
-    if config.threads == 0 || config.streams == 0 {
-        let what = format!("{} threads and {} streams, at least 1 is needed", config.threads, config.streams);
+    if config.threads == 0 || config.serving_threads == 0 || config.streams == 0 {
+        let what = format!(
+            "{} and {} threads, {} streams: at least 1 of each is needed",
+            config.threads, config.serving_threads, config.streams
+        );
         return Err(StoreError::invalid("TCP fabric", what));
     }
     if config.slice_bytes < SLICE_BYTES_MIN {

@@ -31,6 +31,7 @@ const LISTENER: u64 = 0;
 const TASK_BELL: u64 = 1;
 const LEADER_BELL: u64 = 2;
 const TIMER: u64 = 3;
+const SERVING_BELL: u64 = 4;
 const FIRST_CONNECTION: u64 = 16;
 
 /// How soon accepting is tried again after the process ran out of descriptors.
@@ -59,7 +60,8 @@ impl Conn {
         }
     }
 
-    fn ready(&self, shared: &Arc<Shared>, flags: EventFlags) {
+    /// Remembers what an event says besides that there is work.
+    fn note(&self, flags: EventFlags) {
         let ended = flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR);
         match self {
             Self::Inbound(inbound) if ended => inbound.note_end(),
@@ -76,7 +78,6 @@ impl Conn {
         {
             stream.note_writable();
         }
-        self.work(shared);
     }
 }
 
@@ -96,6 +97,10 @@ pub(super) struct Shared {
     pub(super) sink: Arc<dyn FabricSink>,
     pub(super) regions: Regions,
     pub(super) epoll: Epoll,
+    /// The listener, connections that have not introduced themselves, and data streams that the other end reads on:
+    /// watched by threads that never call the sink.
+    pub(super) serving: Epoll,
+    serving_bell: Bell,
     pub(super) seats: Seats,
     pub(super) listen_port: u16,
     pub(super) links: RwLock<HashMap<LinkId, Arc<Link>>>,
@@ -124,7 +129,9 @@ impl Shared {
     ) -> Result<Self, StoreError> {
         let (epoll, task_bell, leader_bell, timer) =
             (Epoll::new()?, Bell::new()?, Bell::new()?, Timer::new()?);
-        epoll.add(&listener, LISTENER, EventFlags::IN | EventFlags::ET)?;
+        let (serving, serving_bell) = (Epoll::new()?, Bell::new()?);
+        serving.add(&listener, LISTENER, EventFlags::IN | EventFlags::ET)?;
+        serving.add(&serving_bell, SERVING_BELL, EventFlags::IN | EventFlags::ET)?;
         epoll.add(&task_bell, TASK_BELL, EventFlags::IN | EventFlags::ET)?;
         epoll.add(&leader_bell, LEADER_BELL, EventFlags::IN | EventFlags::ET)?;
         epoll.add(&timer, TIMER, EventFlags::IN | EventFlags::ET)?;
@@ -133,6 +140,8 @@ impl Shared {
             sink,
             regions: Regions::default(),
             epoll,
+            serving,
+            serving_bell,
             seats: Seats::new(leader_bell),
             listen_port,
             links: RwLock::default(),
@@ -152,7 +161,7 @@ impl Shared {
         })
     }
 
-    /// The life of one of the fabric's threads.
+    /// The life of one of the threads that hear from peers and tell the sink.
     pub(super) fn serve(self: &Arc<Self>) {
         while !self.stopping() {
             self.run_tasks();
@@ -166,6 +175,34 @@ impl Shared {
         }
         // Every bell wakes one thread: the next one is told here.
         self.task_bell.ring();
+    }
+
+    /// The life of one of the threads that serve peers' reads. Nothing here calls the sink: however long the engine
+    /// takes over a message, and however many threads wait for it, reads are answered.
+    pub(super) fn serve_reads(self: &Arc<Self>) {
+        while !self.stopping() {
+            match self.serving.wait(None) {
+                Some((LISTENER, _)) => self.accept(),
+                Some((SERVING_BELL, _)) | None => {}
+                Some((id, flags)) => {
+                    let conn = self.conns.read().get(&id).cloned();
+                    match conn {
+                        // It has become one between the event and the look.
+                        Some(conn @ (Conn::Link(_) | Conn::Read(_))) => {
+                            conn.note(flags);
+                            self.later(Task::Work(conn));
+                        }
+                        Some(conn) => {
+                            conn.note(flags);
+                            conn.work(self);
+                        }
+                        None => {}
+                    }
+                }
+            }
+        }
+        // Every bell wakes one thread: the next one is told here.
+        self.serving_bell.ring();
     }
 
     pub(super) fn progress(self: &Arc<Self>, timeout: Duration, until: &dyn Fn() -> bool) -> bool {
@@ -205,13 +242,13 @@ impl Shared {
 
     fn handle(self: &Arc<Self>, id: u64, flags: EventFlags) {
         match id {
-            LISTENER => self.accept(),
             TASK_BELL | LEADER_BELL => {}
             TIMER => self.expire(),
             id => {
                 let conn = self.conns.read().get(&id).cloned();
                 if let Some(conn) = conn {
-                    conn.ready(self, flags);
+                    conn.note(flags);
+                    conn.work(self);
                 }
             }
         }
@@ -225,9 +262,10 @@ impl Shared {
     pub(super) fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
         if let Some(listener) = self.listener.lock().take() {
-            self.epoll.remove(&listener);
+            self.serving.remove(&listener);
         }
         self.task_bell.ring();
+        self.serving_bell.ring();
         self.seats.announce();
     }
 
@@ -307,6 +345,7 @@ impl Shared {
         self.conns.write().remove(&socket.id);
         self.deadlines.lock().remove(&socket.id);
         self.epoll.remove(socket);
+        self.serving.remove(socket);
     }
 
     /// Everything that is connected, to be shut down.

@@ -7,7 +7,7 @@ use crate::meta::ObjectMeta;
 use crate::receipt::Path;
 use crate::wire::{ClientMessage, ClientReply, IfExists, PeerMessage, PutHints, Range};
 
-fn reading() -> Shape {
+pub(super) fn reading() -> Shape {
     Shape { threshold_bytes: Some(0), ..Shape::default() }
 }
 
@@ -195,7 +195,7 @@ fn a_lease_ends_with_its_time_and_the_late_read_is_no_success() {
 fn a_read_counts_only_within_four_fifths_of_its_lease() {
     for (after_ms, expected) in [(800, 0), (801, 1)] {
         let mut world = World::shaped(2, &reading());
-        world.hold_reads = true;
+        (world.hold_reads, world.hold_words) = (true, true);
         let (home, away) = (world.client(0, 1), world.client(1, 1));
         let bytes = pattern(1, 1_000);
         world.put(0, home, "k", &bytes);
@@ -206,12 +206,12 @@ fn a_read_counts_only_within_four_fifths_of_its_lease() {
         world.finish_read(read);
         world.settle();
         assert_eq!(world.answer(1, away, request).is_some(), expected == 0, "after {after_ms} ms");
-        world.advance(50);
-        assert_eq!(world.held.len(), expected, "read again after {after_ms} ms");
-        for read in std::mem::take(&mut world.held) {
-            world.finish_read(read);
+        assert_eq!(world.words.len(), expected, "the word is read after {after_ms} ms");
+        for word in std::mem::take(&mut world.words) {
+            world.finish_word(word);
         }
-        world.hold_reads = false;
+        world.settle();
+        assert_eq!(world.answer(1, away, request).is_some(), expected == 1, "the word was unchanged");
         world.assert_drained();
     }
 }

@@ -51,6 +51,15 @@ pub(super) struct Held {
     local: Extent,
 }
 
+/// A read of a generation word that a test holds back.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Word {
+    pub(super) node: usize,
+    link: LinkId,
+    pub(super) transfer: TransferId,
+    remote: RemoteExtent,
+}
+
 pub(super) struct Node {
     pub(super) engine: Engine,
     pub(super) address: String,
@@ -76,6 +85,8 @@ pub(super) struct World {
     queue: VecDeque<(usize, Input, Option<Vec<u8>>)>,
     pub(super) hold_reads: bool,
     pub(super) held: Vec<Held>,
+    pub(super) hold_words: bool,
+    pub(super) words: Vec<Word>,
     pub(super) hold_sends: bool,
     pub(super) sends: Vec<(usize, u64)>,
     pub(super) hold_copies: bool,
@@ -83,6 +94,8 @@ pub(super) struct World {
     pub(super) fail_segments: usize,
     /// Addresses that cannot be dialled.
     pub(super) unreachable: BTreeSet<String>,
+    /// Who dialled whom, and when.
+    pub(super) dials: Vec<(usize, String, Time)>,
 }
 
 /// What a node of a test differs in.
@@ -332,6 +345,14 @@ impl World {
                     self.finish_read(read);
                 }
             }
+            Action::ReadWord { link, transfer, remote } => {
+                let word = Word { node, link, transfer, remote };
+                if self.hold_words {
+                    self.words.push(word);
+                } else {
+                    self.finish_word(word);
+                }
+            }
             Action::CancelRead { transfer } => {
                 let at = self.held.iter().position(|read| (read.node, read.transfer) == (node, transfer));
                 if let Some(at) = at {
@@ -345,6 +366,7 @@ impl World {
     }
 
     fn connect(&mut self, node: usize, address: String) {
+        self.dials.push((node, address.clone(), self.now));
         let peer = self.nodes.iter().position(|peer| peer.address == address);
         let Some(peer) = peer.filter(|_| !self.unreachable.contains(&address)) else {
             let why = StoreError::unavailable(address.clone(), "nobody listens");
@@ -365,11 +387,32 @@ impl World {
         LinkId(at.next_link - 1)
     }
 
+    /// Lets a word that was held back be read now.
+    pub(super) fn finish_word(&mut self, word: Word) {
+        let result = match self.nodes[word.node].links.get(&word.link) {
+            None => Err(lost()),
+            Some(_) if word.remote.key != RemoteKey(1) || word.remote.len_bytes != 8 => {
+                Err(StoreError::stale("read", "a word", "there is no such region"))
+            }
+            Some((peer, _)) => {
+                let slot = SlotId(u32::try_from(word.remote.offset / 64).expect("a slot"));
+                Ok(self.nodes[*peer].index.get(&slot).map_or(0, |object| object.generation.0))
+            }
+        };
+        self.push(word.node, Input::WordRead { transfer: word.transfer, result });
+    }
+
     /// Lets a read that was held back copy what is there now.
     pub(super) fn finish_read(&mut self, read: Held) {
-        let (peer, _) = self.nodes[read.node].links[&read.link];
+        let Some(&(peer, _)) = self.nodes[read.node].links.get(&read.link) else {
+            return self.push(read.node, Input::ReadDone { transfer: read.transfer, result: Err(lost()) });
+        };
         let segment = SegmentId(u32::try_from(read.remote.key.0 - 100).expect("a key"));
         let remote = Extent { segment, offset: read.remote.offset, len_bytes: read.remote.len_bytes };
+        if !self.nodes[peer].segments.contains_key(&segment) {
+            let result = Err(StoreError::stale("read", segment, "its key names no region"));
+            return self.push(read.node, Input::ReadDone { transfer: read.transfer, result });
+        }
         let bytes = self.nodes[peer].bytes(remote).to_vec();
         self.write(read.node, read.local, &bytes);
         self.push(read.node, Input::ReadDone { transfer: read.transfer, result: Ok(()) });
@@ -378,6 +421,12 @@ impl World {
     pub(super) fn write(&mut self, node: usize, extent: Extent, bytes: &[u8]) {
         assert_eq!(bytes.len() as u64, extent.len_bytes);
         let range = span(extent.offset, extent.len_bytes);
+        let end = extent.offset + extent.len_bytes;
+        let shown = self.nodes[node].index.values().find(|shown| {
+            let Extent { segment, offset, len_bytes } = shown.extent;
+            segment == extent.segment && offset < end && extent.offset < offset + len_bytes
+        });
+        assert!(shown.is_none(), "{extent:?} is written, and its generation word still names {shown:?}");
         let memory = self.nodes[node].segments.get_mut(&extent.segment).expect("a segment");
         memory[range].copy_from_slice(bytes);
     }
