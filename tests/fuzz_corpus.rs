@@ -69,6 +69,7 @@ fn session() -> Vec<(ClientMessage, &'static [u8])> {
                 range: Some(Range { start: 1, len_bytes: 2 }),
                 timeout_ms: 5,
                 keep: true,
+                threshold_bytes: None,
             },
             &[],
         ),

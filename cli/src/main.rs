@@ -7,6 +7,7 @@ mod commands;
 mod demo;
 mod failure;
 mod output;
+mod receipts;
 
 use std::io::Write;
 use std::path::PathBuf;

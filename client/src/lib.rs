@@ -27,13 +27,13 @@ mod session;
 mod shared;
 mod store;
 
-pub use hetmem_core::receipt::Path;
+pub use hetmem_core::receipt::{Path, Place, Receipt};
 pub use hetmem_core::wire::{IfExists, Listed, Range, Status};
 pub use hetmem_core::{Checksum, DType, ErrorKind, Key, ObjectId, ObjectMeta, Shape, StoreError, Tier};
 pub use hetmem_host_mem::socket::default_path as default_socket;
 pub use list::Listing;
 pub use object::Object;
-pub use options::{ConnectOptions, GetOptions, PutOptions, PutOutcome, Stat};
+pub use options::{ConnectOptions, GetOptions, PutOptions, PutOutcome, Stat, ZeroCopy};
 pub use reservation::{Reservation, Reserved};
 pub use session::UnixSession;
 pub use store::Store;

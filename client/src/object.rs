@@ -4,8 +4,9 @@
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use hetmem_core::receipt::Path;
+use hetmem_core::receipt::{Carried, Path, Place, Receipt};
 use hetmem_core::wire::{Located, Range};
 use hetmem_core::{Extent, Generation, Key, ObjectId, ObjectMeta, StoreError, Tier};
 use hetmem_host_mem::{IndexEntry, Pinned};
@@ -28,6 +29,10 @@ struct Held {
     entry: IndexEntry,
     pin: u32,
     path: Path,
+    /// If it came from a peer for this get.
+    carried: Option<Box<Carried>>,
+    /// How long the get took, if the node was asked.
+    elapsed: Option<Duration>,
 }
 
 impl Object {
@@ -39,12 +44,22 @@ impl Object {
         let held = Box::new_uninit();
         let shared = Arc::clone(shared);
         Self {
-            held: Box::write(held, Held { shared, entry: pinned.entry, pin: pinned.pin, path: Path::Local }),
+            held: Box::write(
+                held,
+                Held {
+                    shared,
+                    entry: pinned.entry,
+                    pin: pinned.pin,
+                    path: Path::Local,
+                    carried: None,
+                    elapsed: None,
+                },
+            ),
         }
     }
 
     /// The same with a pin that the node has made.
-    pub(crate) fn located(shared: &Arc<Shared>, located: &Located) -> Self {
+    pub(crate) fn located(shared: &Arc<Shared>, located: &Located, started: Instant) -> Self {
         let held = Held {
             shared: Arc::clone(shared),
             entry: IndexEntry {
@@ -56,6 +71,8 @@ impl Object {
             },
             pin: located.pin,
             path: located.path,
+            carried: located.carried.clone(),
+            elapsed: Some(started.elapsed()),
         };
         Self { held: Box::new(held) }
     }
@@ -99,6 +116,36 @@ impl Object {
     #[must_use]
     pub fn path(&self) -> Path {
         self.held.path
+    }
+
+    /// How this get really moved the bytes.
+    #[must_use]
+    pub fn receipt(&self) -> Receipt {
+        let Held { shared, entry, path, carried, elapsed, .. } = &*self.held;
+        let here = shared.place(Some(entry.tier));
+        let receipt = Receipt {
+            path: *path,
+            fabric: None,
+            from: here.clone(),
+            to: here,
+            bytes: 0,
+            staged_bytes: 0,
+            round_trips: 0,
+            threshold_bytes: None,
+            elapsed: *elapsed,
+        };
+        match carried {
+            None => receipt,
+            Some(carried) => Receipt {
+                fabric: Some(carried.fabric.as_str().into()),
+                from: Place { node: carried.from.as_str().into(), tier: Some(carried.from_tier) },
+                bytes: carried.moved.bytes,
+                staged_bytes: carried.moved.staged_bytes,
+                round_trips: carried.round_trips,
+                threshold_bytes: Some(carried.threshold_bytes),
+                ..receipt
+            },
+        }
     }
 
     /// Whether these are all bytes of the object.

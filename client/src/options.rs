@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use hetmem_core::receipt::Receipt;
 use hetmem_core::wire::{IfExists, PutHints, Range};
 use hetmem_core::{ObjectId, ObjectMeta, Tier};
 
@@ -35,11 +36,33 @@ pub struct GetOptions {
     pub range: Option<Range>,
     /// Compare the bytes with their checksum before they are handed out (false). A part has no checksum of its own.
     pub verify: bool,
+    /// Objects up to this many bytes may come inside a peer's answer; 0 reads always, `u64::MAX` never; none: as the
+    /// node has measured (none).
+    pub threshold_bytes: Option<u64>,
+    /// Whether bytes may pass through a buffer that is neither source nor target (they may).
+    pub zero_copy: ZeroCopy,
+}
+
+/// What a call does where bytes would have to pass through a buffer that is neither source nor target.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ZeroCopy {
+    /// It lets them.
+    #[default]
+    Preferred,
+    /// It fails with [`hetmem_core::ErrorKind::Unavailable`] and the reason.
+    Required,
 }
 
 impl Default for GetOptions {
     fn default() -> Self {
-        Self { timeout: TIMEOUT, keep: true, range: None, verify: false }
+        Self {
+            timeout: TIMEOUT,
+            keep: true,
+            range: None,
+            verify: false,
+            threshold_bytes: None,
+            zero_copy: ZeroCopy::Preferred,
+        }
     }
 }
 
@@ -58,6 +81,8 @@ pub struct PutOptions {
     pub seal_copy: bool,
     /// Store a checksum of the bytes (true). Without one nobody can verify them.
     pub checksum: bool,
+    /// Whether bytes may pass through a buffer that is neither source nor target (they may, and short ones do).
+    pub zero_copy: ZeroCopy,
     /// How long each step may take (30 s).
     pub timeout: Duration,
 }
@@ -71,6 +96,7 @@ impl Default for PutOptions {
             ttl: None,
             seal_copy: false,
             checksum: true,
+            zero_copy: ZeroCopy::Preferred,
             timeout: TIMEOUT,
         }
     }
@@ -84,12 +110,14 @@ impl PutOptions {
 }
 
 /// What a put has led to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PutOutcome {
     /// Which object has the key now.
     pub object: ObjectId,
     /// Whether an object was there and has been kept.
     pub kept: bool,
+    /// How the bytes came to their place.
+    pub receipt: Receipt,
 }
 
 /// What is known about an object without its bytes.

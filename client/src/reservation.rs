@@ -2,6 +2,7 @@
 //! seal and abort; dropping it aborts.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use hetmem_core::wire::{ClientMessage, ClientReply};
 use hetmem_core::{Checksum, Generation, Key, ObjectMeta, StoreError, checksum};
@@ -29,13 +30,14 @@ pub struct Reservation {
     meta: ObjectMeta,
     options: PutOptions,
     number: Generation,
-    place: Place,
+    place: Written,
     open: bool,
+    started: Instant,
 }
 
 /// Where the bytes are written.
 #[derive(Debug)]
-pub(crate) enum Place {
+pub(crate) enum Written {
     /// In the object's own memory.
     Mapped(ExtentMut),
     /// The node writes them for this client. The buffer is empty until someone asks for it.
@@ -49,18 +51,18 @@ impl Reservation {
         meta: ObjectMeta,
         options: PutOptions,
         number: Generation,
-        place: Place,
+        place: Written,
     ) -> Self {
-        Self { shared, key, meta, options, number, place, open: true }
+        Self { shared, key, meta, options, number, place, open: true, started: Instant::now() }
     }
 
-    pub(crate) fn write_into(&mut self, place: Place) {
+    pub(crate) fn write_into(&mut self, place: Written) {
         self.place = place;
     }
 
     /// Gets a buffer where the memory itself cannot be mapped.
     pub(crate) fn with_buffer(mut self) -> Result<Self, StoreError> {
-        if let Place::Sent(buffer) = &mut self.place {
+        if let Written::Sent(buffer) = &mut self.place {
             let len = usize::try_from(self.meta.len_bytes).unwrap_or(usize::MAX);
             buffer.try_reserve_exact(len).map_err(|error| {
                 StoreError::os(format!("reserve {:?}: a buffer of {len} bytes", self.key), error)
@@ -85,15 +87,15 @@ impl Reservation {
     /// Whether the bytes are written where they will stay; else they are sent to the node at seal.
     #[must_use]
     pub fn in_place(&self) -> bool {
-        matches!(self.place, Place::Mapped(_))
+        matches!(self.place, Written::Mapped(_))
     }
 
     /// The object's bytes, to be written. What they are before is unspecified.
     #[must_use]
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         match &mut self.place {
-            Place::Mapped(extent) => extent,
-            Place::Sent(buffer) => buffer,
+            Written::Mapped(extent) => extent,
+            Written::Sent(buffer) => buffer,
         }
     }
 
@@ -105,8 +107,8 @@ impl Reservation {
         let value = |bytes: &[u8]| Checksum::Xxh3Blocks(checksum::of(bytes));
         let checksum = match (&self.place, self.options.checksum) {
             (_, false) => Checksum::None,
-            (Place::Mapped(extent), true) => value(extent),
-            (Place::Sent(buffer), true) => value(buffer),
+            (Written::Mapped(extent), true) => value(extent),
+            (Written::Sent(buffer), true) => value(buffer),
         };
         self.finish(checksum)
     }
@@ -126,14 +128,14 @@ impl Reservation {
     pub fn fill(mut self, bytes: &[u8]) -> Result<PutOutcome, StoreError> {
         check_len(&self.key, &self.meta, bytes)?;
         let checksum = match &mut self.place {
-            Place::Mapped(extent) if self.options.checksum => {
+            Written::Mapped(extent) if self.options.checksum => {
                 Checksum::Xxh3Blocks(extent.fill_with_checksum(0, bytes)?)
             }
-            Place::Mapped(extent) => {
+            Written::Mapped(extent) => {
                 hetmem_host_mem::copy::copy(extent, bytes);
                 Checksum::None
             }
-            Place::Sent(buffer) => {
+            Written::Sent(buffer) => {
                 // Straight from the caller's bytes: the buffer would be one more copy.
                 *buffer = Vec::new();
                 self.send(bytes)?;
@@ -153,18 +155,16 @@ impl Reservation {
 
     fn finish(&mut self, checksum: Checksum) -> Result<PutOutcome, StoreError> {
         // The place goes before the seal: from then on nobody here may write.
-        match std::mem::replace(&mut self.place, Place::Sent(Vec::new())) {
-            Place::Mapped(extent) => drop(extent),
-            Place::Sent(buffer) => self.send(&buffer)?,
+        match std::mem::replace(&mut self.place, Written::Sent(Vec::new())) {
+            Written::Mapped(extent) => drop(extent),
+            Written::Sent(buffer) => self.send(&buffer)?,
         }
         let message = ClientMessage::Seal { reservation: self.number, checksum };
         let answer = self.shared.call(&message, &[], self.options.timeout)?;
         // The node has answered: there is nothing left to give up.
         self.open = false;
-        match answer.reply {
-            ClientReply::Sealed { object, kept, .. } => Ok(PutOutcome { object, kept }),
-            reply => Err(unexpected(&message, &reply)),
-        }
+        let outcome = self.shared.outcome(&answer.reply, self.meta.len_bytes, self.started);
+        outcome.ok_or_else(|| unexpected(&message, &answer.reply))
     }
 
     fn send(&self, bytes: &[u8]) -> Result<(), StoreError> {
@@ -183,7 +183,7 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         if self.open {
-            self.place = Place::Sent(Vec::new());
+            self.place = Written::Sent(Vec::new());
             self.shared.tell(&ClientMessage::Abort { reservation: self.number });
         }
     }

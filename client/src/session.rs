@@ -64,7 +64,8 @@ struct Slot {
 }
 
 enum Delivered {
-    Answer(Result<Answer, StoreError>),
+    /// Boxed: most of it is the room for the longest reply.
+    Answer(Box<Result<Answer, StoreError>>),
     Lost,
 }
 
@@ -281,7 +282,7 @@ impl UnixSession {
             Ok(None) => None,
             Ok(Some((request, answer))) => match desk.slots.get_mut(&request) {
                 Some(slot) if slot.answer.is_none() => {
-                    slot.answer = Some(Delivered::Answer(answer));
+                    slot.answer = Some(Delivered::Answer(Box::new(answer)));
                     slot.owner.notify_one();
                     None
                 }
@@ -361,7 +362,7 @@ impl Ticket<'_> {
             };
             if let Some(answer) = slot.answer.take() {
                 return match answer {
-                    Delivered::Answer(answer) => answer,
+                    Delivered::Answer(answer) => *answer,
                     Delivered::Lost => {
                         let why = desk.lost.clone().unwrap_or_default();
                         Err(session.lost_error(self.message, &why))
@@ -394,8 +395,8 @@ impl Drop for Ticket<'_> {
         let slot = desk.slots.remove(&self.request);
         hand_over(&mut desk);
         drop(desk);
-        if let Some(Delivered::Answer(Ok(answer))) = slot.and_then(|slot| slot.answer) {
-            self.session.dispose(Some(answer));
+        if let Some(Delivered::Answer(answer)) = slot.and_then(|slot| slot.answer) {
+            self.session.dispose(answer.ok());
         }
     }
 }

@@ -5,11 +5,13 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use hetmem_core::receipt::{Place, Receipt};
 use hetmem_core::wire::{ClientMessage, ClientReply, Listed};
 use hetmem_core::{Extent, Key, SegmentId, StoreError, Tier};
 use hetmem_host_mem::{Answer, ClientPage, IndexReader, Session};
 
-use crate::reservation::Place;
+use crate::options::PutOutcome;
+use crate::reservation::Written;
 use crate::segments::{Grants, ReadMappings};
 use crate::session::UnixSession;
 
@@ -22,7 +24,7 @@ pub(crate) struct Shared {
     pub(crate) session: Link,
     pub(crate) inline_put_max: u64,
     pub(crate) timeout: Duration,
-    pub(crate) node: String,
+    pub(crate) node: Arc<str>,
 }
 
 /// How questions reach the node. A Unix session can have many out at once for one thread.
@@ -38,6 +40,35 @@ impl fmt::Debug for Shared {
 }
 
 impl Shared {
+    /// Memory of this node.
+    pub(crate) fn place(&self, tier: Option<Tier>) -> Place {
+        Place { node: Arc::clone(&self.node), tier }
+    }
+
+    /// What a put of `len_bytes` bytes that began at `started` has led to, if the reply says so.
+    pub(crate) fn outcome(
+        &self,
+        reply: &ClientReply,
+        len_bytes: u64,
+        started: Instant,
+    ) -> Option<PutOutcome> {
+        let &ClientReply::Sealed { object, kept, path, staged_bytes, .. } = reply else {
+            return None;
+        };
+        let receipt = Receipt {
+            path,
+            fabric: None,
+            from: self.place(None),
+            to: self.place(Some(Tier::Host)),
+            bytes: if kept { 0 } else { len_bytes },
+            staged_bytes: if kept { 0 } else { staged_bytes },
+            round_trips: 0,
+            threshold_bytes: None,
+            elapsed: Some(started.elapsed()),
+        };
+        Some(PutOutcome { object, kept, receipt })
+    }
+
     pub(crate) fn call(
         &self,
         message: &ClientMessage,
@@ -127,14 +158,14 @@ impl Shared {
 
     /// The memory of a reservation in a granted segment. The node learns that the segment is mapped before
     /// anything in it can be sealed.
-    pub(crate) fn granted(&self, extent: &Extent, timeout: Duration) -> Result<Place, StoreError> {
+    pub(crate) fn granted(&self, extent: &Extent, timeout: Duration) -> Result<Written, StoreError> {
         let granted = self.grants.get(extent.segment, Instant::now() + timeout)?;
         if granted.tell {
             let segment = extent.segment;
             self.ask_done(&ClientMessage::Mapped { segment })?;
             self.grants.told(segment);
         }
-        granted.mapping.extent_mut(extent.offset, extent.len_bytes).map(Place::Mapped)
+        granted.mapping.extent_mut(extent.offset, extent.len_bytes).map(Written::Mapped)
     }
 }
 

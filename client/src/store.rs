@@ -4,7 +4,7 @@
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hetmem_core::wire::{
     self, ClientMessage, ClientReply, IfExists, Listed, PROTOCOL_MAX, PROTOCOL_MIN, Range, Status,
@@ -15,8 +15,8 @@ use hetmem_host_mem::{Answer, ClientPage, IndexReader, Session};
 use crate::late;
 use crate::list::Listing;
 use crate::object::Object;
-use crate::options::{ConnectOptions, GetOptions, PutOptions, PutOutcome, Stat};
-use crate::reservation::{Place, Reservation, Reserved, check_len};
+use crate::options::{ConnectOptions, GetOptions, PutOptions, PutOutcome, Stat, ZeroCopy};
+use crate::reservation::{Reservation, Reserved, Written, check_len};
 use crate::segments::{Grants, ReadMappings};
 use crate::session::{Ticket, UnixSession};
 use crate::shared::{Link, Shared, unexpected};
@@ -99,7 +99,7 @@ impl Store {
                 session,
                 inline_put_max: u64::from(inline_put_max),
                 timeout,
-                node,
+                node: node.into(),
             }),
         })
     }
@@ -132,9 +132,10 @@ impl Store {
         if let Some(object) = self.local_part(key, options) {
             return object;
         }
+        let started = Instant::now();
         let message = get_message(key, options);
         let answer = self.shared.call(&message, &[], options.timeout + ANSWER_GRACE)?;
-        self.remote(key, &message, answer.reply, options)
+        self.remote(key, &message, answer.reply, options, started)
     }
 
     /// `len_bytes` bytes of an object, from `start`.
@@ -157,10 +158,12 @@ impl Store {
     pub fn get_many_with(&self, keys: &[Key], options: &GetOptions) -> Vec<Result<Object, StoreError>> {
         let mut results: Vec<_> = keys.iter().map(|key| self.local_part(key, options)).collect();
         let missing: Vec<usize> = (0..keys.len()).filter(|&at| results[at].is_none()).collect();
+        let started = Instant::now();
         let messages: Vec<_> = missing.iter().map(|&at| get_message(&keys[at], options)).collect();
         let answers = self.ask_all(&messages, options.timeout + ANSWER_GRACE);
         for ((at, message), answer) in missing.into_iter().zip(&messages).zip(answers) {
-            let object = answer.and_then(|answer| self.remote(&keys[at], message, answer.reply, options));
+            let object =
+                answer.and_then(|answer| self.remote(&keys[at], message, answer.reply, options, started));
             results[at] = Some(object);
         }
         let unanswered = || Err(StoreError::protocol("a get has no answer"));
@@ -237,8 +240,11 @@ impl Store {
         bytes: &[u8],
         options: &PutOptions,
     ) -> Result<PutOutcome, StoreError> {
+        let started = Instant::now();
         check_len(key, &meta, bytes)?;
-        if meta.len_bytes > self.shared.inline_put_max {
+        // Inside a message bytes pass through the packet.
+        let stages = options.zero_copy == ZeroCopy::Preferred;
+        if meta.len_bytes > self.shared.inline_put_max || !stages {
             return match self.reserve_unbuffered(key, meta, options)? {
                 Reserved::Open(reservation) => reservation.fill(bytes),
                 Reserved::Kept(outcome) => Ok(outcome),
@@ -255,10 +261,9 @@ impl Store {
             hints: options.hints(),
             if_exists: options.if_exists,
         };
-        match self.shared.call(&message, bytes, options.timeout)?.reply {
-            ClientReply::Sealed { object, kept, .. } => Ok(PutOutcome { object, kept }),
-            reply => Err(unexpected(&message, &reply)),
-        }
+        let reply = self.shared.call(&message, bytes, options.timeout)?.reply;
+        let outcome = self.shared.outcome(&reply, meta.len_bytes, started);
+        outcome.ok_or_else(|| unexpected(&message, &reply))
     }
 
     /// Asks for memory to write an object into, in place where the node grants it.
@@ -278,8 +283,14 @@ impl Store {
         meta: ObjectMeta,
         options: &PutOptions,
     ) -> Result<Reserved, StoreError> {
+        let started = Instant::now();
         let meta = meta.with_checksum(Checksum::None);
         meta.check()?;
+        let required = options.zero_copy == ZeroCopy::Required;
+        if required && options.seal_copy {
+            let why = format!("put {key:?}: seal_copy moves the bytes once more at seal");
+            return Err(StoreError::unavailable("zero copy", why));
+        }
         let message = ClientMessage::Reserve {
             key: key.clone(),
             meta,
@@ -289,13 +300,14 @@ impl Store {
         let answer = self.shared.call(&message, &[], options.timeout)?;
         let (reservation, extent, map) = match answer.reply {
             ClientReply::Reserved { reservation, extent, map } => (reservation, extent, map),
-            ClientReply::Sealed { object, kept, .. } if options.if_exists == IfExists::Keep => {
-                return Ok(Reserved::Kept(PutOutcome { object, kept }));
+            reply => {
+                let kept = self.shared.outcome(&reply, meta.len_bytes, started);
+                let kept = kept.filter(|_| options.if_exists == IfExists::Keep);
+                return kept.map(Reserved::Kept).ok_or_else(|| unexpected(&message, &reply));
             }
-            reply => return Err(unexpected(&message, &reply)),
         };
         // Made first, so that every error from here on gives the memory back.
-        let place = Place::Sent(Vec::new());
+        let place = Written::Sent(Vec::new());
         let shared = Arc::clone(&self.shared);
         let mut reserved = Reservation::new(shared, key.clone(), meta, *options, reservation, place);
         if let Some(segment_len) = map {
@@ -306,6 +318,12 @@ impl Store {
                 return Err(wrong_length(key, &extent, meta.len_bytes));
             }
             reserved.write_into(self.shared.granted(&extent, options.timeout)?);
+        } else if required {
+            let why = format!(
+                "put {key:?}: the node has no memory left that this client may write itself; free some, or raise \
+                 client_quota"
+            );
+            return Err(StoreError::unavailable("zero copy", why));
         }
         Ok(Reserved::Open(reserved))
     }
@@ -455,16 +473,18 @@ impl Store {
         message: &ClientMessage,
         answer: ClientReply,
         options: &GetOptions,
+        started: Instant,
     ) -> Result<Object, StoreError> {
         let located = match answer {
             ClientReply::Located(located) => located,
             reply => return Err(unexpected(message, &reply)),
         };
-        let object = Object::located(&self.shared, &located);
+        let object = Object::located(&self.shared, &located, started);
         let wanted = options.range.map_or(located.meta.len_bytes, |range| range.len_bytes);
         if located.extent.len_bytes != wanted {
             return Err(wrong_length(key, &located.extent, wanted));
         }
+        refuse_staged(key, &object, options)?;
         if self.shared.is_mapped(object.extent(), object.tier()) {
             return verified(key, object, options);
         }
@@ -479,12 +499,33 @@ fn verified(key: &Key, object: Object, options: &GetOptions) -> Result<Object, S
     Ok(object)
 }
 
+/// Lets go of bytes that came by a way that the caller does not want.
+fn refuse_staged(key: &Key, object: &Object, options: &GetOptions) -> Result<(), StoreError> {
+    let receipt = object.receipt();
+    if options.zero_copy == ZeroCopy::Preferred || receipt.staged_bytes == 0 {
+        return Ok(());
+    }
+    let why = format!(
+        "get {key:?}: {} of {} bytes came through a buffer of fabric {} from {}",
+        receipt.staged_bytes,
+        receipt.bytes,
+        receipt.fabric.as_deref().unwrap_or("?"),
+        receipt.from
+    );
+    Err(StoreError::unavailable("zero copy", why))
+}
+
 fn get_message(key: &Key, options: &GetOptions) -> ClientMessage {
     ClientMessage::Get {
         key: key.clone(),
         range: options.range,
         timeout_ms: millis(options.timeout),
         keep: options.keep,
+        // What comes inside an answer may share a buffer with it; what is read lands where it belongs.
+        threshold_bytes: match options.zero_copy {
+            ZeroCopy::Required => Some(0),
+            ZeroCopy::Preferred => options.threshold_bytes,
+        },
     }
 }
 

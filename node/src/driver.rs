@@ -137,7 +137,10 @@ impl Driver {
                 let reply = reply.map(|reply| self.complete(core, reply));
                 wanted.later.push(Later::Reply { client, request, reply, descriptors });
             }
-            Action::PinAndReply { client, request, located } => {
+            Action::PinAndReply { client, request, mut located } => {
+                if let (Some(carried), Some(fabric)) = (&mut located.carried, self.fabric.get()) {
+                    carried.fabric = fabric.kind().to_string();
+                }
                 let reply = core.pin(client, located);
                 wanted.later.push(Later::Reply { client, request, reply, descriptors: Descriptors::None });
             }

@@ -4,6 +4,7 @@
 use std::sync::{Arc, OnceLock, Weak};
 
 use hetmem_core::engine::{FabricId, Input};
+use hetmem_core::receipt::Moved;
 use hetmem_core::wire::{FrameHeader, FrameKind, PeerMessage, decode};
 use hetmem_core::{LinkId, StoreError};
 use hetmem_transport::{FabricEvent, FabricSink, Landing, LandingToken};
@@ -79,11 +80,15 @@ impl FabricSink for Sink {
             },
             FabricEvent::ReadDone { transfer, result } => match driver.words.finish(transfer) {
                 Some(word) => Input::WordRead { transfer, result: result.map(|_| word) },
-                None => Input::ReadDone { transfer, result: result.map(|_| ()) },
+                None => Input::ReadDone {
+                    transfer,
+                    result: result.map(|s| Moved { bytes: s.bytes, staged_bytes: s.staged_bytes }),
+                },
             },
             FabricEvent::SendDone { token, .. } => Input::SendDone { send: token.0 },
             FabricEvent::Landed { token, result, .. } => {
-                Input::Landed { request: token.0, result: result.map(|_| ()) }
+                let result = result.map(|s| Moved { bytes: s.bytes, staged_bytes: s.staged_bytes });
+                Input::Landed { request: token.0, result }
             }
         };
         driver.feed(input);

@@ -272,7 +272,13 @@ fn clients_cannot_write_to_the_index_or_to_others_segments() {
     is_read_only(&session.index);
     // The bystander's large object is in a segment that was granted to it, the small ones in the node's own.
     let name = key("precious");
-    let located = session.ask(&ClientMessage::Get { key: name, range: None, timeout_ms: 1000, keep: false });
+    let located = session.ask(&ClientMessage::Get {
+        key: name,
+        range: None,
+        timeout_ms: 1000,
+        keep: false,
+        threshold_bytes: None,
+    });
     let Ok(Answer { reply: ClientReply::Located(located), .. }) = located else { panic!("{located:?}") };
     for segment in [located.extent.segment, SegmentId(1)] {
         let answer = session.ask(&ClientMessage::Segment { segment }).expect("a descriptor");
@@ -467,7 +473,13 @@ fn whatever_a_client_writes_into_its_page_harms_nobody_else() {
         scene.is_unharmed();
     }
     // It can ask for nothing that needs a pin any more, and that is its own loss.
-    let get = ClientMessage::Get { key: key("precious"), range: None, timeout_ms: 1000, keep: false };
+    let get = ClientMessage::Get {
+        key: key("precious"),
+        range: None,
+        timeout_ms: 1000,
+        keep: false,
+        threshold_bytes: None,
+    };
     let error = hostile.ask(&get).expect_err("no pin is left");
     assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
     drop((hostile, page));

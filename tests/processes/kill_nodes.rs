@@ -27,7 +27,7 @@ fn put_all(store: &Store, names: &[String]) {
 }
 
 fn options(keep: bool) -> GetOptions {
-    GetOptions { timeout: Duration::from_secs(3), keep, range: None, verify: true }
+    GetOptions { timeout: Duration::from_secs(3), keep, verify: true, ..GetOptions::default() }
 }
 
 /// Gets an object of another node and checks every byte.

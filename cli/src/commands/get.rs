@@ -12,6 +12,7 @@ use serde_json::json;
 use crate::commands::{all_under, connect, metadata_key};
 use crate::failure::Failure;
 use crate::output::{Output, bytes};
+use crate::receipts::{self, Receipts};
 use hetmem_formats::safetensors::{self, METADATA, Metadata};
 use hetmem_formats::{Format, npy};
 
@@ -31,6 +32,8 @@ pub(crate) struct Args {
     /// Do not compare the bytes with their checksums
     #[arg(long)]
     no_verify: bool,
+    #[command(flatten)]
+    copies: receipts::Args,
 }
 
 /// What has been written.
@@ -45,10 +48,15 @@ pub(crate) fn run(args: &Args, socket: Option<&Path>, out: Output) -> Result<(),
     let options = GetOptions {
         timeout: Duration::from_millis(args.timeout_ms),
         verify: !args.no_verify,
+        zero_copy: args.copies.zero_copy(),
         ..GetOptions::default()
     };
+    let mut receipts = Receipts::new(args.copies);
     if args.output.as_os_str() == "-" {
-        let object = store.get_with(&Key::new(&args.key)?, &options)?;
+        let key = Key::new(&args.key)?;
+        let object = store.get_with(&key, &options)?;
+        receipts.add(&key, || object.receipt());
+        receipts.write(&mut io::stderr().lock())?;
         let mut stdout = io::stdout().lock();
         stdout.write_all(&object)?;
         return Ok(stdout.flush()?);
@@ -56,16 +64,23 @@ pub(crate) fn run(args: &Args, socket: Option<&Path>, out: Output) -> Result<(),
     let started = Instant::now();
     let mut file = NewFile::create(&args.output)?;
     let done = match Format::of(&args.output) {
-        Format::Safetensors => tensors(&store, &args.key, &options, &mut file)?,
+        Format::Safetensors => tensors(&store, &args.key, &options, &mut file, &mut receipts)?,
         Format::Npy => {
-            let object = store.get_with(&Key::new(&args.key)?, &options)?;
+            let key = Key::new(&args.key)?;
+            let object = store.get_with(&key, &options)?;
+            receipts.add(&key, || object.receipt());
             npy::write_header(&mut file.out, object.meta())?;
             single(&object, &mut file)?
         }
-        Format::Bytes => single(&store.get_with(&Key::new(&args.key)?, &options)?, &mut file)?,
+        Format::Bytes => {
+            let key = Key::new(&args.key)?;
+            let object = store.get_with(&key, &options)?;
+            receipts.add(&key, || object.receipt());
+            single(&object, &mut file)?
+        }
     };
     file.finish()?;
-    report(args, &done, started.elapsed(), out)
+    report(args, &done, started.elapsed(), &receipts, out)
 }
 
 fn single(object: &Object, file: &mut NewFile) -> Result<Done, StoreError> {
@@ -74,7 +89,13 @@ fn single(object: &Object, file: &mut NewFile) -> Result<Done, StoreError> {
 }
 
 /// All tensors under a prefix; if there are none, the one object of that key.
-fn tensors(store: &Store, key: &str, options: &GetOptions, file: &mut NewFile) -> Result<Done, Failure> {
+fn tensors(
+    store: &Store,
+    key: &str,
+    options: &GetOptions,
+    file: &mut NewFile,
+    receipts: &mut Receipts,
+) -> Result<Done, Failure> {
     let under = all_under(key);
     let mut keys =
         store.list(&under).map(|listed| Ok(listed?.key)).collect::<Result<Vec<_>, StoreError>>()?;
@@ -108,6 +129,7 @@ fn tensors(store: &Store, key: &str, options: &GetOptions, file: &mut NewFile) -
         for (((_, meta), key), object) in batch.iter().zip(&wanted).zip(objects) {
             let object = object?;
             check_unchanged(key, &object, meta)?;
+            receipts.add(key, || object.receipt());
             file.write(&object)?;
             done.objects += 1;
             done.len_bytes += object.len() as u64;
@@ -191,19 +213,20 @@ fn file_error(verb: &str, path: &Path, error: &io::Error) -> StoreError {
     StoreError::os(format!("{verb} {}", path.display()), error)
 }
 
-fn report(args: &Args, done: &Done, took: Duration, out: Output) -> Result<(), Failure> {
+fn report(args: &Args, done: &Done, took: Duration, receipts: &Receipts, out: Output) -> Result<(), Failure> {
     let seconds = took.as_secs_f64();
     out.print(
         || {
-            json!({
+            receipts.in_json(json!({
                 "file": args.output, "objects": done.objects, "bytes": done.len_bytes, "seconds": seconds,
                 "verified": !args.no_verify,
-            })
+            }))
         },
         |text| {
             let len = bytes(done.len_bytes);
             let file = args.output.display();
-            writeln!(text, "{}: {} objects, {len} in {seconds:.3} s", file, done.objects)
+            writeln!(text, "{}: {} objects, {len} in {seconds:.3} s", file, done.objects)?;
+            receipts.write(text)
         },
     )?;
     Ok(())

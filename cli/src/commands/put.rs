@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use hetmem_client::{IfExists, Key, ObjectMeta, PutOptions, Store, StoreError};
+use hetmem_client::{IfExists, Key, ObjectMeta, PutOptions, PutOutcome, Store, StoreError};
 use hetmem_host_mem::MappedFile;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
@@ -13,6 +13,7 @@ use serde_json::json;
 use crate::commands::{connect, key_under, metadata_key};
 use crate::failure::Failure;
 use crate::output::{Output, bytes};
+use crate::receipts::{self, Receipts};
 use hetmem_formats::safetensors::SafeTensors;
 use hetmem_formats::{Format, npy};
 
@@ -44,6 +45,8 @@ pub(crate) struct Args {
     /// Move the bytes to memory that no client can write
     #[arg(long)]
     seal_copy: bool,
+    #[command(flatten)]
+    copies: receipts::Args,
 }
 
 /// An object of the file: its bytes are the file's own, or made of them.
@@ -66,13 +69,15 @@ pub(crate) fn run(args: &Args, socket: Option<&Path>, out: Output) -> Result<(),
     let total = objects.iter().map(|(_, _, bytes)| bytes.len() as u64).sum();
     let bar = progress(total, out);
     let mut done = Done::default();
+    let mut receipts = Receipts::new(args.copies);
     for (key, meta, bytes) in &objects {
         bar.set_message(key.as_str().to_owned());
-        put_one(&store, key, *meta, bytes, &args.options(), &mut done)?;
+        let outcome = put_one(&store, key, *meta, bytes, &args.options(), &mut done)?;
+        receipts.add(key, || outcome.receipt);
         bar.inc(bytes.len() as u64);
     }
     bar.finish_and_clear();
-    report(&name, &done, started.elapsed(), out)
+    report(&name, &done, started.elapsed(), &receipts, out)
 }
 
 impl Args {
@@ -84,6 +89,7 @@ impl Args {
             ttl: self.ttl_ms.map(Duration::from_millis),
             seal_copy: self.seal_copy,
             checksum: !self.no_checksum,
+            zero_copy: self.copies.zero_copy(),
             ..PutOptions::default()
         }
     }
@@ -150,12 +156,12 @@ fn put_one(
     bytes: &[u8],
     options: &PutOptions,
     done: &mut Done,
-) -> Result<(), StoreError> {
+) -> Result<PutOutcome, StoreError> {
     let outcome = store.put_with(key, meta, bytes, options)?;
     done.objects += 1;
     done.len_bytes += bytes.len() as u64;
     done.kept += u64::from(outcome.kept);
-    Ok(())
+    Ok(outcome)
 }
 
 /// A bar on standard error; indicatif hides it where that is no terminal.
@@ -170,14 +176,14 @@ fn progress(total: u64, out: Output) -> ProgressBar {
     bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-fn report(file: &str, done: &Done, took: Duration, out: Output) -> Result<(), Failure> {
+fn report(file: &str, done: &Done, took: Duration, receipts: &Receipts, out: Output) -> Result<(), Failure> {
     let seconds = took.as_secs_f64();
     out.print(
         || {
-            json!({
+            receipts.in_json(json!({
                 "file": file, "objects": done.objects, "bytes": done.len_bytes, "kept": done.kept,
                 "seconds": seconds,
-            })
+            }))
         },
         |text| {
             let speed = done.len_bytes as f64 / seconds.max(1e-9) / f64::from(1 << 30);
@@ -190,7 +196,7 @@ fn report(file: &str, done: &Done, took: Duration, out: Output) -> Result<(), Fa
                     done.kept
                 )?;
             }
-            Ok(())
+            receipts.write(text)
         },
     )?;
     Ok(())

@@ -63,6 +63,7 @@ impl Samples {
             Some(Path::Local) => "local",
             Some(Path::Eager) => "eager",
             Some(Path::Read) => "read",
+            Some(_) => "put",
         };
         let group = self.groups.entry((step, class, how)).or_default();
         group.len_bytes += len_bytes;

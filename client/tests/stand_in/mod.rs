@@ -182,7 +182,8 @@ impl State {
         self.index.publish(slot, key, &entry).expect("room");
         let held = Held { meta, extent, generation, slot };
         self.objects.insert(key.clone(), held);
-        ClientReply::Sealed { object, kept: false, slot: Some(slot) }
+        let path = if extent.segment == GRANTED { Path::InPlace } else { Path::Inline };
+        ClientReply::Sealed { object, kept: false, slot: Some(slot), path, staged_bytes: 0 }
     }
 
     fn kept(&self, key: &Key, if_exists: IfExists) -> Result<Option<ClientReply>, StoreError> {
@@ -192,7 +193,13 @@ impl State {
         if if_exists == IfExists::Error {
             return Err(StoreError::AlreadyExists { key: key.to_string() });
         }
-        Ok(Some(ClientReply::Sealed { object: object_id(held.generation), kept: true, slot: None }))
+        Ok(Some(ClientReply::Sealed {
+            object: object_id(held.generation),
+            kept: true,
+            slot: None,
+            path: Path::Kept,
+            staged_bytes: 0,
+        }))
     }
 
     fn reserve(&mut self, key: &Key, meta: ObjectMeta) -> (ClientReply, Vec<OwnedFd>) {
@@ -245,6 +252,7 @@ impl State {
             generation: held.generation,
             pin: page.pin_for_client(held.generation).expect("a pin"),
             path: Path::Read,
+            carried: None,
         }))
     }
 

@@ -13,8 +13,8 @@ use super::space::Owner;
 use super::timer::Time;
 use crate::error::StoreError;
 use crate::meta::ObjectMeta;
-use crate::receipt::Path;
-use crate::tier::{Extent, Generation, LinkId, ObjectId, TransferId};
+use crate::receipt::{Carried, Moved, Path};
+use crate::tier::{Extent, Generation, LinkId, ObjectId, Tier, TransferId};
 use crate::wire::{ClientReply, Granted, IfExists, PeerMessage, PutHints};
 
 impl Engine {
@@ -123,6 +123,7 @@ impl Engine {
         if let Some(fetch) = self.fetches.get_mut(&id) {
             fetch.stage = Stage::NeedsRoom { link, source };
         }
+        self.fetch_answered(id);
         self.want_space(Purpose::Fetch { fetch: id }, Owner::Node, len_bytes);
     }
 
@@ -135,6 +136,7 @@ impl Engine {
             let _ = self.space.free(extent);
             return;
         };
+        self.fetch_has_room(id);
         match source.bytes {
             Bytes::InAnswer { request } if self.payload_at_hand == Some(request) => {
                 self.payload_at_hand = None;
@@ -167,7 +169,7 @@ impl Engine {
         }
         self.landing.insert(request, (generation, id));
         if extent.len_bytes == 0 {
-            return self.landed(request, Ok(()));
+            return self.landed(request, Ok(Moved::default()));
         }
         self.out.push(Action::Land { request, extent });
     }
@@ -183,13 +185,14 @@ impl Engine {
         let Some(generation) = self.insert_fetched(id, source, extent) else {
             return;
         };
+        self.fetch_round_trip(id);
         let transfer = self.new_transfer();
         self.transfers.insert(transfer, (generation, id));
         if let Some(fetch) = self.fetches.get_mut(&id) {
             fetch.stage = Stage::Reading { link, transfer, granted, valid_until };
         }
         if extent.len_bytes == 0 {
-            return self.read_done(transfer, Ok(()));
+            return self.read_done(transfer, Ok(Moved::default()));
         }
         self.out.push(Action::Read { link, transfer, remote: granted.extent, local: extent });
     }
@@ -221,6 +224,8 @@ impl Engine {
             leases: 0,
             sends: 0,
             filling: true,
+            staged_bytes: 0,
+            path: Path::Read,
         }))
     }
 
@@ -238,7 +243,7 @@ impl Engine {
     }
 
     /// The payload of a DATA is in its place, or never will be.
-    pub(super) fn landed(&mut self, request: u64, result: Result<(), StoreError>) {
+    pub(super) fn landed(&mut self, request: u64, result: Result<Moved, StoreError>) {
         let Some((generation, id)) = self.landing.remove(&request) else {
             return;
         };
@@ -250,7 +255,11 @@ impl Engine {
             return;
         }
         match result {
-            Ok(()) => self.fetch_complete(id, link, generation, Path::Eager),
+            Ok(moved) => {
+                self.fetch_moved(id, moved);
+                self.measure(id, link, Path::Eager, moved);
+                self.fetch_complete(id, link, generation, Path::Eager);
+            }
             Err(why) => {
                 self.free_object(generation);
                 if let Some(link) = link {
@@ -262,10 +271,13 @@ impl Engine {
     }
 
     /// A read has ended.
-    pub(super) fn read_done(&mut self, transfer: TransferId, result: Result<(), StoreError>) {
+    pub(super) fn read_done(&mut self, transfer: TransferId, result: Result<Moved, StoreError>) {
         let Some((generation, id)) = self.transfers.remove(&transfer) else {
             return;
         };
+        if let Ok(moved) = result {
+            self.fetch_moved(id, moved);
+        }
         let stage = self.fetches.get(&id).map(|fetch| &fetch.stage);
         if let Some(&Stage::ReadingKnown { location, .. }) = stage {
             self.filled(generation, id);
@@ -279,18 +291,39 @@ impl Engine {
         self.filled(generation, id);
         self.tell_peer(link, PeerMessage::Release { lease: granted.lease });
         match result {
-            Ok(()) if self.now <= valid_until => {
+            Ok(moved) if self.now <= valid_until => {
+                self.measure(id, Some(link), Path::Read, moved);
                 self.remember_place(id, link, granted, generation);
                 self.fetch_complete(id, Some(link), generation, Path::Read);
             }
             // Late: the owner may have reused the extent. Time never turns a late read into a success.
-            Ok(()) => self.check_late_read(id, link, granted, generation),
+            Ok(_) => self.check_late_read(id, link, granted, generation),
             Err(why) => {
                 self.free_object(generation);
                 self.fetch_tried(id, link);
                 self.fetch_unfilled(id, why);
             }
         }
+    }
+
+    fn fetch_moved(&mut self, id: FetchId, moved: Moved) {
+        if let Some(fetch) = self.fetches.get_mut(&id) {
+            fetch.moved = moved;
+        }
+    }
+
+    /// What is known about how the bytes of a fetch came here.
+    fn carried(&self, fetch: &Fetch, link: Option<LinkId>) -> Option<Box<Carried>> {
+        let node = self.links.get(&link?)?.node?;
+        Some(Box::new(Carried {
+            // Whoever drives the engine knows the fabrics' names.
+            fabric: String::new(),
+            from: self.name_of(node),
+            from_tier: Tier::Host,
+            moved: fetch.moved,
+            round_trips: fetch.round_trips,
+            threshold_bytes: fetch.inline_max,
+        }))
     }
 
     pub(super) fn fetch_stale(
@@ -340,6 +373,7 @@ impl Engine {
         if let Some(node) = link.and_then(|link| self.links.get(&link)).and_then(|link| link.node) {
             self.hints.remember(&fetch.key, node);
         }
+        let carried = self.carried(&fetch, link);
         let mut target = (generation, extent);
         let mut kept = false;
         if fetch.want == (Want::Object { keep: true }) {
@@ -357,7 +391,7 @@ impl Engine {
             }
         }
         for waiter in fetch.waiters {
-            self.locate(waiter.client, waiter.request, target.0, target.1, path);
+            self.locate(waiter.client, waiter.request, target.0, target.1, (path, carried.clone()));
         }
         if !kept {
             // From here on only the pins that were just made hold it.

@@ -4,14 +4,16 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use super::Engine;
 use super::action::Action;
 use super::cluster::{AskFor, Pending};
 use super::locations::Location;
+use super::paths::Timed;
 use super::timer::{Time, Timer};
-use super::{Engine, THRESHOLD_DEFAULT};
 use crate::error::{ErrorKind, StoreError};
 use crate::key::Key;
 use crate::meta::ObjectMeta;
+use crate::receipt::Moved;
 use crate::tier::{ClientId, Generation, LinkId, NodeId, ObjectId, RemoteExtent, TransferId};
 use crate::wire::{Granted, Holder, PeerMessage, Range};
 
@@ -103,6 +105,25 @@ pub(super) struct Fetch {
     obstacle: Option<StoreError>,
     /// The node that did not give it at last, rather than not have it.
     failed_by: Option<NodeId>,
+    /// The eager threshold that its caller forces, in bytes.
+    pub(super) threshold_bytes: Option<u64>,
+    /// The one that its last question named.
+    pub(super) inline_max: u64,
+    /// Questions and reads that followed one another.
+    pub(super) round_trips: u32,
+    /// What the last read or landing brought.
+    pub(super) moved: Moved,
+    /// Its question, if that is being timed.
+    pub(super) timed: Option<Timed>,
+}
+
+/// What of an object is wanted, and how.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Scope {
+    pub(super) range: Option<Range>,
+    pub(super) want: Want,
+    /// The eager threshold, in bytes, if it is forced.
+    pub(super) threshold_bytes: Option<u64>,
 }
 
 /// Which node gave a key's object last.
@@ -145,8 +166,7 @@ impl Engine {
         client: ClientId,
         request: u64,
         key: Key,
-        range: Option<Range>,
-        want: Want,
+        Scope { range, want, threshold_bytes }: Scope,
         timeout_ms: u64,
     ) {
         let deadline = self.now.after_ms(timeout_ms);
@@ -154,7 +174,8 @@ impl Engine {
         // Once the owner's word is being read, what it says may be older than who comes now.
         let same = |fetch: &Fetch| {
             let decided = matches!(fetch.stage, Stage::CheckingWord { .. });
-            fetch.key == key && fetch.range == range && fetch.want == want && !decided
+            let forced = fetch.threshold_bytes == threshold_bytes;
+            fetch.key == key && fetch.range == range && fetch.want == want && forced && !decided
         };
         let joinable = matches!(want, Want::Object { keep: true });
         if joinable && let Some((&id, fetch)) = self.fetches.iter_mut().find(|(_, fetch)| same(fetch)) {
@@ -175,6 +196,11 @@ impl Engine {
             tried: Vec::new(),
             obstacle: None,
             failed_by: None,
+            threshold_bytes,
+            inline_max: 0,
+            round_trips: 0,
+            moved: Moved::default(),
+            timed: None,
         };
         self.fetches.insert(id, fetch);
         self.timers.set(deadline, Timer::Fetch(id));
@@ -267,11 +293,12 @@ impl Engine {
         let Some(fetch) = self.fetches.get(&id) else {
             return;
         };
-        let (range, inline_max) = match fetch.want {
-            Want::Object { .. } => (fetch.range, self.config.threshold_bytes.unwrap_or(THRESHOLD_DEFAULT)),
+        let (key, range, want, forced) = (fetch.key.clone(), fetch.range, fetch.want, fetch.threshold_bytes);
+        let (range, inline_max) = match want {
+            Want::Object { .. } => (range, self.inline_max_for(id, link, forced)),
             Want::Stat | Want::Existence => (Some(Range { start: 0, len_bytes: 0 }), 0),
         };
-        let message = PeerMessage::Get { key: fetch.key.clone(), range, inline_max };
+        let message = PeerMessage::Get { key, range, inline_max };
         let at = self.now;
         let request = self.ask_peer(link, message, Pending::Get { fetch: id });
         self.set_stage(id, Stage::Asked { link, request, at });
@@ -281,6 +308,14 @@ impl Engine {
     fn fetch_questioned(&mut self, id: FetchId) {
         if let Some(fetch) = self.fetches.get_mut(&id) {
             fetch.questions += 1;
+            fetch.round_trips += 1;
+        }
+    }
+
+    /// A read, or the look at a word, goes out.
+    pub(super) fn fetch_round_trip(&mut self, id: FetchId) {
+        if let Some(fetch) = self.fetches.get_mut(&id) {
+            fetch.round_trips += 1;
         }
     }
 

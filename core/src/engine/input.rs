@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use bytes::Bytes;
 
 use crate::error::StoreError;
+use crate::receipt::Moved;
 use crate::tier::{ClientId, Generation, LinkId, RemoteKey, SegmentId, SlotId, TransferId};
 use crate::wire::{ClientMessage, Member, PeerMessage};
 
@@ -73,9 +74,9 @@ pub enum Input {
     /// A peer sent something that is no message.
     Refused { link: LinkId, why: StoreError },
     /// The payload of the answer to `request` is in its place, or never will be.
-    Landed { request: u64, result: Result<(), StoreError> },
+    Landed { request: u64, result: Result<Moved, StoreError> },
     /// A read has ended; no more bytes land.
-    ReadDone { transfer: TransferId, result: Result<(), StoreError> },
+    ReadDone { transfer: TransferId, result: Result<Moved, StoreError> },
     /// `Action::ReadWord` has ended: the word as the owner's memory held it after the action, as a number.
     WordRead { transfer: TransferId, result: Result<u64, StoreError> },
     /// The payload of a send is no longer read from its extent.

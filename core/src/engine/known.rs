@@ -287,7 +287,7 @@ impl Engine {
         Ok(Some(ClientReply::Listed { objects, more }))
     }
 
-    fn name_of(&self, node: NodeId) -> String {
+    pub(super) fn name_of(&self, node: NodeId) -> String {
         if node == self.config.member.node {
             return self.config.member.name.clone();
         }

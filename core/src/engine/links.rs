@@ -157,6 +157,7 @@ impl Engine {
             return;
         };
         self.hints.forget_node(node);
+        self.paths.forget_node(node);
         self.forget_watches_of(node);
         let (name, why) = (peer.member.name, why.to_string());
         self.out.push(Action::Note(Event::PeerDown { node, name, why }));

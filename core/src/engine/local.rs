@@ -6,12 +6,12 @@ use std::collections::BTreeSet;
 use bytes::Bytes;
 
 use super::action::{Action, Attachment, Event};
-use super::fetch::Want;
+use super::fetch::{Scope, Want};
 use super::room::NewObject;
 use super::{Engine, INLINE_PUT_MAX, State};
 use crate::error::StoreError;
 use crate::key::Key;
-use crate::receipt::Path;
+use crate::receipt::{Carried, Path};
 use crate::tier::{ClientId, Extent, Generation, SegmentId, Tier};
 use crate::wire::{ClientMessage, ClientReply, Located, Range, negotiate};
 
@@ -128,8 +128,9 @@ impl Engine {
                 self.reservation_of(client, reservation)?;
                 self.abort(reservation);
             }
-            ClientMessage::Get { key, range, timeout_ms, keep } => {
-                self.get(client, request, key, range, timeout_ms, keep);
+            ClientMessage::Get { key, range, timeout_ms, keep, threshold_bytes } => {
+                let want = Want::Object { keep: keep && range.is_none() };
+                self.get(client, request, key, Scope { range, want, threshold_bytes }, timeout_ms);
                 return Ok(None);
             }
             ClientMessage::Segment { segment } => return self.segment(client, request, segment),
@@ -183,19 +184,10 @@ impl Engine {
         Ok(None)
     }
 
-    fn get(
-        &mut self,
-        client: ClientId,
-        request: u64,
-        key: Key,
-        range: Option<Range>,
-        timeout_ms: u64,
-        keep: bool,
-    ) {
+    fn get(&mut self, client: ClientId, request: u64, key: Key, scope: Scope, timeout_ms: u64) {
         self.counters.gets += 1;
-        let want = Want::Object { keep: keep && range.is_none() };
-        if !self.found_here(client, request, &key, range, want) {
-            self.fetch(client, request, key, range, want, timeout_ms);
+        if !self.found_here(client, request, &key, scope.range, scope.want) {
+            self.fetch(client, request, key, scope, timeout_ms);
         }
     }
 
@@ -221,7 +213,7 @@ impl Engine {
                 };
                 self.eviction.touch(&generation);
                 match part {
-                    Ok(extent) => self.locate(client, request, generation, extent, Path::Local),
+                    Ok(extent) => self.locate(client, request, generation, extent, (Path::Local, None)),
                     Err(error) => self.reply(client, request, Err(error)),
                 }
             }
@@ -247,7 +239,7 @@ impl Engine {
         request: u64,
         generation: Generation,
         extent: Extent,
-        path: Path,
+        (path, carried): (Path, Option<Box<Carried>>),
     ) {
         let Some(object) = self.objects.get(generation) else {
             return;
@@ -260,6 +252,7 @@ impl Engine {
             generation,
             pin: 0,
             path,
+            carried,
         };
         if self.clients.contains_key(&client) {
             self.out.push(Action::PinAndReply { client, request, located });
@@ -299,7 +292,8 @@ impl Engine {
 
     fn stat(&mut self, client: ClientId, request: u64, key: Key, timeout_ms: u64) {
         if !self.found_here(client, request, &key, None, Want::Stat) {
-            self.fetch(client, request, key, None, Want::Stat, timeout_ms);
+            let scope = Scope { range: None, want: Want::Stat, threshold_bytes: None };
+            self.fetch(client, request, key, scope, timeout_ms);
         }
     }
 

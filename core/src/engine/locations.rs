@@ -10,13 +10,13 @@
 
 use std::collections::BTreeMap;
 
+use super::Engine;
 use super::action::Action;
 use super::fetch::{Bytes, FetchId, Source, Stage, Want};
-use super::{Engine, THRESHOLD_DEFAULT};
 use crate::error::StoreError;
 use crate::key::Key;
 use crate::meta::ObjectMeta;
-use crate::receipt::Path;
+use crate::receipt::{Moved, Path};
 use crate::tier::{Extent, Generation, LinkId, NodeId, ObjectId, RemoteExtent, TransferId};
 use crate::wire::{Granted, Range};
 
@@ -143,7 +143,10 @@ impl Engine {
         }
         // What is asked for may be a part of another object of the key, and then the owner is to say so. A short
         // part is sooner here inside an answer: reading bytes and word takes two round trips.
-        let inline_max = self.config.threshold_bytes.unwrap_or(THRESHOLD_DEFAULT);
+        let inline_max = match fetch.threshold_bytes.or(self.config.threshold_bytes) {
+            Some(forced) => forced,
+            None => self.threshold_of(location.node),
+        };
         let Some(remote) = location.part(fetch.range).filter(|part| part.len_bytes > inline_max) else {
             return false;
         };
@@ -170,6 +173,7 @@ impl Engine {
         let Some(generation) = self.insert_fetched(id, source, local) else {
             return false;
         };
+        self.fetch_round_trip(id);
         let transfer = self.new_transfer();
         self.transfers.insert(transfer, (generation, id));
         self.set_stage(id, Stage::ReadingKnown { transfer, location });
@@ -183,10 +187,10 @@ impl Engine {
         id: FetchId,
         location: Location,
         generation: Generation,
-        result: &Result<(), StoreError>,
+        result: &Result<Moved, StoreError>,
     ) {
         match result {
-            Ok(()) => self.check_word(id, location, generation, true),
+            Ok(_) => self.check_word(id, location, generation, true),
             Err(_) => self.place_outdated(id, generation, true),
         }
     }
@@ -240,6 +244,7 @@ impl Engine {
     }
 
     fn check_word(&mut self, id: FetchId, location: Location, generation: Generation, known: bool) {
+        self.fetch_round_trip(id);
         let transfer = self.new_transfer();
         self.locations.words.insert(transfer, id);
         self.set_stage(id, Stage::CheckingWord { transfer, location, generation, known });

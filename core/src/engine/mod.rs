@@ -18,6 +18,7 @@ mod local;
 mod locations;
 mod objects;
 mod owner;
+mod paths;
 mod puts;
 mod redial;
 mod room;
@@ -30,6 +31,7 @@ pub use action::{Action, Attachment, Event, PublishedObject};
 pub use directory::{Directory, Verdict};
 pub use input::{EngineConfig, FabricId, Input, THRESHOLD_DEFAULT};
 pub use lifecycle::State;
+pub use paths::{THRESHOLD_MAX, THRESHOLD_MIN};
 pub use room::StartUp;
 pub use timer::Time;
 
@@ -45,6 +47,7 @@ use local::Client;
 use locations::Locations;
 use objects::Objects;
 use owner::Lease;
+use paths::Paths;
 use redial::Redial;
 use room::SpaceRequest;
 use space::Space;
@@ -107,6 +110,7 @@ pub struct Engine {
     /// The answer whose payload may still be given a place: the one that is being handled.
     payload_at_hand: Option<u64>,
     hints: Hints,
+    paths: Paths,
     locations: Locations,
 
     /// Questions to peers that wait for an answer, by request number.
@@ -157,6 +161,7 @@ impl Engine {
             next_transfer: 1,
             payload_at_hand: None,
             hints: Hints::default(),
+            paths: Paths::default(),
             locations: Locations::default(),
             pending: BTreeMap::new(),
             next_request: 1,

@@ -11,6 +11,7 @@ use crate::checksum::Checksum;
 use crate::error::StoreError;
 use crate::key::Key;
 use crate::meta::ObjectMeta;
+use crate::receipt::Path;
 use crate::tier::{ClientId, Extent, Generation, ObjectId, SlotId, Tier};
 use crate::wire::{Announced, IfExists, PutHints};
 
@@ -34,6 +35,10 @@ pub(super) struct Object {
     pub(super) sends: u32,
     /// A read, landing or copy into the extent is under way.
     pub(super) filling: bool,
+    /// Bytes that came through a buffer that is neither source nor target, while it was put.
+    pub(super) staged_bytes: u64,
+    /// How its bytes came to their place.
+    pub(super) path: Path,
 }
 
 impl Object {

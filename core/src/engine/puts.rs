@@ -13,8 +13,14 @@ use super::timer::Timer;
 use super::{Engine, INLINE_PUT_MAX, State};
 use crate::checksum::Checksum;
 use crate::error::StoreError;
-use crate::tier::{ClientId, Extent, Generation, ObjectId, SegmentId};
+use crate::receipt::Path;
+use crate::tier::{ClientId, Extent, Generation, ObjectId, SegmentId, SlotId};
 use crate::wire::{ClientReply, IfExists, PeerMessage};
+
+/// An object that was there is the answer to a put.
+fn kept(object: ObjectId, slot: Option<SlotId>) -> ClientReply {
+    ClientReply::Sealed { object, kept: true, slot, path: Path::Kept, staged_bytes: 0 }
+}
 
 impl Engine {
     /// Checks a put, and answers at once if the object that is there is kept.
@@ -35,9 +41,7 @@ impl Engine {
             Some(_) if object.if_exists == IfExists::Error => {
                 Err(StoreError::AlreadyExists { key: object.key.to_string() })
             }
-            Some((_, there)) => {
-                Ok(Some(ClientReply::Sealed { object: there.id, kept: true, slot: there.slot }))
-            }
+            Some((_, there)) => Ok(Some(kept(there.id, there.slot))),
         }
     }
 
@@ -84,6 +88,10 @@ impl Engine {
     ) {
         let checksum = object.meta.checksum;
         let generation = self.insert_new(object, extent, client, false);
+        if let Some(object) = self.objects.get_mut(generation) {
+            object.staged_bytes = payload.len() as u64;
+            object.path = Path::Inline;
+        }
         if !payload.is_empty() {
             self.out.push(Action::Fill { extent, bytes: payload });
         }
@@ -107,6 +115,8 @@ impl Engine {
             leases: 0,
             sends: 0,
             filling: false,
+            staged_bytes: 0,
+            path: if in_place { Path::InPlace } else { Path::Written },
         })
     }
 
@@ -193,6 +203,9 @@ impl Engine {
             ));
         }
         let extent = object.extent.slice(offset, payload.len() as u64)?;
+        if let Some(object) = self.objects.get_mut(reservation) {
+            object.staged_bytes += payload.len() as u64;
+        }
         self.out.push(Action::Fill { extent, bytes: payload });
         Ok(())
     }
@@ -258,6 +271,8 @@ impl Engine {
         let from = std::mem::replace(&mut object.extent, to);
         object.filling = false;
         object.in_place = false;
+        object.path = Path::Copied;
+        object.staged_bytes += from.len_bytes;
         let checksum = object.meta.checksum;
         let _ = self.space.free(from);
         self.seal(client, request, generation, checksum);
@@ -336,13 +351,14 @@ impl Engine {
                 let Some((object, slot)) = there else {
                     return Err(error);
                 };
-                return Ok(ClientReply::Sealed { object, kept: true, slot });
+                return Ok(kept(object, slot));
             }
         };
         let Some(object) = self.objects.get(generation) else {
             return Err(StoreError::stale("seal", generation, "there is no such reservation"));
         };
         let (id, key, hints) = (object.id, object.key.clone(), object.hints);
+        let (path, staged_bytes) = (object.path, object.staged_bytes);
         let (announced, copied_here, len_bytes) =
             (object.announced(), object.copied_here, object.extent.len_bytes);
         self.out.push(Action::Publish { slot, object: object.published(generation) });
@@ -357,7 +373,7 @@ impl Engine {
         }
         self.announce(announced);
         self.key_exists(&key);
-        Ok(ClientReply::Sealed { object: id, kept: false, slot: Some(slot) })
+        Ok(ClientReply::Sealed { object: id, kept: false, slot: Some(slot), path, staged_bytes })
     }
 
     /// Sees to it that the index has a free slot for an object, if another may go for that. Not the one of its own key:

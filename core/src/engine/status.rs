@@ -1,6 +1,6 @@
 //! The engine's view of itself. Not metrics about time: whoever drives the engine has the clock. Invariant: none.
 
-use super::{Engine, THRESHOLD_DEFAULT};
+use super::Engine;
 use crate::tier::Tier;
 use crate::wire::{PeerStatus, Status, TierStatus};
 
@@ -18,18 +18,17 @@ impl Engine {
             fragmentation_percent: self.space.fragmentation_percent(),
             pages: String::new(),
         };
-        let (threshold_bytes, why) = match self.config.threshold_bytes {
-            Some(threshold) => (threshold, "forced by configuration"),
-            None => (THRESHOLD_DEFAULT, "default, not measured"),
-        };
-        let peer = |peer: &super::Peer| PeerStatus {
-            node: peer.member.node,
-            name: peer.member.name.clone(),
-            address: peer.member.address.clone(),
-            linked: peer.link.is_some(),
-            fabric: String::new(),
-            threshold_bytes,
-            threshold_why: why.to_owned(),
+        let peer = |peer: &super::Peer| {
+            let (threshold_bytes, threshold_why) = self.threshold_in_words(peer.member.node);
+            PeerStatus {
+                node: peer.member.node,
+                name: peer.member.name.clone(),
+                address: peer.member.address.clone(),
+                linked: peer.link.is_some(),
+                fabric: String::new(),
+                threshold_bytes,
+                threshold_why,
+            }
         };
         Status {
             node: self.config.member.node,

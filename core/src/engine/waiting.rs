@@ -2,7 +2,7 @@
 //! waits is told once: by the object, or by the deadline.
 
 use super::Engine;
-use super::fetch::Want;
+use super::fetch::{Scope, Want};
 use super::timer::{Time, Timer};
 use crate::error::StoreError;
 use crate::key::Key;
@@ -44,7 +44,8 @@ impl Engine {
             return self.reply(client, request, Ok(ClientReply::Exists));
         }
         if timeout_ms == 0 {
-            return self.fetch(client, request, key, None, Want::Existence, 5_000);
+            let scope = Scope { range: None, want: Want::Existence, threshold_bytes: None };
+            return self.fetch(client, request, key, scope, 5_000);
         }
         if self.known_elsewhere(&key) {
             return self.reply(client, request, Ok(ClientReply::Exists));

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::checksum::Checksum;
 use crate::key::Key;
 use crate::meta::ObjectMeta;
-use crate::receipt::Path;
+use crate::receipt::{Carried, Path};
 use crate::tier::{ClientId, Epoch, Extent, Generation, NodeId, ObjectId, SegmentId, SlotId, Tier};
 use crate::wire::Range;
 
@@ -101,6 +101,8 @@ pub enum ClientMessage {
         timeout_ms: u64,
         /// Keep a copy that came from another node, for later readers here.
         keep: bool,
+        /// Objects up to this many bytes may come inside the peer's answer; none: as the node thinks best.
+        threshold_bytes: Option<u64>,
     },
     /// Asks for the descriptor of a segment, read-only. Answered by `Segment`.
     Segment {
@@ -185,7 +187,7 @@ impl ClientMessage {
 }
 
 /// Where an object is on this node, already pinned for the client that asked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Located {
     /// Which object of the key.
     pub object: ObjectId,
@@ -201,6 +203,8 @@ pub struct Located {
     pub pin: u32,
     /// How the bytes came here.
     pub path: Path,
+    /// More about that, if they came from a peer for this get.
+    pub carried: Option<Box<Carried>>,
 }
 
 /// One object in a list or a stat.
@@ -346,6 +350,10 @@ pub enum ClientReply {
         kept: bool,
         /// Where it is in the index of this node, if it is here.
         slot: Option<SlotId>,
+        /// How the bytes came to their place.
+        path: Path,
+        /// Bytes of it that passed through a buffer that is neither source nor target.
+        staged_bytes: u64,
     },
     /// Nothing to say.
     Done,

@@ -3,7 +3,7 @@
 
 use std::borrow::Cow;
 
-use hetmem_core::receipt::Path;
+use hetmem_core::receipt::{Carried, Moved, Path};
 use hetmem_core::wire::{
     Announced, ClientMessage, ClientReply, Granted, Holder, IfExists, Listed, Located, Member, NodeStatus,
     PeerMessage, PeerStatus, PutHints, Range, Status, TierStatus,
@@ -124,9 +124,9 @@ fn granted() -> impl Strategy<Value = Granted> {
 }
 
 fn located() -> impl Strategy<Value = Located> {
-    let path = select(vec![Path::Local, Path::Eager, Path::Read]);
-    (object(), meta(), extent(), tier(), number(), any::<u32>(), path).prop_map(
-        |(object, meta, extent, tier, generation, pin, path)| Located {
+    let carried = prop::option::of(carried().prop_map(Box::new));
+    (object(), meta(), extent(), tier(), number(), any::<u32>(), path(), carried).prop_map(
+        |(object, meta, extent, tier, generation, pin, path, carried)| Located {
             object,
             meta,
             extent,
@@ -134,6 +134,25 @@ fn located() -> impl Strategy<Value = Located> {
             generation: Generation(generation),
             pin,
             path,
+            carried,
+        },
+    )
+}
+
+fn path() -> impl Strategy<Value = Path> {
+    use Path::{Copied, Eager, InPlace, Inline, Kept, Local, Read, Written};
+    select(vec![Local, Eager, Read, Inline, InPlace, Written, Copied, Kept])
+}
+
+fn carried() -> impl Strategy<Value = Carried> {
+    (text(), text(), tier(), (number(), number()), any::<u32>(), number()).prop_map(
+        |(fabric, from, from_tier, (bytes, staged_bytes), round_trips, threshold_bytes)| Carried {
+            fabric,
+            from,
+            from_tier,
+            moved: Moved { bytes, staged_bytes },
+            round_trips,
+            threshold_bytes,
         },
     )
 }
@@ -336,12 +355,15 @@ pub(crate) fn client_message() -> BoxedStrategy<ClientMessage> {
         (generation(), number()).prop_map(|(reservation, offset)| M::Write { reservation, offset }),
         (generation(), checksum()).prop_map(|(reservation, checksum)| M::Seal { reservation, checksum }),
         generation().prop_map(|reservation| M::Abort { reservation }),
-        (key(), range(), number(), any::<bool>()).prop_map(|(key, range, timeout_ms, keep)| M::Get {
-            key,
-            range,
-            timeout_ms,
-            keep
-        }),
+        (key(), range(), number(), any::<bool>(), prop::option::of(number())).prop_map(
+            |(key, range, timeout_ms, keep, threshold_bytes)| M::Get {
+                key,
+                range,
+                timeout_ms,
+                keep,
+                threshold_bytes
+            }
+        ),
         segment().prop_map(|segment| M::Segment { segment }),
         segment().prop_map(|segment| M::Return { segment }),
         (key(), number()).prop_map(|(key, timeout_ms)| M::Wait { key, timeout_ms }),
@@ -398,8 +420,15 @@ pub(crate) fn client_reply() -> BoxedStrategy<ClientReply> {
             extent,
             map
         }),
-        (object(), any::<bool>(), prop::option::of(any::<u32>()))
-            .prop_map(|(object, kept, slot)| { R::Sealed { object, kept, slot: slot.map(SlotId) } }),
+        (object(), any::<bool>(), prop::option::of(any::<u32>()), path(), number()).prop_map(
+            |(object, kept, slot, path, staged_bytes)| R::Sealed {
+                object,
+                kept,
+                slot: slot.map(SlotId),
+                path,
+                staged_bytes
+            }
+        ),
         Just(R::Done),
         located().prop_map(R::Located),
         (number(), tier(), vec(any::<u32>().prop_map(SegmentId), 0..5))

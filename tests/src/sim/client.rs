@@ -433,7 +433,14 @@ impl World {
         let touring = self.client(id).tour.is_some();
         let timeout_ms = if touring { 5_000 } else { self.rng.pick(&[20, 300, 3_000]) };
         let keep = self.rng.percent(70);
-        let message = ClientMessage::Get { key: self.key(key), range, timeout_ms, keep };
+        let len_threshold = self.rng.pick(&[0, 1_024, u64::MAX]);
+        let message = ClientMessage::Get {
+            key: self.key(key),
+            range,
+            timeout_ms,
+            keep,
+            threshold_bytes: self.rng.percent(20).then_some(len_threshold),
+        };
         self.ask_plain(id, Kind::Get { key, range, timeout_ms, began }, timeout_ms, message);
     }
 

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use hetmem_core::engine::{Action, Input};
+use hetmem_core::receipt::Moved;
 use hetmem_core::wire::{FrameKind, PeerMessage, encode};
 use hetmem_core::{ErrorKind, Extent, LinkId};
 use hetmem_transport::{Fabric, FabricEvent, SendToken, Sent};
@@ -39,11 +40,15 @@ impl World {
             },
             FabricEvent::ReadDone { transfer, result } => match node.landed_word(transfer) {
                 Some(word) => Input::WordRead { transfer, result: result.map(|_| word) },
-                None => Input::ReadDone { transfer, result: result.map(|_| ()) },
+                None => Input::ReadDone {
+                    transfer,
+                    result: result.map(|s| Moved { bytes: s.bytes, staged_bytes: s.staged_bytes }),
+                },
             },
             FabricEvent::SendDone { token, .. } => Input::SendDone { send: token.0 },
             FabricEvent::Landed { token, result, .. } => {
-                Input::Landed { request: token.0, result: result.map(|_| ()) }
+                let result = result.map(|s| Moved { bytes: s.bytes, staged_bytes: s.staged_bytes });
+                Input::Landed { request: token.0, result }
             }
         };
         if let Some(again) = repeated(&input)

@@ -39,6 +39,7 @@ fn put_get_delete() {
         range: Some(Range { start: 10, len_bytes: 20 }),
         timeout_ms: 100,
         keep: true,
+        threshold_bytes: None,
     };
     let Ok(ClientReply::Located(located)) = world.call(0, client, part) else { panic!("a part") };
     assert_eq!(world.nodes[0].bytes(located.extent), &bytes[10..30]);
@@ -48,6 +49,7 @@ fn put_get_delete() {
         range: Some(Range { start: 990, len_bytes: 11 }),
         timeout_ms: 100,
         keep: true,
+        threshold_bytes: None,
     };
     World::assert_kind(world.call(0, client, outside), ErrorKind::Invalid);
     let delete = || ClientMessage::Delete { key: key("a") };

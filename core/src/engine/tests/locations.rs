@@ -75,6 +75,7 @@ fn a_part_is_sliced_from_the_whole_and_a_grant_of_a_part_names_the_whole() {
         range: Some(Range { start, len_bytes }),
         timeout_ms: 1_000,
         keep: true,
+        threshold_bytes: None,
     };
     for forgotten in [false, true] {
         for (start, len_bytes) in [(700, 300), (0, 1), (1, 998)] {
@@ -104,7 +105,13 @@ fn a_short_part_comes_inside_an_answer_as_ever() {
     read_away(&mut world, away, &pattern(1, 1_000));
     for (len_bytes, path) in [(100, Path::Eager), (101, Path::Read)] {
         let range = Some(Range { start: 0, len_bytes });
-        let get = ClientMessage::Get { key: key("k"), range, timeout_ms: 1_000, keep: false };
+        let get = ClientMessage::Get {
+            key: key("k"),
+            range,
+            timeout_ms: 1_000,
+            keep: false,
+            threshold_bytes: None,
+        };
         let Ok(ClientReply::Located(located)) = world.call(1, away, get) else { panic!("located") };
         assert_eq!(located.path, path, "{len_bytes} bytes");
         world.unpin(1, away, located.generation);
@@ -271,7 +278,7 @@ fn a_get_that_is_given_up_while_a_known_place_is_read_frees_its_extent_when_the_
     world.advance(3_000);
     World::assert_kind(world.answer(1, away, request).expect("an answer"), ErrorKind::TimedOut);
     assert_eq!(world.used(1), 1_024, "bytes may still land in it");
-    world.feed(1, crate::engine::Input::ReadDone { transfer, result: Ok(()) });
+    world.feed(1, crate::engine::Input::ReadDone { transfer, result: Ok(crate::receipt::Moved::default()) });
     world.assert_drained();
     assert_eq!(world.used(1), 0);
 }
@@ -289,7 +296,13 @@ fn the_word_changes_first_then_readers_go_then_the_extent_is_used_again() {
         (world.hold_reads, world.hold_sends) = (true, true);
         let read = world.ask_get(1, away, "k", false);
         let range = Some(Range { start: 0, len_bytes: 400 });
-        let part = ClientMessage::Get { key: key("k"), range, timeout_ms: 3_000, keep: false };
+        let part = ClientMessage::Get {
+            key: key("k"),
+            range,
+            timeout_ms: 3_000,
+            keep: false,
+            threshold_bytes: None,
+        };
         let sent = world.ask(2, third, part);
         world.settle();
         assert_eq!((world.status(0).leases, world.sends.len()), (1, 1));

@@ -15,6 +15,7 @@ fn part(start: u64, len_bytes: u64) -> ClientMessage {
         range: Some(Range { start, len_bytes }),
         timeout_ms: 3_000,
         keep: false,
+        threshold_bytes: None,
     }
 }
 
@@ -170,8 +171,8 @@ fn plasma_3628_giving_back_what_one_does_not_hold_ends_nothing() {
     for number in [0, 1, 2, u64::MAX] {
         let transfer = TransferId(number);
         world.feed(0, Input::SendDone { send: number });
-        world.feed(0, Input::Landed { request: number, result: Ok(()) });
-        world.feed(0, Input::ReadDone { transfer, result: Ok(()) });
+        world.feed(0, Input::Landed { request: number, result: Ok(crate::receipt::Moved::default()) });
+        world.feed(0, Input::ReadDone { transfer, result: Ok(crate::receipt::Moved::default()) });
         world.feed(0, Input::WordRead { transfer, result: Ok(1) });
         world.feed(0, Input::CopyDone { generation: Generation(number), result: Ok(()) });
     }
@@ -180,8 +181,8 @@ fn plasma_3628_giving_back_what_one_does_not_hold_ends_nothing() {
         world.finish_read(read);
         // Said twice.
         let (node, transfer) = (read.node, read.transfer);
-        world.feed(node, Input::ReadDone { transfer, result: Ok(()) });
-        world.feed(node, Input::ReadDone { transfer, result: Ok(()) });
+        world.feed(node, Input::ReadDone { transfer, result: Ok(crate::receipt::Moved::default()) });
+        world.feed(node, Input::ReadDone { transfer, result: Ok(crate::receipt::Moved::default()) });
     }
     world.settle();
     let Some(Ok(ClientReply::Located(located))) = world.answer(1, away, request) else { panic!("located") };

@@ -253,7 +253,7 @@ impl World {
                 if let Action::Land { request, extent } = action {
                     let bytes = payload.take().expect("a payload to land, once");
                     self.write(node, extent, &bytes);
-                    self.push(node, Input::Landed { request, result: Ok(()) });
+                    self.push(node, Input::Landed { request, result: Ok(crate::receipt::Moved::default()) });
                 } else if let Some(next) = self.act(node, action) {
                     inputs.push_front(next);
                 }
@@ -415,7 +415,10 @@ impl World {
         }
         let bytes = self.nodes[peer].bytes(remote).to_vec();
         self.write(read.node, read.local, &bytes);
-        self.push(read.node, Input::ReadDone { transfer: read.transfer, result: Ok(()) });
+        self.push(
+            read.node,
+            Input::ReadDone { transfer: read.transfer, result: Ok(crate::receipt::Moved::default()) },
+        );
     }
 
     pub(super) fn write(&mut self, node: usize, extent: Extent, bytes: &[u8]) {
@@ -555,7 +558,13 @@ impl World {
     }
 
     pub(super) fn ask_get(&mut self, node: usize, client: ClientId, name: &str, keep: bool) -> u64 {
-        let message = ClientMessage::Get { key: key(name), range: None, timeout_ms: 3_000, keep };
+        let message = ClientMessage::Get {
+            key: key(name),
+            range: None,
+            timeout_ms: 3_000,
+            keep,
+            threshold_bytes: None,
+        };
         self.ask(node, client, message)
     }
 

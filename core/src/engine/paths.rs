@@ -1,0 +1,349 @@
+//! What eager and rendezvous cost with each peer, as measured by this engine's own gets, and the eager threshold that
+//! follows. Not which path one get takes beyond that. Invariant: a threshold that was computed is within
+//! [`THRESHOLD_MIN`] and [`THRESHOLD_MAX`], and moves only by more than the noise.
+//!
+//! With both paths, time grows with length: `t = round trips + length * cost of a byte`. A grant costs one round trip
+//! more than an answer with the bytes inside, and spares the copies that such an answer needs; where the two lines
+//! cross is the threshold: `(a_read - a_eager) / (b_eager - b_read)`.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use super::fetch::{Fetch, FetchId};
+use super::timer::Time;
+use super::{Engine, THRESHOLD_DEFAULT};
+use crate::receipt::{Moved, Path};
+use crate::tier::{LinkId, NodeId};
+
+/// The least threshold that is computed: a header and metadata take as much as a shorter object.
+pub const THRESHOLD_MIN: u64 = 1 << 10;
+/// The greatest: beyond it a message would hold up those behind it.
+pub const THRESHOLD_MAX: u64 = 256 << 10;
+
+/// Lengths are measured in classes of powers of two; shorter and longer ones say nothing about the crossing.
+const CLASS_MIN: u32 = 8;
+const CLASSES: usize = 12;
+/// Samples of a class and path that are kept; their median stands for them.
+const SAMPLES: usize = 15;
+/// A median of fewer says little.
+const SAMPLES_MIN: usize = 3;
+/// One question in so many names four times the threshold, another a quarter of it: objects of a length in between
+/// then come by the other path, so that both stay measured. Of gets whose lengths lie elsewhere nothing changes.
+const EXPLORE_EVERY: u32 = 16;
+/// The same until there is a first threshold.
+const EXPLORE_EVERY_AT_FIRST: u32 = 4;
+/// A new threshold takes the place of the old one only if it differs by more than this factor.
+const HYSTERESIS: f64 = 1.3;
+
+/// A fetch whose question is being timed.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Timed {
+    asked: Time,
+    /// When the answer came. Where there was no room then, the time says nothing about the path.
+    answered: Option<Time>,
+}
+
+/// Nanoseconds over bytes: `base + per_byte * length`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Line {
+    base: f64,
+    per_byte: f64,
+}
+
+/// The latest gets of one path, by class of length: lengths in bytes, times in nanoseconds.
+#[derive(Debug)]
+struct Times([VecDeque<(u64, u64)>; CLASSES]);
+
+impl Default for Times {
+    fn default() -> Self {
+        Self(std::array::from_fn(|_| VecDeque::new()))
+    }
+}
+
+impl Times {
+    fn add(&mut self, len_bytes: u64, ns: u64) {
+        let class = len_bytes.checked_ilog2().and_then(|log| log.checked_sub(CLASS_MIN));
+        let Some(samples) = class.and_then(|class| self.0.get_mut(usize::try_from(class).ok()?)) else {
+            return;
+        };
+        if samples.len() == SAMPLES {
+            samples.pop_front();
+        }
+        samples.push_back((len_bytes, ns.max(1)));
+    }
+
+    /// One point per class that has enough samples: the one whose time is the median.
+    fn points(&self) -> Vec<(f64, f64)> {
+        let measured = self.0.iter().filter(|samples| samples.len() >= SAMPLES_MIN);
+        let median = |samples: &VecDeque<(u64, u64)>| {
+            let mut sorted: Vec<(u64, u64)> = samples.iter().copied().collect();
+            sorted.sort_unstable_by_key(|(_, ns)| *ns);
+            let (len_bytes, ns) = sorted[sorted.len() / 2];
+            (float(len_bytes), float(ns))
+        };
+        measured.map(median).collect()
+    }
+}
+
+#[allow(clippy::cast_precision_loss, reason = "an estimate")]
+fn float(value: u64) -> f64 {
+    value as f64
+}
+
+/// The line with the least sum of squared relative errors; none for fewer than two lengths.
+fn fit(points: &[(f64, f64)]) -> Option<Line> {
+    let (mut w, mut wx, mut wy, mut wxx, mut wxy) = (0.0, 0.0, 0.0, 0.0, 0.0);
+    for &(x, y) in points {
+        let weight = 1.0 / (y * y);
+        w += weight;
+        wx += weight * x;
+        wy += weight * y;
+        wxx += weight * x * x;
+        wxy += weight * x * y;
+    }
+    let spread = w * wxx - wx * wx;
+    if points.len() < 2 || spread <= f64::EPSILON * w * wxx {
+        return None;
+    }
+    let per_byte = (w * wxy - wx * wy) / spread;
+    Some(Line { base: (wy - per_byte * wx) / w, per_byte })
+}
+
+/// Where rendezvous becomes the faster of the two, in bytes.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped before")]
+fn crossing(eager: Line, read: Line) -> u64 {
+    let round_trip = read.base - eager.base;
+    let copy = eager.per_byte - read.per_byte;
+    if round_trip <= 0.0 {
+        return THRESHOLD_MIN;
+    }
+    if copy <= 0.0 {
+        return THRESHOLD_MAX;
+    }
+    (round_trip / copy).clamp(float(THRESHOLD_MIN), float(THRESHOLD_MAX)) as u64
+}
+
+/// One peer.
+#[derive(Debug, Default)]
+struct Measured {
+    eager: Times,
+    read: Times,
+    questions: u32,
+    /// The threshold in bytes, and the lines that it follows from.
+    computed: Option<(u64, Line, Line)>,
+}
+
+impl Measured {
+    fn threshold(&self) -> u64 {
+        self.computed.map_or(THRESHOLD_DEFAULT, |(threshold, ..)| threshold)
+    }
+
+    /// What the next question names.
+    fn next(&mut self) -> u64 {
+        let every = if self.computed.is_some() { EXPLORE_EVERY } else { EXPLORE_EVERY_AT_FIRST };
+        self.questions = self.questions.wrapping_add(1);
+        let threshold = self.threshold();
+        match self.questions % every {
+            0 => (threshold * 4).min(THRESHOLD_MAX),
+            turn if turn == every / 2 => threshold / 4,
+            _ => threshold,
+        }
+    }
+
+    fn add(&mut self, path: Path, len_bytes: u64, ns: u64) {
+        match path {
+            Path::Eager => self.eager.add(len_bytes, ns),
+            _ => self.read.add(len_bytes, ns),
+        }
+        let (Some(eager), Some(read)) = (fit(&self.eager.points()), fit(&self.read.points())) else {
+            return;
+        };
+        let new = crossing(eager, read);
+        let ratio = float(new) / float(self.threshold());
+        if self.computed.is_none() || !(1.0 / HYSTERESIS..=HYSTERESIS).contains(&ratio) {
+            self.computed = Some((new, eager, read));
+        }
+    }
+
+    fn why(&self) -> String {
+        let Some((_, eager, read)) = self.computed else {
+            return "default, not measured yet".to_owned();
+        };
+        let limit = match self.threshold() {
+            THRESHOLD_MIN => ", the least",
+            THRESHOLD_MAX => ", the most",
+            _ => "",
+        };
+        format!(
+            "measured: a grant costs {:.1} us more, the copy of an answer {:.3} ns a byte more{limit}",
+            (read.base - eager.base) / 1e3,
+            eager.per_byte - read.per_byte,
+        )
+    }
+}
+
+/// All peers.
+#[derive(Debug, Default)]
+pub(super) struct Paths(BTreeMap<NodeId, Measured>);
+
+impl Paths {
+    pub(super) fn forget_node(&mut self, node: NodeId) {
+        self.0.remove(&node);
+    }
+}
+
+impl Engine {
+    /// Up to how many bytes an object comes inside a peer's answer, if nobody forces that.
+    pub(super) fn threshold_of(&self, node: NodeId) -> u64 {
+        self.paths.0.get(&node).map_or(THRESHOLD_DEFAULT, Measured::threshold)
+    }
+
+    /// The threshold towards a peer, in bytes, and why it is that.
+    pub(super) fn threshold_in_words(&self, node: NodeId) -> (u64, String) {
+        if let Some(forced) = self.config.threshold_bytes {
+            return (forced, "forced by configuration".to_owned());
+        }
+        match self.paths.0.get(&node) {
+            Some(measured) => (measured.threshold(), measured.why()),
+            None => (THRESHOLD_DEFAULT, "default, not measured yet".to_owned()),
+        }
+    }
+
+    /// What a question names as the longest payload of its answer; begins to time it where nothing else is under way
+    /// that would be timed with it.
+    pub(super) fn inline_max_for(&mut self, id: FetchId, link: LinkId, forced: Option<u64>) -> u64 {
+        let node = self.links.get(&link).and_then(|link| link.node);
+        let inline_max = match (forced.or(self.config.threshold_bytes), node) {
+            (Some(forced), _) => forced,
+            (None, Some(node)) => self.paths.0.entry(node).or_default().next(),
+            (None, None) => THRESHOLD_DEFAULT,
+        };
+        let timed = (self.fetches.len() == 1).then_some(Timed { asked: self.now, answered: None });
+        if let Some(fetch) = self.fetches.get_mut(&id) {
+            fetch.inline_max = inline_max;
+            fetch.timed = timed;
+        }
+        inline_max
+    }
+
+    /// The answer is there, and room for it is looked for.
+    pub(super) fn fetch_answered(&mut self, id: FetchId) {
+        if let Some(Fetch { timed: Some(timed), .. }) = self.fetches.get_mut(&id) {
+            timed.answered = Some(self.now);
+        }
+    }
+
+    /// There is room. Unless it was there at once, the get is not timed.
+    pub(super) fn fetch_has_room(&mut self, id: FetchId) {
+        let now = self.now;
+        if let Some(fetch) = self.fetches.get_mut(&id) {
+            fetch.timed = fetch.timed.filter(|timed| timed.answered == Some(now));
+        }
+    }
+
+    /// The bytes of a fetch are there.
+    pub(super) fn measure(&mut self, id: FetchId, link: Option<LinkId>, path: Path, moved: Moved) {
+        let timed = self.fetches.get_mut(&id).and_then(|fetch| fetch.timed.take());
+        let node = link.and_then(|link| self.links.get(&link)).and_then(|link| link.node);
+        if let (Some(timed), Some(node)) = (timed, node) {
+            let ns = self.now.0.saturating_sub(timed.asked.0);
+            self.paths.0.entry(node).or_default().add(path, moved.bytes, ns);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn line(base: f64, per_byte: f64) -> Line {
+        Line { base, per_byte }
+    }
+
+    #[test]
+    fn the_threshold_is_where_the_lines_cross_within_its_limits() {
+        for (eager, read, expected) in [
+            (line(20_000.0, 0.5), line(40_000.0, 0.1), 50_000),
+            (line(20_000.0, 0.5), line(20_100.0, 0.1), THRESHOLD_MIN),
+            (line(20_000.0, 0.5), line(19_000.0, 0.1), THRESHOLD_MIN),
+            (line(20_000.0, 0.1), line(40_000.0, 0.1), THRESHOLD_MAX),
+            (line(20_000.0, 0.1), line(40_000.0, 0.3), THRESHOLD_MAX),
+            (line(20_000.0, 0.11), line(40_000.0, 0.1), THRESHOLD_MAX),
+        ] {
+            assert_eq!(crossing(eager, read), expected, "{eager:?} {read:?}");
+        }
+    }
+
+    #[test]
+    fn a_line_is_found_again() {
+        let of = |x: f64| (x, 20_000.0 + 0.25 * x);
+        let found = fit(&[of(256.0), of(4_096.0), of(65_536.0), of(1e6)]).expect("a line");
+        assert!((found.base - 20_000.0).abs() < 1.0 && (found.per_byte - 0.25).abs() < 1e-6, "{found:?}");
+        assert_eq!(fit(&[of(300.0)]), None);
+        assert_eq!(fit(&[of(300.0), of(300.0)]), None, "one length twice");
+        assert_eq!(fit(&[]), None);
+    }
+
+    fn sample(measured: &mut Measured, path: Path, len_bytes: u64, ns: f64) {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small and positive")]
+        measured.add(path, len_bytes, ns as u64);
+    }
+
+    /// Gets of lengths around the crossing, with one in eight far too slow.
+    fn run(measured: &mut Measured, eager: Line, read: Line, rounds: u64) {
+        for round in 0..rounds {
+            for len in [1_000, 4_000, 16_000, 60_000, 200_000] {
+                let slow = if (round + len).is_multiple_of(8) { 20.0 } else { 1.0 };
+                let at = |line: Line| slow * (line.base + line.per_byte * float(len));
+                sample(measured, Path::Eager, len, at(eager));
+                sample(measured, Path::Read, len, at(read));
+            }
+        }
+    }
+
+    #[test]
+    fn it_is_measured_in_spite_of_outliers_and_follows_a_change() {
+        let mut measured = Measured::default();
+        assert_eq!(measured.threshold(), THRESHOLD_DEFAULT);
+        run(&mut measured, line(20_000.0, 0.5), line(40_000.0, 0.1), 40);
+        let threshold = measured.threshold();
+        assert!((40_000..60_000).contains(&threshold), "{threshold}");
+        assert!(
+            measured.why().contains("20.0 us more") || measured.why().starts_with("measured"),
+            "{}",
+            measured.why()
+        );
+        run(&mut measured, line(20_000.0, 0.5), line(40_000.0, 0.05), 40);
+        assert_eq!(measured.threshold(), threshold, "44,000 is not different enough");
+        run(&mut measured, line(20_000.0, 0.5), line(24_000.0, 0.1), 40);
+        assert!((8_000..12_000).contains(&measured.threshold()), "{}", measured.threshold());
+    }
+
+    #[test]
+    fn one_path_alone_decides_nothing_and_now_and_then_the_other_is_tried() {
+        let mut measured = Measured::default();
+        for len in [1_000, 2_000, 4_000, 8_000] {
+            for _ in 0..SAMPLES {
+                measured.add(Path::Eager, len, 20_000);
+            }
+        }
+        assert_eq!(measured.computed, None);
+        let asked: Vec<u64> = (0..EXPLORE_EVERY_AT_FIRST).map(|_| measured.next()).collect();
+        assert!(asked.contains(&(THRESHOLD_DEFAULT * 4)) && asked.contains(&(THRESHOLD_DEFAULT / 4)));
+        run(&mut measured, line(20_000.0, 0.5), line(40_000.0, 0.1), 20);
+        let threshold = measured.threshold();
+        let other = (0..EXPLORE_EVERY * 10).filter(|_| measured.next() != threshold).count();
+        assert_eq!(other, 20, "two of {EXPLORE_EVERY}");
+    }
+
+    #[test]
+    fn lengths_far_from_any_threshold_are_not_kept() {
+        let mut times = Times::default();
+        for len in [0, 1, 255, 1 << 20, u64::MAX] {
+            times.add(len, 1);
+        }
+        assert!(times.0.iter().all(VecDeque::is_empty));
+        times.add(256, 0);
+        times.add((1 << 20) - 1, 1);
+        assert_eq!((times.0[0].len(), times.0[CLASSES - 1].len()), (1, 1));
+    }
+}
