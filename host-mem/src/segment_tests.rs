@@ -263,3 +263,27 @@ fn a_released_view_lets_go_of_the_memory_and_reads_zeros() {
     assert_eq!(view.bytes(0, 64), Some(&[0; 64][..]));
     assert_eq!(segment.read(0, 64).expect("inside"), [7; 64], "the node's memory is as it was");
 }
+
+/// Ray #14182: a store mapped more shared memory than there was, with pages to come when they were touched, and whoever
+/// touched one too many got SIGBUS, long after the object had been promised. Here every page of a segment is there when
+/// `create` returns, whatever kind it is, though nobody has written to it, nobody can take pages away again, and more
+/// than there is is an error of `create`.
+#[test]
+fn plasma_14182_every_page_of_a_segment_is_there_before_it_is_handed_out() {
+    for owner in [SegmentOwner::Node, SegmentOwner::Client] {
+        for pages in [PagePolicy::Off, PagePolicy::Auto, PagePolicy::AtOnce] {
+            let segment = Segment::create(SegmentId(1), LEN, owner, pages).expect("memory is left");
+            let held =
+                || rustix::fs::fstat(segment.descriptor()).expect("a file").st_blocks.unsigned_abs() * 512;
+            assert!(held() >= LEN, "{owner:?}, {pages:?}: {} of {LEN} bytes", held());
+            if owner == SegmentOwner::Client {
+                segment.close_to_writers().expect("the seals are left");
+            }
+            closed(&segment);
+            assert!(held() >= LEN, "{owner:?}, {pages:?}: {} bytes after all that", held());
+        }
+    }
+    let error = Segment::create(SegmentId(1), 1 << 50, SegmentOwner::Node, PagePolicy::Off);
+    assert_eq!(error.expect_err("a petabyte").kind(), ErrorKind::Os);
+    assert_eq!(Reserve::new(1 << 50, PagePolicy::Off).expect_err("a petabyte").kind(), ErrorKind::Os);
+}

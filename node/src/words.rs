@@ -1,38 +1,21 @@
 //! Where generation words of peers land: one slot of a small registered region per word under way. Not what they mean
 //! (the engine). Invariant: a slot is given to one read at a time, from before the fabric is asked until it has said
 //! that the read is over, so a word is loaded from it after its last byte and before the next one's first.
-//!
-//! Holds unsafe code: the promise that the slots' memory makes to fabrics.
-#![allow(unsafe_code)]
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use hetmem_core::{Extent, SegmentId, StoreError, TransferId};
-use hetmem_transport::RegionMemory;
 use parking_lot::Mutex;
+
+use crate::memory::WordsRegion;
 
 /// The number under which the slots are registered: the engine counts its segments from 1, and the index is 0.
 pub(crate) const WORDS_SEGMENT: SegmentId = SegmentId(u32::MAX);
 /// Words that may be under way at once. Beyond that a get asks its peer, which is always right.
 const WORDS_MAX: usize = 4096;
 const WORD_LEN: u64 = 8;
-
-/// The slots' memory.
-pub(crate) struct WordsRegion(Box<[AtomicU64]>);
-
-// SAFETY: the boxed slice is neither moved nor freed nor resized before the region is dropped. All other access to
-// it is by atomic loads, which stay sound whatever is written from elsewhere; no reference to its bytes is made.
-unsafe impl RegionMemory for WordsRegion {
-    fn base(&self) -> *mut u8 {
-        self.0.as_ptr().cast::<u8>().cast_mut()
-    }
-
-    fn len_bytes(&self) -> u64 {
-        self.0.len() as u64 * WORD_LEN
-    }
-}
 
 pub(crate) struct Words {
     region: Arc<WordsRegion>,

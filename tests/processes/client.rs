@@ -2,8 +2,9 @@
 //! standard input closes. Not a benchmark. Invariant: it writes down a put after it returned and a delete before it
 //! begins, so whoever kills it knows what must be there; and every byte that it gets is checked.
 //!
-//! Arguments: the node's socket, a prefix for its keys, a seed, and `wild` or `steady`. A wild client also leaves
-//! reservations open and holds objects. The lines that it writes: `put KEY`, `del KEY`, at the end `done`.
+//! Arguments: the node's socket, a prefix for its keys, a seed, and `wild`, `steady` or `wait`. A wild client also
+//! leaves reservations open and holds objects. One that waits does nothing but that, for the object whose key is its
+//! prefix, and says `waiting` before. The lines that the others write: `put KEY`, `del KEY`, at the end `done`.
 
 use std::collections::VecDeque;
 use std::io::{Read as _, Write as _};
@@ -11,6 +12,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use hetmem_client::{
     ErrorKind, GetOptions, Object, ObjectMeta, PutOptions, Reservation, Reserved, Store, StoreError,
@@ -30,6 +32,9 @@ fn main() -> ExitCode {
         say("usage: SOCKET PREFIX SEED wild|steady");
         return ExitCode::from(2);
     };
+    if mode == "wait" {
+        return wait(Path::new(socket), prefix);
+    }
     match run(Path::new(socket), prefix, seed.parse().unwrap_or(0), mode == "wild") {
         Ok(()) => {
             say("done");
@@ -40,6 +45,15 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn wait(socket: &Path, name: &str) -> ExitCode {
+    let waited = Store::connect(Some(socket)).and_then(|store| {
+        say("waiting");
+        store.wait(&key(name), Duration::from_secs(600))
+    });
+    say(&format!("waited: {waited:?}"));
+    ExitCode::SUCCESS
 }
 
 fn say(line: &str) {

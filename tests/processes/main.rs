@@ -11,5 +11,6 @@ mod kill_nodes;
 mod leaks;
 mod limits;
 mod locations;
+mod public_defects;
 mod readers;
 mod stop;

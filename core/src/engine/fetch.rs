@@ -17,8 +17,11 @@ use crate::receipt::Moved;
 use crate::tier::{ClientId, Generation, LinkId, NodeId, ObjectId, RemoteExtent, TransferId};
 use crate::wire::{Granted, Holder, PeerMessage, Range};
 
-/// How soon a fetch that met a passing obstacle tries again, in milliseconds.
+/// How soon a fetch that met a passing obstacle tries again, in milliseconds; twice as late after each further one,
+/// and up to a quarter more, which differs from fetch to fetch.
 const RETRY_MS: u64 = 20;
+/// The longest such pause but for that share.
+const RETRY_MS_MAX: u64 = 320;
 /// How long a fetch waits for a link to a holder before it looks for another, in milliseconds.
 const DIAL_MS: u64 = 200;
 /// Keys whose holder is remembered.
@@ -101,8 +104,9 @@ pub(super) struct Fetch {
     questions: u64,
     /// Nodes that did not give it since it was last tried from the start.
     pub(super) tried: Vec<NodeId>,
-    /// What was last in the way.
+    /// What was last in the way, and how often anything was.
     obstacle: Option<StoreError>,
+    obstacles: u32,
     /// The node that did not give it at last, rather than not have it.
     failed_by: Option<NodeId>,
     /// The eager threshold that its caller forces, in bytes.
@@ -195,6 +199,7 @@ impl Engine {
             questions: 0,
             tried: Vec::new(),
             obstacle: None,
+            obstacles: 0,
             failed_by: None,
             threshold_bytes,
             inline_max: 0,
@@ -443,7 +448,9 @@ impl Engine {
         self.hints.forget(&fetch.key);
         fetch.obstacle = Some(why);
         fetch.stage = Stage::Waiting;
-        self.timers.set(self.now.after_ms(RETRY_MS), Timer::Retry(id));
+        let pause = (RETRY_MS << fetch.obstacles.min(8)).min(RETRY_MS_MAX);
+        fetch.obstacles = fetch.obstacles.saturating_add(1);
+        self.timers.set(self.now.after_ms(pause + id.0 % (pause / 4)), Timer::Retry(id));
     }
 
     /// A node did not give it; others may.

@@ -257,11 +257,13 @@ impl Engine {
         let Some(id) = self.locations.words.remove(&transfer) else {
             return;
         };
-        let Some(&Stage::CheckingWord { location, generation, known, .. }) =
-            self.fetches.get(&id).map(|fetch| &fetch.stage)
-        else {
+        let stage = self.fetches.get(&id).map(|fetch| &fetch.stage);
+        let Some(&Stage::CheckingWord { transfer: of, location, generation, known }) = stage else {
             return;
         };
+        if of != transfer {
+            return;
+        }
         if *result != Ok(location.generation.0) {
             return self.place_outdated(id, generation, known);
         }

@@ -300,3 +300,33 @@ fn mooncake_3299_nor_is_the_directory() {
     world.advance(300);
     assert!(world.link_between(1, 0).is_some(), "{} ms after {before:?}", world.now.ms_since(before));
 }
+
+/// The same below a link that lives: every data stream that is opened for its reads fails at once. A read is not tried
+/// again in a storm, nor its owner asked.
+#[test]
+fn mooncake_3299_nor_are_reads_that_fail_at_once() {
+    let mut world = World::shaped(2, &reading());
+    let (home, away) = (world.client(0, 1), world.client(1, 1));
+    let bytes = pattern(1, 1_000);
+    world.put(0, home, "k", &bytes);
+    world.fail_reads_of = Some(1);
+    let requests: Vec<u64> = (0..10).map(|_| world.ask_get(1, away, "k", false)).collect();
+    world.advance(2_900);
+    assert!((30..150).contains(&world.reads), "{} reads for 10 gets in 2.9 s", world.reads);
+    world.fail_reads_of = None;
+    world.advance(100);
+    world.advance(100);
+    let mut found = 0;
+    for request in requests {
+        match world.answer(1, away, request).expect("an answer") {
+            Ok(ClientReply::Located(located)) => {
+                assert_eq!(world.nodes[1].bytes(located.extent), bytes);
+                world.unpin(1, away, located.generation);
+                found += 1;
+            }
+            other => World::assert_kind(other, ErrorKind::PeerLost),
+        }
+    }
+    assert!(found > 0, "they do not come back in step, and some in time");
+    world.assert_drained();
+}

@@ -85,6 +85,9 @@ pub(super) struct World {
     queue: VecDeque<(usize, Input, Option<Vec<u8>>)>,
     pub(super) hold_reads: bool,
     pub(super) held: Vec<Held>,
+    /// Reads of this node fail at once.
+    pub(super) fail_reads_of: Option<usize>,
+    pub(super) reads: usize,
     pub(super) hold_words: bool,
     pub(super) words: Vec<Word>,
     pub(super) hold_sends: bool,
@@ -339,7 +342,10 @@ impl World {
             }
             Action::Read { link, transfer, remote, local } => {
                 let read = Held { node, link, transfer, remote, local };
-                if self.hold_reads {
+                self.reads += 1;
+                if self.fail_reads_of == Some(node) {
+                    self.push(node, Input::ReadDone { transfer, result: Err(lost()) });
+                } else if self.hold_reads {
                     self.held.push(read);
                 } else {
                     self.finish_read(read);
