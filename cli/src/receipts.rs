@@ -9,6 +9,8 @@ use serde_json::{Value, json};
 
 /// What is wanted of copies, and whether to tell about them.
 #[derive(Clone, Copy, Debug, clap::Args)]
+// The commands that flatten this have an argument group of the type's name already.
+#[group(id = "receipts")]
 pub(crate) struct Args {
     /// Say for each object how its bytes were moved
     #[arg(long)]

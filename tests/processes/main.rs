@@ -13,4 +13,5 @@ mod limits;
 mod locations;
 mod public_defects;
 mod readers;
+mod receipts;
 mod stop;

@@ -58,8 +58,8 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         what: "a read that ended after its lease is a success",
         file: "core/src/engine/arrival.rs",
-        find: "Ok(()) if self.now <= valid_until =>",
-        replace: "Ok(()) if self.now <= valid_until || link.0 < u64::MAX =>",
+        find: "Ok(moved) if self.now <= valid_until =>",
+        replace: "Ok(moved) if self.now <= valid_until || link.0 < u64::MAX =>",
     },
     Mutant {
         what: "a generation word that has changed is believed",
@@ -70,8 +70,8 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         what: "a place that was read without a lease is believed without a look at the word",
         file: "core/src/engine/locations.rs",
-        find: "            Ok(()) => self.check_word(id, location, generation, true),",
-        replace: "            Ok(()) => self.fetch_complete(id, Some(location.link), generation, Path::Read),",
+        find: "            Ok(_) => self.check_word(id, location, generation, true),",
+        replace: "            Ok(_) => self.fetch_complete(id, Some(location.link), generation, Path::Read),",
     },
     Mutant {
         what: "clients' pins are forgotten",

@@ -13,7 +13,7 @@ pub(super) fn reading() -> Shape {
 
 #[test]
 fn small_objects_come_inside_the_answer_and_large_ones_are_read() {
-    let mut world = World::new(2);
+    let mut world = World::shaped(2, &Shape { threshold_bytes: Some(32 << 10), ..Shape::default() });
     let (home, away) = (world.client(0, 1), world.client(1, 1));
     for (name, len_bytes, expected) in [
         ("small", 1_000, Path::Eager),

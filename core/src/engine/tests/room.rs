@@ -9,7 +9,8 @@ use crate::wire::{ClientMessage, ClientReply, IfExists, PutHints};
 
 /// A tier of eight segments of 64 KiB.
 fn small() -> Shape {
-    Shape { capacity_bytes: 512 << 10, quota_bytes: 128 << 10, ..Shape::default() }
+    let threshold_bytes = Some(u64::MAX);
+    Shape { capacity_bytes: 512 << 10, quota_bytes: 128 << 10, threshold_bytes, ..Shape::default() }
 }
 
 const BLOCK: usize = 32 << 10;
