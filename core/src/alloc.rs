@@ -116,6 +116,30 @@ impl Arena {
         Ok(block.len_bytes)
     }
 
+    /// Makes two extents of the one at `offset`: the first keeps `len_bytes` bytes, the second starts where it ends.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Invalid`] if no used extent starts there, or `len_bytes` is no whole number of granules, 0,
+    /// or not less than the extent has. Nothing changes.
+    pub fn split(&mut self, offset: u64, len_bytes: u64) -> Result<(), StoreError> {
+        let wrong = |why: String| StoreError::invalid("extent to split", why);
+        let Some(&block) = self.blocks.get(&offset).filter(|block| !block.is_free) else {
+            return Err(wrong(format!("no extent in use starts at {offset}")));
+        };
+        if len_bytes == 0 || len_bytes >= block.len_bytes || !len_bytes.is_multiple_of(self.granule) {
+            return Err(wrong(format!(
+                "{len_bytes} bytes are no part of the {} at {offset}, in granules of {}",
+                block.len_bytes, self.granule
+            )));
+        }
+        let middle = offset + len_bytes;
+        self.blocks.insert(offset, Block { len_bytes, ..block });
+        let rest = block.len_bytes - len_bytes;
+        self.blocks.insert(middle, Block { len_bytes: rest, before: offset, is_free: false });
+        self.set_before(middle + rest, middle);
+        Ok(())
+    }
+
     /// All bytes, free and used.
     #[must_use]
     pub const fn capacity_bytes(&self) -> u64 {

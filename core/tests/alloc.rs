@@ -14,6 +14,8 @@ enum Step {
     Free(usize),
     /// Tries to free an offset at which nothing starts.
     FreeWrong(u64),
+    /// Makes two of one of the live extents, chosen by the first number, at a place that follows from the second.
+    Split(usize, u64),
 }
 
 fn steps(arena_len: u64) -> impl Strategy<Value = Vec<Step>> {
@@ -27,6 +29,7 @@ fn steps(arena_len: u64) -> impl Strategy<Value = Vec<Step>> {
         5 => len_bytes.prop_map(Step::Allocate),
         4 => any::<usize>().prop_map(Step::Free),
         1 => (0..=arena_len + 64).prop_map(Step::FreeWrong),
+        2 => (any::<usize>(), 0..=4 * PAGE_LEN).prop_map(|(which, at)| Step::Split(which, at)),
     ];
     vec(step, 1..300)
 }
@@ -110,6 +113,19 @@ impl Model {
         self.live.insert(offset, counted);
     }
 
+    fn split(&mut self, arena: &mut Arena, which: usize, at: u64) {
+        let Some((&offset, &counted)) = self.live.iter().nth(which % self.live.len().max(1)) else {
+            assert!(arena.split(0, self.granule).is_err(), "nothing is in use");
+            return;
+        };
+        let possible = at > 0 && at < counted && at % self.granule == 0;
+        assert_eq!(arena.split(offset, at).is_ok(), possible, "{at} of {counted} bytes at {offset}");
+        if possible {
+            self.live.insert(offset, at);
+            self.live.insert(offset + at, counted - at);
+        }
+    }
+
     fn check(&self, arena: &Arena) {
         let used: u64 = self.live.values().sum();
         assert_eq!(arena.used_bytes(), used);
@@ -140,6 +156,7 @@ fn run(arena_len: u64, granule: u64, steps: &[Step]) {
                 assert!(arena.free(offset).is_err());
             }
             Step::FreeWrong(_) => {}
+            Step::Split(which, at) => model.split(&mut arena, which, at),
         }
         model.check(&arena);
     }
