@@ -112,9 +112,9 @@ impl PutOptions {
 /// What a put has led to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PutOutcome {
-    /// Which object has the key now.
-    pub object: ObjectId,
-    /// Whether an object was there and has been kept.
+    /// Which object has the key now; none if the node was not asked.
+    pub object: Option<ObjectId>,
+    /// Whether an object was there and has been kept. False where the node was not asked: then it is not known.
     pub kept: bool,
     /// How the bytes came to their place.
     pub receipt: Receipt,

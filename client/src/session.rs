@@ -137,19 +137,59 @@ impl UnixSession {
         payload: &[u8],
         timeout: Duration,
     ) -> Result<Ticket<'a>, StoreError> {
-        let request = self.next_request.fetch_add(1, Ordering::Relaxed);
-        let slot = Slot { answer: None, owner: Arc::default(), owner_waits: false };
-        {
-            let mut desk = self.desk.lock();
-            if let Some(why) = &desk.lost {
-                return Err(self.lost_error(message, why));
-            }
-            desk.slots.insert(request, slot);
-        }
+        let request = self.take_place(message)?;
         // From here on the ticket's drop takes the slot back.
         let ticket = Ticket { session: self, message, request };
         self.transmit(request, message, payload, timeout)?;
         Ok(ticket)
+    }
+
+    /// Makes room for an answer, and returns the number of its question.
+    fn take_place(&self, message: &ClientMessage) -> Result<u64, StoreError> {
+        let request = self.next_request.fetch_add(1, Ordering::Relaxed);
+        let slot = Slot { answer: None, owner: Arc::default(), owner_waits: false };
+        let mut desk = self.desk.lock();
+        if let Some(why) = &desk.lost {
+            return Err(self.lost_error(message, why));
+        }
+        desk.slots.insert(request, slot);
+        Ok(request)
+    }
+
+    /// Sends a question whose answer [`UnixSession::finish`] takes. An answer that is never taken stays here.
+    pub(crate) fn begin(&self, message: &ClientMessage, timeout: Duration) -> Result<u64, StoreError> {
+        let request = self.take_place(message)?;
+        self.transmit(request, message, &[], timeout).inspect_err(|_| {
+            self.desk.lock().slots.remove(&request);
+        })?;
+        Ok(request)
+    }
+
+    /// The answer to a question that was begun, if it is there; reads what is in the socket unless somebody does.
+    pub(crate) fn finish(&self, request: u64) -> Option<Result<Answer, StoreError>> {
+        let mut desk = self.desk.lock();
+        if desk.slots.get(&request).is_some_and(|slot| slot.answer.is_none())
+            && let Some(mut reader) = desk.reader.take()
+        {
+            drop(desk);
+            let received = match self.poll(PollFlags::IN, Instant::now()) {
+                Ok(flags) if flags.is_empty() => Ok(None),
+                _ => self.receive(&mut reader, Instant::now() + RECEIVE_TICK),
+            };
+            self.settle(self.desk.lock(), reader, received);
+            desk = self.desk.lock();
+            hand_over(&mut desk);
+        }
+        desk.slots.get(&request).filter(|slot| slot.answer.is_some())?;
+        match desk.slots.remove(&request)?.answer? {
+            Delivered::Answer(answer) => Some(*answer),
+            Delivered::Lost => Some(Err(StoreError::protocol(desk.lost.clone().unwrap_or_default()))),
+        }
+    }
+
+    /// Says something that has no answer.
+    pub(crate) fn tell_unanswered(&self, message: &ClientMessage) {
+        let _ = self.transmit(0, message, &[], RECEIVE_TICK);
     }
 
     /// Sends a question whose answer is of no interest.

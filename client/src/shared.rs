@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use hetmem_core::receipt::{Place, Receipt};
 use hetmem_core::wire::{ClientMessage, ClientReply, Listed};
 use hetmem_core::{Extent, Key, SegmentId, StoreError, Tier};
-use hetmem_host_mem::{Answer, ClientPage, IndexReader, Session};
+use hetmem_host_mem::{Answer, ClientPage, IndexReader, Session, WriteMapping};
 
+use crate::ahead::Ahead;
 use crate::options::PutOutcome;
 use crate::reservation::Written;
 use crate::segments::{Grants, ReadMappings};
@@ -20,6 +21,7 @@ pub(crate) struct Shared {
     pub(crate) page: ClientPage,
     pub(crate) segments: ReadMappings,
     pub(crate) grants: Grants,
+    pub(crate) ahead: Ahead,
     pub(crate) index: IndexReader,
     pub(crate) session: Link,
     pub(crate) inline_put_max: u64,
@@ -66,7 +68,7 @@ impl Shared {
             threshold_bytes: None,
             elapsed: Some(started.elapsed()),
         };
-        Some(PutOutcome { object, kept, receipt })
+        Some(PutOutcome { object: Some(object), kept, receipt })
     }
 
     pub(crate) fn call(
@@ -159,13 +161,22 @@ impl Shared {
     /// The memory of a reservation in a granted segment. The node learns that the segment is mapped before
     /// anything in it can be sealed.
     pub(crate) fn granted(&self, extent: &Extent, timeout: Duration) -> Result<Written, StoreError> {
-        let granted = self.grants.get(extent.segment, Instant::now() + timeout)?;
+        let mapping = self.granted_segment(extent.segment, Instant::now() + timeout)?;
+        mapping.extent_mut(extent.offset, extent.len_bytes).map(Written::Mapped)
+    }
+
+    /// A granted segment, which the node knows to be mapped.
+    pub(crate) fn granted_segment(
+        &self,
+        segment: SegmentId,
+        deadline: Instant,
+    ) -> Result<Arc<WriteMapping>, StoreError> {
+        let granted = self.grants.get(segment, deadline)?;
         if granted.tell {
-            let segment = extent.segment;
             self.ask_done(&ClientMessage::Mapped { segment })?;
             self.grants.told(segment);
         }
-        granted.mapping.extent_mut(extent.offset, extent.len_bytes).map(Written::Mapped)
+        Ok(granted.mapping)
     }
 }
 
@@ -192,6 +203,7 @@ pub(crate) fn unexpected(message: &ClientMessage, reply: &ClientReply) -> StoreE
         ClientReply::Listed { .. } => "Listed",
         ClientReply::Deleted { .. } => "Deleted",
         ClientReply::Status(_) => "Status",
+        ClientReply::Ahead { .. } => "Ahead",
     };
     StoreError::protocol(format!("the node answered {} with {reply}", message.name()))
 }

@@ -12,6 +12,7 @@ use hetmem_core::wire::{
 use hetmem_core::{Checksum, ErrorKind, Extent, Key, ObjectMeta, StoreError, checksum};
 use hetmem_host_mem::{Answer, ClientPage, IndexReader, Session};
 
+use crate::ahead::Ahead;
 use crate::late;
 use crate::list::Listing;
 use crate::object::Object;
@@ -95,6 +96,7 @@ impl Store {
                 page: ClientPage::map(page)?,
                 segments: ReadMappings::new(),
                 grants: Grants::default(),
+                ahead: Ahead::default(),
                 index: IndexReader::map(index)?,
                 session,
                 inline_put_max: u64::from(inline_put_max),
@@ -240,8 +242,12 @@ impl Store {
         bytes: &[u8],
         options: &PutOptions,
     ) -> Result<PutOutcome, StoreError> {
-        let started = Instant::now();
         check_len(key, &meta, bytes)?;
+        meta.check()?;
+        if let Some(outcome) = self.shared.put_ahead(key, &meta, bytes, options)? {
+            return Ok(outcome);
+        }
+        let started = Instant::now();
         // Inside a message bytes pass through the packet.
         let stages = options.zero_copy == ZeroCopy::Preferred;
         if meta.len_bytes > self.shared.inline_put_max || !stages {
@@ -250,7 +256,6 @@ impl Store {
                 Reserved::Kept(outcome) => Ok(outcome),
             };
         }
-        meta.check()?;
         let checksum = match options.checksum {
             true => Checksum::Xxh3Blocks(checksum::of(bytes)),
             false => Checksum::None,

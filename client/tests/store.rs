@@ -58,7 +58,7 @@ fn a_resident_object_is_got_without_asking() {
     }
     assert!(node.asked().is_empty());
     assert_eq!((first.meta().dtype, first.meta().shape.dims()), (DType::U8, &[2_u64, 3][..]));
-    assert_eq!(first.id(), outcome.object);
+    assert_eq!(first.id(), outcome.object.expect("it was asked"));
     assert_eq!(first.verify(), Ok(true));
 }
 

@@ -89,8 +89,16 @@ pub fn block(bytes: &[u8]) -> u64 {
 /// so that neither an empty object nor a lost block at the end goes unnoticed.
 #[derive(Clone)]
 pub struct Root {
-    hasher: XxHash3_64,
+    len_bytes: u64,
+    /// The values so far, while they are few: hashing in one go takes no allocation, and XXH3 of at most this many
+    /// bytes no secret that is derived from the seed.
+    few: [u8; FEW_LEN],
+    used: usize,
+    many: Option<XxHash3_64>,
 }
+
+/// Bytes of 30 block values.
+const FEW_LEN: usize = 240;
 
 impl fmt::Debug for Root {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -101,19 +109,38 @@ impl fmt::Debug for Root {
 impl Root {
     /// A root for an object of `len_bytes` bytes.
     #[must_use]
+    #[inline]
     pub fn new(len_bytes: u64) -> Self {
-        Self { hasher: XxHash3_64::with_seed(len_bytes) }
+        Self { len_bytes, few: [0; FEW_LEN], used: 0, many: None }
     }
 
     /// Adds the next block's value.
+    #[inline]
     pub fn add(&mut self, block: u64) {
-        self.hasher.write(&block.to_le_bytes());
+        let value = block.to_le_bytes();
+        let end = self.used + value.len();
+        if let Some(place) = self.few.get_mut(self.used..end) {
+            place.copy_from_slice(&value);
+            self.used = end;
+            return;
+        }
+        let (seed, few) = (self.len_bytes, &self.few);
+        let many = self.many.get_or_insert_with(|| {
+            let mut many = XxHash3_64::with_seed(seed);
+            many.write(few);
+            many
+        });
+        many.write(&value);
     }
 
     /// The object's checksum.
     #[must_use]
+    #[inline]
     pub fn finish(self) -> u64 {
-        self.hasher.finish()
+        match self.many {
+            Some(many) => many.finish(),
+            None => XxHash3_64::oneshot_with_seed(self.len_bytes, &self.few[..self.used]),
+        }
     }
 }
 
@@ -141,6 +168,20 @@ mod tests {
             root.add(block(b"abc"));
             root.finish()
         });
+    }
+
+    #[test]
+    fn few_blocks_and_many_are_put_together_alike() {
+        for blocks in [0_u64, 1, 2, 29, 30, 31, 32, 100] {
+            let len_bytes = blocks * BLOCK_LEN as u64;
+            let mut root = Root::new(len_bytes);
+            let mut plain = XxHash3_64::with_seed(len_bytes);
+            for value in (0..blocks).map(|block| block.wrapping_mul(0x9e37_79b9_7f4a_7c15)) {
+                root.add(value);
+                plain.write(&value.to_le_bytes());
+            }
+            assert_eq!(root.finish(), plain.finish(), "{blocks} blocks");
+        }
     }
 
     #[test]

@@ -22,6 +22,8 @@ pub enum Path {
     Inline,
     /// Put: written by the producer where they stay.
     InPlace,
+    /// Put: written by the producer where they stay, in memory granted ahead, without a word to the node.
+    Ahead,
     /// Put: sent to the node in parts, which it copied to their place.
     Written,
     /// Put: written by the producer into its own memory, and moved from there at seal.
@@ -38,6 +40,7 @@ impl fmt::Display for Path {
             Self::Read => "read",
             Self::Inline => "inline",
             Self::InPlace => "in place",
+            Self::Ahead => "ahead",
             Self::Written => "written",
             Self::Copied => "copied",
             Self::Kept => "kept",

@@ -7,6 +7,7 @@
 
 mod index;
 mod pins;
+mod ring;
 mod sync;
 
 #[cfg(not(loom))]
@@ -46,6 +47,7 @@ pub use {
     page::{ClientPage, NodePage, PAGE_LEN, PINS},
     pages::{PageKind, PagePolicy, PagesReport, pages_report},
     reserve::Reserve,
+    ring::{AheadChunk, AheadClaim, NodeRing, ProducerRing, Refused, Signals},
     segment::{Segment, SegmentOwner},
     session::{Answer, Session},
     view::{ExtentMut, ReadMapping, WriteMapping},

@@ -9,9 +9,10 @@ use std::ops::{Deref, DerefMut, Range};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hetmem_core::StoreError;
+use hetmem_core::{Checksum, StoreError};
 
 use crate::mapping::{Access, Mapping};
+use crate::ring::AheadClaim;
 use crate::segment::outside;
 use crate::{copy, memfd};
 
@@ -108,6 +109,39 @@ impl WriteMapping {
         let _until_done = Unclaim { view: self, range: &claim.range };
         // SAFETY: as in `fill`.
         Ok(unsafe { copy::to_with_checksum(claim.start, bytes) })
+    }
+
+    /// Copies `bytes` in at `offset`, for which they were claimed in a publication ring; returns their checksum if it is
+    /// wanted. Takes no lock: the claim is one.
+    ///
+    /// # Errors
+    /// [`hetmem_core::ErrorKind::Invalid`] if any byte lies outside the segment.
+    #[inline]
+    pub(crate) fn fill_claimed(
+        &self,
+        offset: u64,
+        bytes: &[u8],
+        checksum: bool,
+        _claim: &AheadClaim<'_>,
+    ) -> Result<Checksum, StoreError> {
+        let Some((target, _)) = self.mapping.range(offset, bytes.len() as u64) else {
+            return Err(outside(
+                "fill",
+                "granted to this client",
+                offset,
+                bytes.len() as u64,
+                self.len_bytes(),
+            ));
+        };
+        // SAFETY: the range is inside the mapping; the claim's compare-and-swap gave it to nobody else in this
+        // process, and the node grants chunks from memory that nothing else of this client is in.
+        unsafe {
+            if checksum {
+                return Ok(Checksum::Xxh3Blocks(copy::to_with_checksum(target, bytes)));
+            }
+            copy::to(target, bytes);
+        }
+        Ok(Checksum::None)
     }
 
     /// Exclusive access to an extent that this client has reserved and not sealed. It owns a share of the mapping,

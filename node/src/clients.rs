@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, IoSlice};
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -96,8 +96,7 @@ impl Clients {
     /// Ends a session: its pins, reservations and waits are gone.
     pub(crate) fn leave(&self, driver: &Driver, client: ClientId) {
         if self.channels.lock().remove(&client).is_some() {
-            driver.core.lock().forget_page(client);
-            driver.feed(Input::ClientLeft { client });
+            driver.client_left(client);
         }
     }
 
@@ -142,11 +141,16 @@ impl Clients {
 }
 
 impl Descriptors {
-    fn with<R>(&self, f: impl FnOnce(&[BorrowedFd<'_>]) -> R) -> R {
+    pub(crate) fn with<R>(&self, f: impl FnOnce(&[BorrowedFd<'_>]) -> R) -> R {
         match self {
             Self::None => f(&[]),
             Self::Session(index, page) => f(&[index.descriptor(), page.descriptor()]),
             Self::Segment(segment) => f(&[segment.descriptor()]),
+            Self::Ahead(ring, segment) => {
+                let ring = ring.as_deref().map(AsFd::as_fd);
+                let segment = segment.as_ref().map(|segment| segment.descriptor());
+                f(&Vec::from_iter(ring.into_iter().chain(segment)))
+            }
         }
     }
 
@@ -155,6 +159,7 @@ impl Descriptors {
             Self::None => Self::None,
             Self::Session(index, page) => Self::Session(Arc::clone(index), Arc::clone(page)),
             Self::Segment(segment) => Self::Segment(Arc::clone(segment)),
+            Self::Ahead(ring, segment) => Self::Ahead(ring.clone(), segment.clone()),
         }
     }
 }

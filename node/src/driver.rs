@@ -3,13 +3,14 @@
 //! are carried out in the engine's order, under the lock, before the next input.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::Instant;
 
-use hetmem_core::engine::{Action, Attachment, Engine, Input, Time};
+use hetmem_core::engine::{Action, Attachment, Engine, Input, RingState, Time};
 use hetmem_core::wire::{ClientReply, Located};
 use hetmem_core::{ClientId, Extent, Generation, SegmentId, StoreError};
 use hetmem_host_mem::{IndexEntry, IndexMemory, IndexWriter, NodePage, Segment};
@@ -18,6 +19,7 @@ use parking_lot::Mutex;
 
 use crate::clients::Clients;
 use crate::outbox::Outbox;
+use crate::rings::Rings;
 use crate::segments::Job;
 use crate::words::Words;
 
@@ -26,6 +28,8 @@ pub(crate) enum Descriptors {
     None,
     Session(Arc<IndexMemory>, Arc<NodePage>),
     Segment(Arc<Segment>),
+    /// A publication ring, and a granted segment.
+    Ahead(Option<Arc<OwnedFd>>, Option<Arc<Segment>>),
 }
 
 /// What is done after the lock is released.
@@ -40,6 +44,7 @@ pub(crate) struct Core {
     pub(crate) index: IndexWriter,
     pub(crate) pages: HashMap<ClientId, Arc<NodePage>>,
     pub(crate) segments: HashMap<SegmentId, Arc<Segment>>,
+    pub(crate) rings: Rings,
     /// Hits of clients that are gone.
     past_hits: u64,
 }
@@ -65,7 +70,14 @@ struct Wanted {
 
 impl Driver {
     pub(crate) fn new(engine: Engine, index: IndexWriter, jobs: Sender<Job>) -> Self {
-        let core = Core { engine, index, pages: HashMap::new(), segments: HashMap::new(), past_hits: 0 };
+        let core = Core {
+            engine,
+            index,
+            pages: HashMap::new(),
+            segments: HashMap::new(),
+            rings: Rings::default(),
+            past_hits: 0,
+        };
         Self {
             core: Mutex::new(core),
             fabric: OnceLock::new(),
@@ -89,11 +101,32 @@ impl Driver {
 
     /// The same; where the input is a message with a payload, says where the payload goes.
     pub(crate) fn feed_landing(&self, input: Input) -> Option<Extent> {
+        self.with_core(|core, wanted| {
+            if may_miss(&input) {
+                self.drain_rings(core, wanted);
+            }
+            self.run(core, input, wanted);
+            if core.engine.awaits_objects() && !core.rings.is_empty() {
+                core.rings.set_bells();
+                self.drain_rings(core, wanted);
+            }
+        })
+    }
+
+    /// The session of a client is over: what it has put without asking is there, and then nothing of it is.
+    pub(crate) fn client_left(&self, client: ClientId) {
+        self.with_core(|core, wanted| {
+            if let Some(last) = core.rings.drain_last(client) {
+                self.run(core, last, wanted);
+            }
+            core.forget_page(client);
+            self.run(core, Input::ClientLeft { client }, wanted);
+        });
+    }
+
+    fn with_core(&self, work: impl FnOnce(&mut Core, &mut Wanted)) -> Option<Extent> {
         let mut wanted = Wanted::default();
-        {
-            let mut core = self.core.lock();
-            self.run(&mut core, input, &mut wanted);
-        }
+        work(&mut self.core.lock(), &mut wanted);
         for later in wanted.later {
             self.carry_out(later);
         }
@@ -101,11 +134,20 @@ impl Driver {
         wanted.landing
     }
 
+    fn drain_rings(&self, core: &mut Core, wanted: &mut Wanted) {
+        for drained in core.rings.drain() {
+            if let (Input::PutsAhead { client, .. }, Some(why)) = (&drained.input, drained.broken) {
+                wanted.later.push(Later::Close { client: *client, why });
+            }
+            self.run(core, drained.input, wanted);
+        }
+    }
+
     /// Time has passed.
     pub(crate) fn tick(&self) {
         let due = {
             let core = self.core.lock();
-            core.engine.next_timer().is_some_and(|at| at <= self.now())
+            core.engine.next_timer().is_some_and(|at| at <= self.now()) || core.rings.has_news()
         };
         if due {
             self.feed(Input::Tick);
@@ -143,6 +185,18 @@ impl Driver {
                 }
                 let reply = core.pin(client, located);
                 wanted.later.push(Later::Reply { client, request, reply, descriptors: Descriptors::None });
+            }
+            Action::GrantAhead { client, request, chunk, reply, attachment } => {
+                let (ring, reply, descriptors) = match core.rings.grant(client, chunk) {
+                    Ok(ring) => (ring, Ok(reply), core.descriptors(client, Some(attachment))),
+                    Err(why) => (RingState::default(), Err(why), Descriptors::None),
+                };
+                wanted.later.push(Later::Reply { client, request, reply, descriptors });
+                return Some(Input::AheadChanged { client, ring });
+            }
+            Action::RecallAhead { client } => {
+                let ring = core.rings.recall(client);
+                return Some(Input::AheadChanged { client, ring });
             }
             Action::CloseClient { client, why } => wanted.later.push(Later::Close { client, why }),
             Action::Note(event) => wanted.later.push(Later::Note(event)),
@@ -215,6 +269,20 @@ impl Driver {
     }
 }
 
+/// Whether the answer to an input could be that an object is not there.
+const fn may_miss(input: &Input) -> bool {
+    !matches!(
+        input,
+        Input::ReadDone { .. }
+            | Input::WordRead { .. }
+            | Input::SendDone { .. }
+            | Input::Landed { .. }
+            | Input::CopyDone { .. }
+            | Input::SegmentReady { .. }
+            | Input::SegmentFailed { .. }
+    )
+}
+
 impl Core {
     fn descriptors(&self, client: ClientId, attachment: Option<Attachment>) -> Descriptors {
         match attachment {
@@ -227,6 +295,10 @@ impl Core {
                 Some(segment) => Descriptors::Segment(Arc::clone(segment)),
                 None => Descriptors::None,
             },
+            Some(Attachment::Ahead { segment, ring }) => {
+                let ring = if ring { self.rings.descriptor(client) } else { None };
+                Descriptors::Ahead(ring, segment.and_then(|segment| self.segments.get(&segment)).cloned())
+            }
         }
     }
 

@@ -5,7 +5,7 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::fmt;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -89,18 +89,12 @@ impl Driver {
 }
 
 fn duplicates(descriptors: &Descriptors) -> Result<Vec<OwnedFd>, StoreError> {
-    let duplicate = |fd: std::os::fd::BorrowedFd<'_>| {
+    let duplicate = |fd: &std::os::fd::BorrowedFd<'_>| {
         fd.try_clone_to_owned().map_err(|error| {
             StoreError::os("duplicating a descriptor", format!("{error} (RLIMIT_NOFILE may be too low)"))
         })
     };
-    Ok(match descriptors {
-        Descriptors::None => Vec::new(),
-        Descriptors::Session(index, page) => {
-            vec![duplicate(index.descriptor().as_fd())?, duplicate(page.descriptor().as_fd())?]
-        }
-        Descriptors::Segment(segment) => vec![duplicate(segment.descriptor().as_fd())?],
-    })
+    descriptors.with(|fds| fds.iter().map(duplicate).collect())
 }
 
 pub(crate) struct InProcess {

@@ -13,6 +13,7 @@ mod node;
 mod outbox;
 mod peers;
 mod reactor;
+mod rings;
 mod segments;
 mod words;
 

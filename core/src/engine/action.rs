@@ -17,6 +17,13 @@ pub enum Attachment {
     Session,
     /// A segment, read-only or (granted, not yet mapped) writable.
     Segment(SegmentId),
+    /// The client's publication ring, and a granted segment that is not mapped yet, in this order.
+    Ahead {
+        /// None if the client maps it.
+        segment: Option<SegmentId>,
+        /// Whether the client lacks the ring.
+        ring: bool,
+    },
 }
 
 /// What the shared index says of an object.
@@ -77,6 +84,12 @@ pub enum Action {
     Publish { slot: SlotId, object: PublishedObject },
     /// Take it out; the generation word changes before this ends.
     Withdraw { slot: SlotId },
+    /// Let a client publish objects in a chunk, once it is through with the one that it has, and answer it.
+    /// `AheadChanged` follows at once, before any other input; with an empty `RingState`, and another answer, if there
+    /// can be no ring.
+    GrantAhead { client: ClientId, request: u64, chunk: u64, reply: ClientReply, attachment: Attachment },
+    /// Let a client begin no more puts in what it was granted; `AheadChanged` follows at once, before any other input.
+    RecallAhead { client: ClientId },
     /// Look at every live client's pins; `Input::PinScan` follows at once, before any other input.
     ScanPins,
 

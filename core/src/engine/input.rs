@@ -5,9 +5,11 @@ use std::collections::HashSet;
 use bytes::Bytes;
 
 use crate::error::StoreError;
+use crate::key::Key;
+use crate::meta::ObjectMeta;
 use crate::receipt::Moved;
 use crate::tier::{ClientId, Generation, LinkId, RemoteKey, SegmentId, SlotId, TransferId};
-use crate::wire::{ClientMessage, Member, PeerMessage};
+use crate::wire::{ClientMessage, Member, PeerMessage, PutHints};
 
 /// Objects up to this many bytes come inside the answer, until something better is known (one more round
 /// trip of 2 to 5 us costs as much as copying 16 to 59 KiB at 8 to 12 GB/s).
@@ -44,6 +46,35 @@ pub struct EngineConfig {
     pub heartbeat_ms: u64,
 }
 
+/// An object that a client has put without asking: it wrote the bytes into memory granted ahead, and said so in its
+/// publication ring.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PutAhead {
+    /// The number of the chunk that the bytes are in.
+    pub chunk: u64,
+    /// Where in the chunk they start, in bytes.
+    pub offset: u64,
+    /// Its name.
+    pub key: Key,
+    /// What its bytes mean.
+    pub meta: ObjectMeta,
+    /// Its future.
+    pub hints: PutHints,
+}
+
+/// How far a client has got with its publication ring. Positions count the objects that it has begun to put.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RingState {
+    /// The number of the chunk that it uses, or used last; 0 if it never had one.
+    pub chunk: u64,
+    /// Whether it may go on with it.
+    pub open: bool,
+    /// Begun before this position.
+    pub head: u64,
+    /// All that was begun before this position has been taken in.
+    pub tail: u64,
+}
+
 /// What happened.
 #[derive(Debug)]
 #[allow(missing_docs, reason = "the variants say what happened, their fields are named as in `Action`")]
@@ -57,6 +88,11 @@ pub enum Input {
     ClientJoined { client: ClientId, trusted: bool },
     /// A client asks.
     ClientRequest { client: ClientId, request: u64, message: ClientMessage, payload: Bytes },
+    /// What a client's publication ring held. Comes before every input whose answer could be that an object is not
+    /// there, and once more before `ClientLeft`.
+    PutsAhead { client: ClientId, puts: Vec<PutAhead>, ring: RingState },
+    /// The answer to `Action::GrantAhead` and `Action::RecallAhead`.
+    AheadChanged { client: ClientId, ring: RingState },
     /// A client's session has ended; its page is no longer looked at.
     ClientLeft { client: ClientId },
     /// The process of a client that left has ended: nobody can write to its segments any more.

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use bytes::Bytes;
 
 use super::action::{Action, Attachment, Event};
+use super::ahead::Ahead;
 use super::fetch::{Scope, Want};
 use super::room::NewObject;
 use super::{Engine, INLINE_PUT_MAX, State};
@@ -29,6 +30,8 @@ pub(super) struct Client {
     pub(super) unmapped: BTreeSet<SegmentId>,
     /// Segments whose descriptor it has.
     pub(super) mapped: BTreeSet<SegmentId>,
+    /// Memory for puts that ask nobody.
+    pub(super) ahead: Ahead,
 }
 
 impl Engine {
@@ -53,6 +56,7 @@ impl Engine {
             self.abort(reservation);
         }
         self.forget_waits_of(client);
+        self.ahead_of_gone(state.ahead);
         self.space.client_left(client);
         if state.trusted {
             self.adopt_segments_of(client);
@@ -152,6 +156,10 @@ impl Engine {
             }
             ClientMessage::Pin { key, pin } => self.pin_hint(&key, pin)?,
             ClientMessage::Evict { key, force } => self.evict_request(&key, force)?,
+            ClientMessage::Ahead { ring } => return self.ahead_request(client, request, ring),
+            // The ring was drained before this came here.
+            ClientMessage::Drain if request == 0 => return Ok(None),
+            ClientMessage::Drain => {}
             ClientMessage::Status => return Ok(Some(ClientReply::Status(Box::new(self.status())))),
         }
         Ok(Some(ClientReply::Done))

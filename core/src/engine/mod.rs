@@ -5,6 +5,7 @@
 //! object only after the old one was withdrawn, its generation raised, and no pin, lease, send or read names it.
 
 mod action;
+mod ahead;
 mod arrival;
 mod cluster;
 mod delete;
@@ -28,8 +29,9 @@ mod timer;
 mod waiting;
 
 pub use action::{Action, Attachment, Event, PublishedObject};
+pub use ahead::AHEAD_OBJECTS_MAX;
 pub use directory::{Directory, Verdict};
-pub use input::{EngineConfig, FabricId, Input, THRESHOLD_DEFAULT};
+pub use input::{EngineConfig, FabricId, Input, PutAhead, RingState, THRESHOLD_DEFAULT};
 pub use lifecycle::State;
 pub use paths::{THRESHOLD_MAX, THRESHOLD_MIN};
 pub use room::StartUp;
@@ -185,6 +187,8 @@ impl Engine {
             Input::ClientRequest { client, request, message, payload } => {
                 self.client_request(client, request, message, payload);
             }
+            Input::PutsAhead { client, puts, ring } => self.puts_ahead(client, puts, ring),
+            Input::AheadChanged { client, ring } => self.ahead_changed(client, ring),
             Input::ClientLeft { client } => self.client_left(client),
             Input::ClientProcessGone { client } => self.adopt_segments_of(client),
             Input::LinkUp { link, fabric, address, inbound } => self.link_up(link, fabric, address, inbound),
@@ -241,6 +245,7 @@ impl Engine {
                 Timer::Wait => self.wait_deadlines(),
                 Timer::Space => self.space_deadlines(),
                 Timer::Drain => self.drain_again(),
+                Timer::Ahead(client) => self.ahead_idle(client),
                 Timer::Operation(operation) => self.operation_deadline(operation),
             }
         }

@@ -71,6 +71,8 @@ pub(super) struct Objects {
     free_slots: Vec<SlotId>,
     next_slot: u32,
     slots_max: u32,
+    /// Free slots that are kept for objects whose put is not taken in yet.
+    slots_kept: u32,
     next_generation: u64,
     next_object: u64,
     draining: BTreeMap<Generation, Time>,
@@ -85,6 +87,7 @@ impl Objects {
             free_slots: Vec::new(),
             next_slot: 0,
             slots_max,
+            slots_kept: 0,
             next_generation: 1,
             next_object: 1,
             draining: BTreeMap::new(),
@@ -117,9 +120,24 @@ impl Objects {
         Some((generation, self.table.get(&generation)?))
     }
 
-    /// Whether the index has no slot left.
+    /// Whether the index has no slot left but for those that are kept.
     pub(super) fn is_full(&self) -> bool {
-        self.free_slots.is_empty() && self.next_slot >= self.slots_max
+        self.free_slots() == 0
+    }
+
+    /// Slots of the index that are neither used nor kept.
+    pub(super) fn free_slots(&self) -> usize {
+        let fresh = self.slots_max.saturating_sub(self.next_slot) as usize;
+        (self.free_slots.len() + fresh).saturating_sub(self.slots_kept as usize)
+    }
+
+    /// Keeps free slots for puts that were not asked for. There are that many.
+    pub(super) fn keep_slots(&mut self, count: u32) {
+        self.slots_kept = self.slots_kept.saturating_add(count);
+    }
+
+    pub(super) fn give_slots_back(&mut self, count: u32) {
+        self.slots_kept = self.slots_kept.saturating_sub(count);
     }
 
     pub(super) fn generation_of_slot(&self, slot: SlotId) -> Option<Generation> {
@@ -131,15 +149,16 @@ impl Objects {
     /// # Errors
     /// `AlreadyExists` if its key has one; `NoSpace`-like `TooLarge` if the index is full; a wrong step.
     pub(super) fn seal(&mut self, generation: Generation, checksum: Checksum) -> Result<SlotId, StoreError> {
+        let is_full = self.is_full();
         let Some(object) = self.table.get_mut(&generation) else {
             return Err(StoreError::stale("seal", generation, "there is no such reservation"));
         };
         if self.keys.contains_key(&object.key) {
             return Err(StoreError::AlreadyExists { key: object.key.to_string() });
         }
-        let slot = match self.free_slots.pop() {
+        let slot = match self.free_slots.pop_if(|_| !is_full) {
             Some(slot) => slot,
-            None if self.next_slot < self.slots_max => {
+            None if !is_full && self.next_slot < self.slots_max => {
                 self.next_slot += 1;
                 SlotId(self.next_slot - 1)
             }

@@ -120,7 +120,7 @@ impl Engine {
         })
     }
 
-    fn new_object_id(&mut self) -> ObjectId {
+    pub(super) fn new_object_id(&mut self) -> ObjectId {
         let number = self.objects.next_object_number();
         ObjectId { origin: self.config.member.node, epoch: self.config.member.epoch, number }
     }

@@ -22,6 +22,10 @@ use crate::wire::{IfExists, PutHints};
 const ROUNDS_MAX: u32 = 8;
 /// How long a request waits for memory to be made or readers to leave, in milliseconds.
 const WAIT_MS: u64 = 10_000;
+/// The first segment granted to a client, unless its object is longer.
+const FIRST_GRANT_LEN: u64 = 16 << 20;
+/// The same if it is only for objects that are put without asking.
+const AHEAD_GRANT_LEN: u64 = 2 << 20;
 /// How soon draining objects are looked at again, in milliseconds.
 pub(super) const DRAIN_MS: u64 = 50;
 
@@ -48,10 +52,29 @@ pub(super) struct NewObject {
 /// What an extent is wanted for.
 #[derive(Debug)]
 pub(super) enum Purpose {
-    Put { client: ClientId, request: u64, object: NewObject, payload: Bytes },
-    Reserve { client: ClientId, request: u64, object: NewObject },
-    Fetch { fetch: FetchId },
-    SealCopy { generation: Generation },
+    Put {
+        client: ClientId,
+        request: u64,
+        object: NewObject,
+        payload: Bytes,
+    },
+    Reserve {
+        client: ClientId,
+        request: u64,
+        object: NewObject,
+    },
+    Fetch {
+        fetch: FetchId,
+    },
+    SealCopy {
+        generation: Generation,
+    },
+    /// A chunk to publish objects in. Never worth what somebody has stored.
+    Ahead {
+        client: ClientId,
+        request: u64,
+        ring: bool,
+    },
 }
 
 #[derive(Debug)]
@@ -65,6 +88,8 @@ pub(super) struct SpaceRequest {
     may_grow: bool,
     /// Whether draining objects were looked at since this request came.
     scanned: bool,
+    /// Whether memory that was granted ahead was asked back for it.
+    recalled: bool,
 }
 
 enum Outcome {
@@ -77,8 +102,16 @@ impl Engine {
     /// Finds an extent now or later; `space_found` or `space_missing` goes on from there.
     pub(super) fn want_space(&mut self, purpose: Purpose, owner: Owner, len_bytes: u64) {
         let deadline = self.now.after_ms(WAIT_MS);
-        let request =
-            SpaceRequest { purpose, owner, len_bytes, deadline, rounds: 0, may_grow: true, scanned: false };
+        let request = SpaceRequest {
+            purpose,
+            owner,
+            len_bytes,
+            deadline,
+            rounds: 0,
+            may_grow: true,
+            scanned: false,
+            recalled: false,
+        };
         self.try_space(request);
     }
 
@@ -92,7 +125,9 @@ impl Engine {
                     return;
                 }
                 // What does not fit into memory granted to the client may fit into the node's own.
-                Outcome::NoSpace if request.owner != Owner::Node => {
+                Outcome::NoSpace
+                    if request.owner != Owner::Node && !matches!(request.purpose, Purpose::Ahead { .. }) =>
+                {
                     request.owner = Owner::Node;
                     request.rounds = 0;
                     request.may_grow = true;
@@ -110,7 +145,12 @@ impl Engine {
         if let Some(extent) = self.space.allocate(owner, len_bytes) {
             return Outcome::Found(extent);
         }
-        let growth = if request.may_grow { self.space.grow(owner, len_bytes) } else { Growth::None };
+        let first_len = match request.purpose {
+            Purpose::Ahead { .. } => AHEAD_GRANT_LEN,
+            _ => FIRST_GRANT_LEN,
+        };
+        let growth =
+            if request.may_grow { self.space.grow(owner, len_bytes, first_len) } else { Growth::None };
         match growth {
             Growth::Create { retire, segment, len_bytes } => {
                 for (segment, len_bytes) in retire {
@@ -126,9 +166,16 @@ impl Engine {
             Growth::UnderWay => return Outcome::Wait,
             Growth::None => {}
         }
+        if matches!(request.purpose, Purpose::Ahead { .. }) {
+            return Outcome::NoSpace;
+        }
         if !request.scanned && self.objects.draining_count() > 0 {
             request.scanned = true;
             self.scan_wanted = true;
+            return Outcome::Wait;
+        }
+        if !request.recalled && self.recall_ahead() {
+            request.recalled = true;
             return Outcome::Wait;
         }
         if request.rounds < ROUNDS_MAX && self.evict(owner, len_bytes) {
@@ -147,6 +194,7 @@ impl Engine {
                 None => "get".to_owned(),
             },
             Purpose::SealCopy { .. } => "seal".to_owned(),
+            Purpose::Ahead { .. } => "ahead".to_owned(),
         };
         StoreError::NoSpace {
             operation: operation.into(),
@@ -232,6 +280,7 @@ impl Engine {
             }
             Purpose::Fetch { fetch } => self.fetch_into(fetch, extent),
             Purpose::SealCopy { generation } => self.seal_copy_into(generation, extent),
+            Purpose::Ahead { client, request, ring } => self.ahead_into(client, request, ring, extent),
         }
     }
 
@@ -242,13 +291,16 @@ impl Engine {
             }
             Purpose::Fetch { fetch } => self.fetch_failed(fetch, &error),
             Purpose::SealCopy { generation } => self.seal_failed(generation, error),
+            Purpose::Ahead { client, request, .. } => self.ahead_refused(client, request, error),
         }
     }
 
     /// Drops what waits for a client that left.
     pub(super) fn forget_space_requests_of(&mut self, gone: ClientId) {
         self.waiting_space.retain(|request| match request.purpose {
-            Purpose::Put { client, .. } | Purpose::Reserve { client, .. } => client != gone,
+            Purpose::Put { client, .. } | Purpose::Reserve { client, .. } | Purpose::Ahead { client, .. } => {
+                client != gone
+            }
             Purpose::Fetch { .. } | Purpose::SealCopy { .. } => true,
         });
     }

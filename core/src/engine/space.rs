@@ -10,11 +10,9 @@ use crate::error::StoreError;
 use crate::tier::{ClientId, Extent, RemoteKey, SegmentId};
 
 /// Extents start at multiples of this, so that any element type and any vector load is aligned.
-const ALIGN: u64 = 64;
+pub(super) const ALIGN: u64 = 64;
 /// Segments of the node's own are at most this long: importers and NICs take segments as a whole.
 const SEGMENT_LEN_MAX: u64 = 4 << 30;
-/// The first segment granted to a client, unless its object is longer.
-const FIRST_GRANT_LEN: u64 = 16 << 20;
 
 /// Who may write to a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,7 +144,22 @@ impl Space {
         })
     }
 
-    pub(super) fn grow(&mut self, owner: Owner, len_bytes: u64) -> Growth {
+    /// Makes two extents of one: the first keeps `len_bytes` bytes.
+    pub(super) fn split(
+        &mut self,
+        segment: SegmentId,
+        offset: u64,
+        len_bytes: u64,
+    ) -> Result<(), StoreError> {
+        let arena = self.segments.get_mut(&segment).and_then(|books| books.arena.as_mut());
+        let Some(arena) = arena else {
+            return Err(StoreError::stale("split", segment, "there is no such segment"));
+        };
+        arena.split(offset, len_bytes)
+    }
+
+    /// `first_len`: the shortest segment that is granted to a client, in bytes, where it may have that much.
+    pub(super) fn grow(&mut self, owner: Owner, len_bytes: u64, first_len: u64) -> Growth {
         let least = self.round(len_bytes);
         if least > self.capacity_bytes {
             return Growth::None;
@@ -158,7 +171,7 @@ impl Space {
         if under_way {
             return Growth::UnderWay;
         }
-        let Some(wanted) = self.wanted_len(owner, least) else {
+        let Some(wanted) = self.wanted_len(owner, least, first_len) else {
             return Growth::None;
         };
         let mut retire = Vec::new();
@@ -194,7 +207,7 @@ impl Space {
     }
 
     /// How long a new segment should be, at least `least`; none if the owner may not have that much.
-    fn wanted_len(&self, owner: Owner, least: u64) -> Option<u64> {
+    fn wanted_len(&self, owner: Owner, least: u64, first_len: u64) -> Option<u64> {
         let Owner::Client(client) = owner else {
             return Some(least.max(self.own_len()));
         };
@@ -204,7 +217,7 @@ impl Space {
             return None;
         }
         // Doubling what a client has keeps the number of descriptors small without taking the tier at once.
-        let wanted = granted.max(self.round(FIRST_GRANT_LEN)).min(self.own_len());
+        let wanted = granted.max(self.round(first_len)).min(self.own_len());
         Some(wanted.max(least).min(left))
     }
 

@@ -12,7 +12,8 @@ impl Engine {
         let host = TierStatus {
             tier: Tier::Host,
             capacity_bytes: self.space.capacity_bytes(),
-            used_bytes: self.space.used_bytes(),
+            used_bytes: self.space.used_bytes().saturating_sub(self.ahead_bytes()),
+            ahead_bytes: self.ahead_bytes(),
             granted_bytes: self.space.granted_bytes(),
             segments: count(self.space.segment_count()),
             fragmentation_percent: self.space.fragmentation_percent(),

@@ -7,6 +7,7 @@ mod local;
 mod locations;
 mod public_defects;
 mod remote;
+mod ring;
 mod room;
 mod topology;
 mod world;

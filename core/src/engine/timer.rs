@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use super::fetch::FetchId;
-use crate::tier::{Generation, LeaseId};
+use crate::tier::{ClientId, Generation, LeaseId};
 
 /// Nanoseconds since some moment of the caller's choice; never goes back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,6 +36,7 @@ pub(super) enum Timer {
     Wait,
     Space,
     Drain,
+    Ahead(ClientId),
     Operation(u64),
 }
 

@@ -158,6 +158,13 @@ pub enum ClientMessage {
     },
     /// Answered by `Status`.
     Status,
+    /// Asks for memory to publish objects in without asking. Answered by `Ahead`.
+    Ahead {
+        /// Whether the client lacks its publication ring.
+        ring: bool,
+    },
+    /// There are records in the client's publication ring. Not answered if its request is 0; else by `Done`.
+    Drain,
 }
 
 impl ClientMessage {
@@ -182,6 +189,8 @@ impl ClientMessage {
             Self::Pin { .. } => "pin",
             Self::Evict { .. } => "evict",
             Self::Status => "status",
+            Self::Ahead { .. } => "ahead",
+            Self::Drain => "drain",
         }
     }
 }
@@ -227,6 +236,8 @@ pub struct TierStatus {
     pub capacity_bytes: u64,
     /// Bytes in objects and reservations.
     pub used_bytes: u64,
+    /// Bytes granted to clients ahead, in which nothing was put yet.
+    pub ahead_bytes: u64,
     /// Bytes in segments that belong to one client.
     pub granted_bytes: u64,
     /// Segments.
@@ -261,6 +272,8 @@ pub struct PeerStatus {
 pub struct NodeStatus {
     /// Objects sealed here by clients.
     pub puts: u64,
+    /// Of these, those that were put without asking.
+    pub ahead: u64,
     /// Gets that a client answered itself from the index.
     pub hits: u64,
     /// Gets that asked the node.
@@ -398,4 +411,18 @@ pub enum ClientReply {
     },
     /// To `Status`.
     Status(Box<Status>),
+    /// To `Ahead`: with the descriptor of the publication ring if it was asked for, then that of the segment until the
+    /// client has answered `Mapped`, as with `Reserved`.
+    Ahead {
+        /// The chunk's number among those of this client.
+        chunk: u64,
+        /// Where it is.
+        extent: Extent,
+        /// How many objects may be put in it.
+        objects: u32,
+        /// Bytes of its segment.
+        segment_len: u64,
+        /// Whether the ring's descriptor comes along.
+        ring: bool,
+    },
 }

@@ -166,12 +166,13 @@ fn listed() -> impl Strategy<Value = Listed> {
 }
 
 fn tier_status() -> impl Strategy<Value = TierStatus> {
-    (tier(), [number(), number(), number()], any::<[u32; 2]>(), text()).prop_map(
+    (tier(), [number(), number(), number(), number()], any::<[u32; 2]>(), text()).prop_map(
         |(tier, bytes, counts, pages)| TierStatus {
             tier,
             capacity_bytes: bytes[0],
             used_bytes: bytes[1],
             granted_bytes: bytes[2],
+            ahead_bytes: bytes[3],
             segments: counts[0],
             fragmentation_percent: counts[1],
             pages,
@@ -194,7 +195,7 @@ fn peer_status() -> impl Strategy<Value = PeerStatus> {
 }
 
 fn status() -> impl Strategy<Value = Status> {
-    let counters = any::<[u64; 12]>().prop_map(|n| NodeStatus {
+    let counters = any::<[u64; 13]>().prop_map(|n| NodeStatus {
         puts: n[0],
         hits: n[1],
         gets: n[2],
@@ -207,6 +208,7 @@ fn status() -> impl Strategy<Value = Status> {
         refused: n[9],
         known: n[10],
         outdated: n[11],
+        ahead: n[12],
     });
     let lists = (vec(tier_status(), 0..3), vec(peer_status(), 0..3));
     (any::<[u64; 6]>(), text(), text(), any::<bool>(), any::<u32>(), lists, counters).prop_map(
@@ -377,6 +379,8 @@ pub(crate) fn client_message() -> BoxedStrategy<ClientMessage> {
         (key(), any::<bool>()).prop_map(|(key, pin)| M::Pin { key, pin }),
         (key(), any::<bool>()).prop_map(|(key, force)| M::Evict { key, force }),
         Just(M::Status),
+        any::<bool>().prop_map(|ring| M::Ahead { ring }),
+        Just(M::Drain),
     ]
     .boxed()
 }
@@ -402,6 +406,8 @@ pub(crate) const fn client_variant(message: &ClientMessage) -> usize {
         M::Pin { .. } => 14,
         M::Evict { .. } => 15,
         M::Status => 16,
+        M::Ahead { .. } => 17,
+        M::Drain => 18,
     }
 }
 
@@ -440,6 +446,15 @@ pub(crate) fn client_reply() -> BoxedStrategy<ClientReply> {
         (vec(listed(), 0..4), any::<bool>()).prop_map(|(objects, more)| R::Listed { objects, more }),
         any::<bool>().prop_map(|existed| R::Deleted { existed }),
         status().prop_map(|status| R::Status(Box::new(status))),
+        (number(), extent(), any::<u32>(), number(), any::<bool>()).prop_map(
+            |(chunk, extent, objects, segment_len, ring)| R::Ahead {
+                chunk,
+                extent,
+                objects,
+                segment_len,
+                ring
+            }
+        ),
     ]
     .boxed()
 }
@@ -459,6 +474,7 @@ pub(crate) const fn reply_variant(reply: &ClientReply) -> usize {
         R::Listed { .. } => 8,
         R::Deleted { .. } => 9,
         R::Status(_) => 10,
+        R::Ahead { .. } => 11,
     }
 }
 

@@ -83,6 +83,8 @@ impl World {
             (Kind::List { .. }, PeerLost | Unavailable) => apart,
             (Kind::Delete { .. }, PeerLost | Unavailable | TimedOut) => apart,
             (Kind::Pin | Kind::Evict { .. }, NotFound) => true,
+            (Kind::Ahead, Busy | NoSpace) => true,
+            (Kind::Ahead, Os) => self.plan.segment_failures > 0,
             // An empty segment may have been taken back before the client gave it.
             (Kind::Evict { force: false } | Kind::Return, Denied) => true,
             _ => false,
@@ -184,6 +186,7 @@ impl World {
                 Ok(ClientReply::Done),
             )
             | (Kind::Segment, Ok(ClientReply::Segment { .. }))
+            | (Kind::Ahead, Ok(ClientReply::Ahead { .. }))
             | (Kind::Wait { .. }, Ok(ClientReply::Exists))
             | (_, Err(_)) => {}
             (kind, Ok(reply)) => return Err(format!("{kind:?} was answered by {reply:?}")),

@@ -13,6 +13,7 @@ use super::guards::Hold;
 use super::history::{History, Seen};
 use super::pattern;
 use super::plan::MS;
+use super::ring::PuttingAhead;
 use super::world::{Due, World};
 
 /// A question that waits for its answer.
@@ -44,6 +45,7 @@ pub(super) enum Kind {
     Evict { force: bool },
     Status,
     Return,
+    Ahead,
 }
 
 /// An object that is being written.
@@ -91,6 +93,7 @@ pub(super) enum Doing {
     Writing(Writing),
     Finding(Found),
     Reading(Reading),
+    PuttingAhead(PuttingAhead),
 }
 
 /// What a client does once all is well: it looks at everything that has to be there.
@@ -116,6 +119,8 @@ pub(super) struct Client {
     known: BTreeSet<SegmentId>,
     pub(super) granted: BTreeSet<SegmentId>,
     pub(super) tour: Option<Tour>,
+    /// Memory that it was granted ahead, and maps first.
+    chunk: Option<ClientReply>,
     /// When the last packet reaches the node, or the client.
     pub(super) upward_at: u64,
     pub(super) downward_at: u64,
@@ -134,6 +139,7 @@ impl Client {
             known: BTreeSet::new(),
             granted: BTreeSet::new(),
             tour,
+            chunk: None,
             upward_at: 0,
             downward_at: 0,
         }
@@ -221,10 +227,11 @@ impl World {
             Doing::Writing(writing) => self.write_on(id, writing),
             Doing::Finding(found) => self.find_on(id, found),
             Doing::Reading(reading) => self.read_on(id, reading),
+            Doing::PuttingAhead(putting) => self.put_on(id, putting),
         }
     }
 
-    fn rest(&mut self, id: ClientId) {
+    pub(super) fn rest(&mut self, id: ClientId) {
         self.client(id).doing = Doing::Idle;
         let pause = self.plan.pause_ns;
         self.step_later(id, 0, pause);
@@ -335,6 +342,14 @@ impl World {
             ttl_ms: self.rng.percent(10).then(|| self.rng.between(20, 800)),
             seal_copy: self.rng.percent(20),
         };
+        if self.rng.percent(40) {
+            let hints = PutHints { seal_copy: false, ..hints };
+            if len <= u64::from(INLINE_PUT_MAX) && self.begin_ahead(id, key, len, hints) {
+                return;
+            }
+            let message = ClientMessage::Ahead { ring: true };
+            return self.ask_plain(id, Kind::Ahead, 0, message);
+        }
         let if_exists = if self.rng.percent(20) { IfExists::Error } else { IfExists::Keep };
         let (node, tag) = (self.client(id).node, self.rng.next());
         let mut attempt = History::attempt(key, tag, len, (node, self.nodes[node].epoch), now);
@@ -559,6 +574,21 @@ impl World {
                 let in_place = map.is_some();
                 client.doing = Doing::Writing(Writing { attempt, reservation, extent, in_place, done: 0 });
                 self.step_later(id, 1_000, 200_000);
+            }
+            (Kind::Ahead, Some(chunk @ ClientReply::Ahead { extent, .. })) => {
+                let segment = extent.segment;
+                if client.granted.insert(segment) {
+                    client.chunk = Some(chunk);
+                    return self.ask_plain(id, Kind::Mapped, 0, ClientMessage::Mapped { segment });
+                }
+                self.begin_chunk(id, &chunk);
+                self.rest(id);
+            }
+            (Kind::Mapped, Some(_)) if client.chunk.is_some() => {
+                if let Some(chunk) = client.chunk.take() {
+                    self.begin_chunk(id, &chunk);
+                }
+                self.rest(id);
             }
             (Kind::Mapped | Kind::Write | Kind::Segment, Some(_)) => self.step_later(id, 1_000, 200_000),
             (Kind::Get { key, range, began, .. }, Some(ClientReply::Located(located))) => {

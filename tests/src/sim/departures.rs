@@ -5,7 +5,7 @@ use hetmem_core::ClientId;
 use hetmem_core::engine::Input;
 use hetmem_core::wire::ClientMessage;
 
-use super::client::Kind;
+use super::client::{Doing, Kind};
 use super::guards::Hold;
 use super::pattern;
 use super::plan::MS;
@@ -106,13 +106,21 @@ impl World {
         let Some(client) = self.clients.get(&id) else { return };
         let lingers = client.writing().filter(|writing| writing.in_place && !client.trusted);
         let kept = lingers.map(|writing| Hold::Reserved(id, writing.reservation));
-        if let Some(writing) = client.writing() {
-            self.ended(writing.attempt, super::history::Outcome::Never(self.now()));
+        let begun = match &client.doing {
+            Doing::Writing(writing) => Some(writing.attempt),
+            Doing::PuttingAhead(putting) => Some(putting.record.attempt),
+            _ => None,
+        };
+        if let Some(attempt) = begun {
+            self.ended(attempt, super::history::Outcome::Never(self.now()));
         }
+        self.drain_last(at, id);
         let node = &mut self.nodes[at];
         node.pages.remove(&id);
         node.guards.remove_where(|hold| {
-            let own = matches!(hold, Hold::Pinned(of, _) | Hold::Reserved(of, _) if of == id);
+            let own = matches!(hold, Hold::Pinned(of, _) if of == id)
+                || matches!(hold, Hold::Reserved(of, _) if of == id)
+                || matches!(hold, Hold::Ahead(of, _) if of == id);
             own && Some(hold) != kept
         });
         self.feed(at, Input::ClientLeft { client: id });

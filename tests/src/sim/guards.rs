@@ -27,12 +27,17 @@ pub(super) enum Hold {
     Reading(TransferId),
     /// A client writes it.
     Reserved(ClientId, Generation),
+    /// The same in memory granted ahead, for the put of this position.
+    Ahead(ClientId, u64),
 }
 
 impl Hold {
     /// Whether whoever holds it may change the bytes.
     pub(super) const fn writes(self) -> bool {
-        matches!(self, Self::CopiedTo(_) | Self::Landing(_) | Self::Reading(_) | Self::Reserved(..))
+        matches!(
+            self,
+            Self::CopiedTo(_) | Self::Landing(_) | Self::Reading(_) | Self::Reserved(..) | Self::Ahead(..)
+        )
     }
 }
 

@@ -17,6 +17,7 @@ mod node;
 mod outbox;
 mod pattern;
 mod plan;
+mod ring;
 mod rng;
 mod world;
 
@@ -43,6 +44,8 @@ pub struct Tally {
     pub misses: u64,
     /// Objects sealed by clients.
     pub sealed: u64,
+    /// Puts begun without asking.
+    pub ahead: u64,
     /// Gets answered by DATA, on nodes that lived to the end.
     pub eager: u64,
     /// Gets answered by GRANT and Read, on nodes that lived to the end.
@@ -75,6 +78,7 @@ impl Tally {
         self.hits += other.hits;
         self.misses += other.misses;
         self.sealed += other.sealed;
+        self.ahead += other.ahead;
         self.eager += other.eager;
         self.rendezvous += other.rendezvous;
         self.late_reads += other.late_reads;
@@ -92,7 +96,7 @@ impl fmt::Display for Tally {
         write!(
             f,
             "{} operations, {} faults, {} deaths of clients, {} engine inputs, {} gets compared ({} bytes; {} in place, {} raced a withdrawal), \
-             {} objects sealed, {} fetched eagerly, {} by read ({} too late; {} at a known place in {} reads, {} places given up), {} completions repeated, {} evicted, {} keys found everywhere at the end",
+             {} objects sealed ({} puts that asked nobody), {} fetched eagerly, {} by read ({} too late; {} at a known place in {} reads, {} places given up), {} completions repeated, {} evicted, {} keys found everywhere at the end",
             self.operations,
             self.faults,
             self.deaths,
@@ -102,6 +106,7 @@ impl fmt::Display for Tally {
             self.hits,
             self.misses,
             self.sealed,
+            self.ahead,
             self.eager,
             self.rendezvous,
             self.late_reads,

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, Weak};
 
 use hetmem_core::engine::{
-    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, PublishedObject, Time,
+    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, PublishedObject, RingState, Time,
 };
 use hetmem_core::receipt::Path;
 use hetmem_core::wire::{ClientReply, FrameHeader, Member, PeerMessage, decode};
@@ -21,6 +21,7 @@ use hetmem_transport::{
 use super::guards::{Guards, Hold};
 use super::outbox::Message;
 use super::plan::{MS, Plan};
+use super::ring::Ring;
 use super::world::{Due, World};
 
 pub(super) const FABRIC: FabricId = FabricId(0);
@@ -93,6 +94,7 @@ pub(super) struct Node {
     pub(super) pages: BTreeMap<ClientId, Page>,
     pub(super) touched: Vec<SlotId>,
     pub(super) guards: Guards,
+    pub(super) rings: BTreeMap<ClientId, Ring>,
     pub(super) outbox: VecDeque<Action>,
     pub(super) emptying: bool,
     pub(super) deferred: BTreeMap<LinkId, VecDeque<Message>>,
@@ -183,6 +185,7 @@ impl Node {
             pages: BTreeMap::new(),
             touched: Vec::new(),
             guards: Guards::default(),
+            rings: BTreeMap::new(),
             outbox: VecDeque::new(),
             emptying: false,
             deferred: BTreeMap::new(),
@@ -240,6 +243,20 @@ fn config(plan: &Plan, number: usize, epoch: u64, key: RemoteKey) -> EngineConfi
 impl World {
     /// Hands an input to a node and carries out what follows. Says where the payload of a message goes.
     pub(super) fn feed(&mut self, at: usize, input: Input) -> Option<Extent> {
+        let landed = matches!(
+            input,
+            Input::ReadDone { .. } | Input::WordRead { .. } | Input::SendDone { .. } | Input::Landed { .. }
+        );
+        if !landed {
+            self.drain_rings(at);
+        }
+        let landing = self.hand_in(at, input);
+        self.empty_outbox(at);
+        landing
+    }
+
+    /// The same without a look at what clients have published.
+    pub(super) fn hand_in(&mut self, at: usize, input: Input) -> Option<Extent> {
         let mut landing = None;
         let mut inputs = VecDeque::from([input]);
         while let Some(input) = inputs.pop_front() {
@@ -253,7 +270,6 @@ impl World {
                 }
             }
         }
-        self.empty_outbox(at);
         landing
     }
 
@@ -409,6 +425,23 @@ impl World {
                 };
                 self.replied(at, client, request, reply, None);
             }
+            Action::GrantAhead { client, request, chunk, reply, .. } => {
+                let fails = self.rng.percent(self.plan.segment_failures / 5) && !self.is_ending();
+                let rings = &mut self.nodes[at].rings;
+                if fails && !rings.contains_key(&client) {
+                    self.tally.faults += 1;
+                    let why = StoreError::os("memfd_create", "no descriptor is left");
+                    self.replied(at, client, request, Err(why), None);
+                    return Some(Input::AheadChanged { client, ring: RingState::default() });
+                }
+                let ring = rings.entry(client).or_default().grant(chunk);
+                self.replied(at, client, request, Ok(reply), None);
+                return Some(Input::AheadChanged { client, ring });
+            }
+            Action::RecallAhead { client } => {
+                let ring = self.nodes[at].rings.get_mut(&client).map(Ring::close).unwrap_or_default();
+                return Some(Input::AheadChanged { client, ring });
+            }
             Action::CloseClient { client, why } => {
                 self.fail(format!("node {at} closes client {client}, which did nothing wrong: {why}"));
             }
@@ -552,7 +585,7 @@ impl World {
         // Who has left may still write to what it maps; that memory is not the node's any more.
         let clients = &self.clients;
         let held = node.guards.retire(segment, now, |hold| {
-            matches!(hold, Hold::Reserved(id, _) if !clients.get(&id).is_some_and(|client| client.alive))
+            matches!(hold, Hold::Reserved(id, _) | Hold::Ahead(id, _) if !clients.get(&id).is_some_and(|client| client.alive))
         });
         let memory = node.segments.remove(&segment);
         if let Some(hold) = held {

@@ -408,7 +408,12 @@ impl World {
             let granules = |extent: &Extent| extent.len_bytes.max(1).div_ceil(64) * 64;
             let sealed: u64 = self.nodes[at].index.values().map(|shown| granules(&shown.object.extent)).sum();
             let (used, shown) = (status.tiers[0].used_bytes, self.nodes[at].index.len() as u64);
-            if held != (0, 0, 0, 0) {
+            if status.tiers[0].ahead_bytes != 0 {
+                self.fail(format!(
+                    "node {at} at rest: {} bytes are granted ahead",
+                    status.tiers[0].ahead_bytes
+                ));
+            } else if held != (0, 0, 0, 0) {
                 self.fail(format!("node {at}: draining, reservations, leases, clients at rest: {held:?}"));
             } else if used != sealed || status.objects != shown {
                 self.fail(format!(

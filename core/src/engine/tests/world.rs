@@ -21,6 +21,8 @@ use crate::wire::{
 };
 use crate::{Checksum, ObjectId};
 
+use super::ring::Ring;
+
 pub(super) const FABRIC: FabricId = FabricId(0);
 pub(super) const LEASE_MS: u32 = 1_000;
 pub(super) const HEARTBEAT_MS: u64 = 100;
@@ -72,6 +74,9 @@ pub(super) struct Node {
     pub(super) events: Vec<Event>,
     pub(super) closed_clients: Vec<ClientId>,
     pub(super) sent: Vec<PeerMessage>,
+    pub(super) rings: BTreeMap<ClientId, Ring>,
+    /// No ring can be made.
+    pub(super) fail_rings: bool,
     answers: BTreeMap<(ClientId, u64), Answer>,
     links: BTreeMap<LinkId, (usize, LinkId)>,
     next_link: u64,
@@ -151,6 +156,8 @@ impl Node {
             events: Vec::new(),
             closed_clients: Vec::new(),
             sent: Vec::new(),
+            rings: BTreeMap::new(),
+            fail_rings: false,
             answers: BTreeMap::new(),
             links: BTreeMap::new(),
             next_link: 1,
@@ -249,7 +256,21 @@ impl World {
         self.feed_with(node, input, None);
     }
 
-    fn feed_with(&mut self, node: usize, input: Input, mut payload: Option<Vec<u8>>) {
+    fn feed_with(&mut self, node: usize, input: Input, payload: Option<Vec<u8>>) {
+        if matches!(
+            input,
+            Input::ClientRequest { .. } | Input::PeerMessage { .. } | Input::Tick | Input::ClientLeft { .. }
+        ) {
+            self.drain_rings(node);
+        }
+        self.hand_in_with(node, input, payload);
+    }
+
+    pub(super) fn hand_in(&mut self, node: usize, input: Input) {
+        self.hand_in_with(node, input, None);
+    }
+
+    fn hand_in_with(&mut self, node: usize, input: Input, mut payload: Option<Vec<u8>>) {
         let mut inputs = VecDeque::from([input]);
         while let Some(input) = inputs.pop_front() {
             for action in self.nodes[node].engine.handle(self.now, input) {
@@ -276,6 +297,22 @@ impl World {
                 located.pin = u32::try_from(pins.len()).expect("few pins");
                 pins.push(located.generation);
                 self.answered(node, client, request, Ok(ClientReply::Located(located)));
+            }
+            Action::GrantAhead { client, request, chunk, reply, attachment } => {
+                let fails = at.fail_rings;
+                let ring = if fails {
+                    Default::default()
+                } else {
+                    at.attachments.push(attachment);
+                    at.rings.entry(client).or_default().grant(chunk)
+                };
+                let why = StoreError::os("memfd_create", "no descriptor is left");
+                self.answered(node, client, request, if fails { Err(why) } else { Ok(reply) });
+                return Some(Input::AheadChanged { client, ring });
+            }
+            Action::RecallAhead { client } => {
+                let ring = at.rings.get_mut(&client).map(Ring::close).unwrap_or_default();
+                return Some(Input::AheadChanged { client, ring });
             }
             Action::CloseClient { client, .. } => at.closed_clients.push(client),
             Action::Fill { extent, bytes } => self.write(node, extent, &bytes),
@@ -607,6 +644,7 @@ impl World {
     pub(super) fn leave(&mut self, node: usize, client: ClientId) {
         self.nodes[node].pins.remove(&client);
         self.feed(node, Input::ClientLeft { client });
+        self.nodes[node].rings.remove(&client);
         self.settle();
     }
 
