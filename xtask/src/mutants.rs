@@ -110,6 +110,24 @@ const MUTANTS: &[Mutant] = &[
         replace: "            let _ = reservation;\n        }\n        self.forget_waits_of",
     },
     Mutant {
+        what: "memory granted ahead is free again although a put is under way in it",
+        file: "core/src/engine/ahead.rs",
+        find: "until <= ring.tail",
+        replace: "until < u64::MAX",
+    },
+    Mutant {
+        what: "no slot of the index is kept for what is put without asking",
+        file: "core/src/engine/ahead.rs",
+        find: "        self.objects.keep_slots(objects);\n",
+        replace: "",
+    },
+    Mutant {
+        what: "what was published in a chunk is given back with the rest of it",
+        file: "core/src/engine/ahead.rs",
+        find: "chunk.holes.insert(end, hole_end - end);",
+        replace: "chunk.holes.insert(put.offset, hole_end - put.offset);",
+    },
+    Mutant {
         what: "a node announces nothing to a directory that has started again",
         file: "core/src/engine/links.rs",
         find: "            self.announce_all(link);",
