@@ -62,7 +62,9 @@ impl Shared {
         let suits = options.if_exists == IfExists::Keep
             && !options.seal_copy
             && meta.len_bytes <= self.inline_put_max
-            && ProducerRing::fits(key, meta);
+            && ProducerRing::fits(key, meta)
+            // One that has died takes nothing in any more: the round trip says so.
+            && self.index.node_is_alive();
         if !suits {
             return Ok(None);
         }

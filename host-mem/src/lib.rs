@@ -11,6 +11,8 @@ mod ring;
 mod sync;
 
 #[cfg(not(loom))]
+mod alive;
+#[cfg(not(loom))]
 pub mod copy;
 #[cfg(not(loom))]
 mod file;
@@ -42,6 +44,7 @@ mod socket_tests;
 
 #[cfg(not(loom))]
 pub use {
+    alive::Alive,
     file::MappedFile,
     index::{Found, IndexEntry, IndexMemory, IndexReader, IndexWriter, Pinned},
     page::{ClientPage, NodePage, PAGE_LEN, PINS},

@@ -130,6 +130,7 @@ impl Node {
         tracing::info!(bytes = config.host_bytes, "reserving the memory of the host tier");
         let reserve = Reserve::new(config.host_bytes, config.huge_pages)?;
         let (jobs, received) = channel();
+        let shown = index.memory();
         let driver = Arc::new(Driver::new(engine, index, jobs.clone()));
         fabric.register(WORDS_SEGMENT, driver.words.region(), Access::Local)?;
         let _ = driver.fabric.set(Arc::clone(fabric) as Arc<dyn Fabric>);
@@ -139,7 +140,7 @@ impl Node {
         let mut threads = vec![
             std::thread::Builder::new()
                 .name("hetmem-memory".to_owned())
-                .spawn(move || maker.run(&received, &weak))
+                .spawn(move || maker.run(&received, &weak, shown))
                 .map_err(os)?,
         ];
         driver.feed(Input::Start);

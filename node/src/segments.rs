@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 
 use hetmem_core::engine::{Input, StartUp};
 use hetmem_core::{ClientId, Extent, Generation, SegmentId, StoreError};
-use hetmem_host_mem::{PagePolicy, Reserve, Segment, SegmentOwner};
+use hetmem_host_mem::{Alive, IndexMemory, PagePolicy, Reserve, Segment, SegmentOwner};
 use hetmem_transport::Access;
 
 use crate::driver::Driver;
@@ -27,7 +27,9 @@ pub(crate) struct Maker {
 }
 
 impl Maker {
-    pub(crate) fn run(mut self, jobs: &Receiver<Job>, driver: &Weak<Driver>) {
+    /// Also the thread by which clients see that the node lives.
+    pub(crate) fn run(mut self, jobs: &Receiver<Job>, driver: &Weak<Driver>, index: Arc<IndexMemory>) {
+        let _alive = Alive::begin(index);
         for job in jobs {
             let Some(driver) = driver.upgrade() else { return };
             match job {

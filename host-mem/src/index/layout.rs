@@ -26,6 +26,10 @@ pub(crate) const LINE_WORDS: usize = 2;
 /// The position of a bucket's link.
 pub(crate) const LINK: usize = CELLS;
 
+/// The header's word that names a thread of the node while it runs.
+#[cfg(not(loom))]
+pub(crate) const ALIVE: usize = 64;
+
 // Positions of a slot's words.
 pub(crate) const SEQ: usize = 0;
 pub(crate) const GENERATION: usize = 1;

@@ -5,7 +5,8 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use hetmem_core::{Key, SlotId, StoreError};
 
-use crate::index::layout::{Geometry, MAGIC, SLOT_WORDS, VERSION};
+use crate::alive::is_alive;
+use crate::index::layout::{ALIVE, Geometry, MAGIC, SLOT_WORDS, VERSION};
 use crate::index::record::Record;
 use crate::index::slot::{self, Taken};
 use crate::index::table::{Probe, Table};
@@ -57,6 +58,14 @@ impl IndexReader {
         let mapping = Mapping::new(fd.as_fd(), len_bytes, Access::Read)?;
         drop(fd);
         Ok(Self { geometry, mapping, attempts: ATTEMPTS })
+    }
+
+    /// Whether the node runs: false as soon as it has stopped or was killed. True for longer only where the kernel
+    /// gives no word of that.
+    #[must_use]
+    #[inline]
+    pub fn node_is_alive(&self) -> bool {
+        is_alive(self.mapping.words()[ALIVE].load(Ordering::Relaxed))
     }
 
     /// Slots.
