@@ -118,7 +118,7 @@ impl Model {
             assert!(arena.split(0, self.granule).is_err(), "nothing is in use");
             return;
         };
-        let possible = at > 0 && at < counted && at % self.granule == 0;
+        let possible = at > 0 && at < counted && at.is_multiple_of(self.granule);
         assert_eq!(arena.split(offset, at).is_ok(), possible, "{at} of {counted} bytes at {offset}");
         if possible {
             self.live.insert(offset, at);

@@ -115,7 +115,7 @@ mod tests {
                     drop(alive);
                 } else {
                     // As if it were killed here: nothing is dropped, and the kernel is left with the list.
-                    std::mem::forget(alive);
+                    Box::leak(Box::new(alive));
                 }
             });
             heard.recv().expect("it has begun");

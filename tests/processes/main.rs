@@ -1,6 +1,7 @@
 //! Real processes: nodes and clients that are killed, stopped and fed with garbage. Not a simulation, and not speed.
 //! Invariant: every test has nodes, folders and ports of its own, so that all of them can run at once.
 
+mod ahead;
 mod bad_puts;
 mod cli;
 mod cluster;

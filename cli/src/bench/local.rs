@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hetmem_client::{Key, ObjectMeta, PutOptions, Store, StoreError};
+use hetmem_client::{IfExists, Key, ObjectMeta, Path, PutOptions, Store, StoreError};
 use hetmem_core::SegmentId;
 use hetmem_host_mem::{PagePolicy, Segment, SegmentOwner, WriteMapping};
 use hetmem_node::{Config, Node};
@@ -37,7 +37,9 @@ pub(super) fn run(size: Size) -> Result<Vec<Row>, StoreError> {
     for len in [KIB, 64 * MIB, GIB] {
         rows.push(get(size, &store, &mut echo, len)?);
     }
-    rows.push(small_put(size, &store, &mut echo)?);
+    rows.push(small_put(size, &store, &mut echo, Asks::Nobody)?);
+    rows.push(small_put(size, &store, &mut echo, Asks::Node)?);
+    rows.push(steady_puts(size, &store, &mut echo)?);
     for checksum in [true, false] {
         rows.push(large_put(size, &store, checksum)?);
     }
@@ -94,16 +96,29 @@ fn get(size: Size, store: &Store, echo: &mut UnixEcho, len: u64) -> Result<Row, 
     Ok(row)
 }
 
-fn small_put(size: Size, store: &Store, echo: &mut UnixEcho) -> Result<Row, StoreError> {
-    let bytes = vec![3_u8; 1024];
+/// What a put of 1 KiB does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Asks {
+    /// It writes into memory granted ahead, and publishes there.
+    Nobody,
+    /// It takes a round trip, as one does that has to be the only one of its key.
+    Node,
+}
+
+/// Puts that fit into what was granted: the time of one, while the node has time to take them in between rounds.
+fn small_put(size: Size, store: &Store, echo: &mut UnixEcho, asks: Asks) -> Result<Row, StoreError> {
+    let (bytes, meta) = (vec![3_u8; 1024], ObjectMeta::bytes(KIB)?);
+    let if_exists = if asks == Asks::Node { IfExists::Error } else { IfExists::Keep };
+    let options = PutOptions { if_exists, ..PutOptions::default() };
     let mut names: Vec<Key> = Vec::new();
+    let mut ahead = 0;
     let pair = Pair {
         workload: "local",
-        op: "put",
+        op: if asks == Asks::Nobody { "put, granted ahead" } else { "put, if_exists = error" },
         size_bytes: KIB,
         moves: true,
         ceiling_name: ROUND_TRIP,
-        target: Target::AtMost(1.5),
+        target: Target::AtMost(if asks == Asks::Nobody { 0.05 } else { 1.5 }),
         rounds: size.rounds(),
         samples: 500,
     };
@@ -114,15 +129,52 @@ fn small_put(size: Size, store: &Store, echo: &mut UnixEcho) -> Result<Row, Stor
         },
         &mut || {
             let name = key(&format!("bench/put/{}", names.len()))?;
-            let (us, put) = timed(|| store.put_bytes(&name, &bytes));
+            let (us, put) = timed(|| store.put_with(&name, meta, &bytes, &options));
             names.push(name);
-            put.map(|_| us)
+            ahead += usize::from(put?.receipt.path == Path::Ahead);
+            Ok(us)
         },
     )?;
     for name in &names {
         store.delete(name)?;
     }
+    // The first few show the node that this client puts small objects.
+    if asks == Asks::Nobody && ahead * 20 < names.len() * 19 {
+        let why = format!("of {} puts only {ahead} asked nobody", names.len());
+        return Err(StoreError::unavailable("memory granted ahead", why));
+    }
     Ok(row)
+}
+
+/// Puts without a pause, many more than are granted at a time: the node takes them in meanwhile, and this is its rate.
+fn steady_puts(size: Size, store: &Store, echo: &mut UnixEcho) -> Result<Row, StoreError> {
+    const COUNT: usize = 20_000;
+    let bytes = vec![3_u8; 1024];
+    let names: Vec<Key> =
+        (0..COUNT).map(|at| key(&format!("bench/steady/{at}"))).collect::<Result<_, _>>()?;
+    let pair = Pair {
+        workload: "local",
+        op: "put, 20,000 without a pause, each",
+        size_bytes: KIB,
+        moves: true,
+        ceiling_name: ROUND_TRIP,
+        target: Target::AtMost(1.0),
+        rounds: size.rounds(),
+        samples: 1,
+    };
+    pair.measure(
+        &mut || {
+            let (us, done) = timed(|| (0..500).try_for_each(|_| echo.round_trip()));
+            done.map(|()| us / 500.0)
+        },
+        &mut || {
+            let (us, put) =
+                timed(|| names.iter().try_for_each(|name| store.put_bytes(name, &bytes).map(drop)));
+            put?;
+            names.iter().try_for_each(|name| store.delete(name).map(drop))?;
+            Ok(us / COUNT as f64)
+        },
+    )
 }
 
 /// A put of 64 MiB from the caller's buffer, beside a memcpy of the same buffer into shared memory. All memory was

@@ -37,13 +37,13 @@ mod layout {
     /// Goes up with every change of the layout.
     pub(super) const VERSION: u64 = 1;
     /// Records that may wait to be drained.
-    pub(super) const PLACES: usize = 2_048;
+    pub(super) const PLACES: u32 = 2_048;
 
     // Positions in words; docs/shared-memory.md shows them in bytes.
     const CLAIM: usize = 8;
     const SIGNALS: usize = 16;
     const RECORDS: usize = 512;
-    const END: usize = RECORDS + PLACES * RECORD_WORDS;
+    const END: usize = RECORDS + PLACES as usize * RECORD_WORDS;
     /// The length of the file in bytes.
     pub(super) const RING_LEN: u64 = END as u64 * 8;
 
@@ -64,7 +64,7 @@ mod layout {
     /// The words of the place of a position.
     #[expect(clippy::cast_possible_truncation, reason = "below the number of places")]
     pub(super) fn record(mapping: &Mapping, position: u64) -> &[AtomicU64] {
-        let place = (position % PLACES as u64) as usize;
+        let place = (position % u64::from(PLACES)) as usize;
         &mapping.words()[RECORDS + place * RECORD_WORDS..][..RECORD_WORDS]
     }
 

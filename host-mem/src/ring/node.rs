@@ -41,7 +41,7 @@ impl NodeRing {
             .map_err(|errno| os::error("populate publication ring", errno))?;
         memfd::seal(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
         layout::ring(&mapping).reset();
-        for (word, value) in layout::header(&mapping).iter().zip([MAGIC, VERSION, PLACES as u64]) {
+        for (word, value) in layout::header(&mapping).iter().zip([MAGIC, VERSION, u64::from(PLACES)]) {
             word.store(value, Ordering::Relaxed);
         }
         Ok(Self { mapping, fd: Arc::new(fd), tail: 0, drained: VecDeque::new(), chunk: 0, next: None })
@@ -56,7 +56,7 @@ impl NodeRing {
     /// Records that may wait to be drained at a time.
     #[must_use]
     pub const fn places() -> u32 {
-        PLACES as u32
+        PLACES
     }
 
     /// Whether anything was claimed that was not drained yet. One load; costs a cache line if the client is at work.
@@ -72,7 +72,7 @@ impl NodeRing {
     fn look(&mut self) -> Result<RingState, StoreError> {
         let state = layout::ring(&self.mapping).state();
         let waiting = state.position.wrapping_sub(self.tail) % POSITIONS;
-        if waiting > PLACES as u64 {
+        if waiting > u64::from(PLACES) {
             return Err(StoreError::protocol(format!(
                 "its publication ring shows {waiting} records, there are {PLACES} places"
             )));

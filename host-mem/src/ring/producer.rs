@@ -73,8 +73,9 @@ impl AheadChunk {
 
 /// Granules that an object takes, and the multiple at which they start: as extents of the node's own allocator.
 fn room_for(len_bytes: u64) -> (u64, u64) {
-    let align = if len_bytes >= PAGE_LEN { PAGE_LEN / GRANULE_LEN } else { 1 };
-    (len_bytes.max(1).div_ceil(GRANULE_LEN), align)
+    let granules = len_bytes.max(1).div_ceil(GRANULE_LEN);
+    let page = PAGE_LEN / GRANULE_LEN;
+    (granules, if granules >= page { page } else { 1 })
 }
 
 /// The client's side of a ring.
@@ -95,7 +96,7 @@ impl ProducerRing {
         mapping.prefault(Access::Write);
         let words = layout::header(&mapping);
         let header: [u64; 3] = std::array::from_fn(|word| words[word].load(Ordering::Relaxed));
-        if header != [MAGIC, VERSION, PLACES as u64] {
+        if header != [MAGIC, VERSION, u64::from(PLACES)] {
             return Err(StoreError::protocol(format!(
                 "publication ring starts with {header:x?}, this build uses version {VERSION} with {PLACES} places"
             )));

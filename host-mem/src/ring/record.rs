@@ -92,7 +92,6 @@ pub(crate) fn read(words: &[AtomicU64]) -> Result<Option<PutAhead>, StoreError> 
     parse(&copy).map(Some).map_err(|why| StoreError::protocol(format!("a published record: {why}")))
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "fields are cut out of words")]
 fn parse(words: &[u64; RECORD_WORDS]) -> Result<PutAhead, StoreError> {
     let head = words[HEAD];
     let (key_len, dims) = ((head & 0xffff) as usize, (head >> 24 & 0xff) as usize);

@@ -34,8 +34,8 @@ impl Pair {
     fn new() -> Self {
         let node = NodeRing::create().expect("a ring");
         let client = ProducerRing::map(duplicate(&node)).expect("the same ring");
-        let segment =
-            Segment::create(SegmentId(3), SEGMENT_LEN, SegmentOwner::Client, PagePolicy::Off).expect("memory");
+        let segment = Segment::create(SegmentId(3), SEGMENT_LEN, SegmentOwner::Client, PagePolicy::Off)
+            .expect("memory");
         let fd = segment.descriptor().try_clone_to_owned().expect("a descriptor is left");
         let memory = Arc::new(WriteMapping::map(fd, SEGMENT_LEN).expect("it is open to writers"));
         Self { node, client, segment, memory }
@@ -91,11 +91,21 @@ fn what_is_published_is_drained_once_with_all_that_was_said() {
     pair.put(&chunk, "first", &bytes[..100]).expect("room");
     pair.put(&chunk, "empty", &[]).expect("room");
     pair.put(&chunk, "page", &bytes).expect("room");
+    pair.put(&chunk, "less", &bytes[..4_032]).expect("room");
+    pair.put(&chunk, "as good as a page", &bytes[..4_033]).expect("room");
     assert!(pair.node.has_news());
     let (puts, state) = pair.drain();
-    assert_eq!(state, RingState { chunk: 1, open: true, head: 3, tail: 3 });
+    assert_eq!(state, RingState { chunk: 1, open: true, head: 5, tail: 5 });
     let places: Vec<_> = puts.iter().map(|put| (put.key.as_str(), put.chunk, put.offset)).collect();
-    assert_eq!(places, [("first", 1, 0), ("empty", 1, 128), ("page", 1, 4096)], "granules, and pages from a page on");
+    // As the node's own allocator: lengths in granules, and pages from a page on.
+    let expected = [
+        ("first", 1, 0),
+        ("empty", 1, 128),
+        ("page", 1, 4096),
+        ("less", 1, 9152),
+        ("as good as a page", 1, 16384),
+    ];
+    assert_eq!(places, expected);
     let page = &puts[2];
     assert_eq!(page.meta.checksum, Checksum::Xxh3Blocks(checksum::of(&bytes)));
     assert_eq!(pair.segment.read(8192 + page.offset, 5_000).expect("inside"), bytes);
@@ -174,7 +184,7 @@ fn a_ring_that_is_not_drained_is_full_and_goes_round_afterwards() {
         assert_eq!(pair.put(&chunk, "one more", &[1; 8]), Err(Refused::Full));
         let (puts, _) = pair.drain();
         let names: BTreeSet<&str> = puts.iter().map(|put| put.key.as_str()).collect();
-        assert_eq!(names.len(), PLACES);
+        assert_eq!(names.len(), PLACES as usize);
         assert!(names.iter().all(|name| name.starts_with(&format!("{turn}/"))));
     }
 }
@@ -269,7 +279,7 @@ fn many_threads_put_while_the_node_drains_and_nothing_is_lost_or_doubled() {
         puts = drained.join().expect("no panic");
         put
     });
-    assert!(put.len() > PLACES, "{} puts", put.len());
+    assert!(put.len() > PLACES as usize, "{} puts", put.len());
     assert_eq!(puts.len(), put.len(), "none twice");
     for found in &puts {
         assert!(put.contains(found.key.as_str()));
@@ -281,7 +291,7 @@ fn many_threads_put_while_the_node_drains_and_nothing_is_lost_or_doubled() {
 
 #[test]
 fn words_that_cannot_be_are_an_error() {
-    let too_far = |state: State| State { position: state.position + PLACES as u64 + 1, ..state };
+    let too_far = |state: State| State { position: state.position + u64::from(PLACES) + 1, ..state };
     let before_the_tail = |state: State| State { position: state.position.wrapping_sub(1), ..state };
     let other_chunk = |state: State| State { chunk: 77, ..state };
     for (what, change) in
@@ -350,7 +360,7 @@ proptest! {
         for _ in 0..3 {
             let mut puts = Vec::new();
             let _ = pair.node.drain(&mut puts);
-            prop_assert!(puts.len() <= PLACES);
+            prop_assert!(puts.len() <= PLACES as usize);
             let _ = pair.node.grant(2);
             layout::ring(&memory).word.store(claim, Ordering::Relaxed);
             let _ = pair.node.close();

@@ -53,7 +53,10 @@ fn whoever_asks_finds_what_was_published() {
     let mut world = World::new(2);
     let (writer, reader, away) = (world.client(0, 1), world.client(0, 2), world.client(1, 1));
     let chunk = grant(&mut world, 0, writer).expect("memory");
-    assert_eq!(world.nodes[0].attachments[2], Attachment::Ahead { segment: Some(chunk.extent.segment), ring: true });
+    assert_eq!(
+        world.nodes[0].attachments[2],
+        Attachment::Ahead { segment: Some(chunk.extent.segment), ring: true }
+    );
     let bytes = [pattern(1, 1_000), pattern(2, 0), pattern(3, 5_000)];
     put(&mut world, writer, chunk, 0, "a", &bytes[0]);
     put(&mut world, writer, chunk, 1_024, "empty", &bytes[1]);
@@ -250,7 +253,10 @@ fn memory_is_taken_back_when_room_is_short_and_never_granted_at_the_cost_of_what
     grant(&mut world, 0, client).expect("memory");
     grant(&mut world, 0, client).expect("and the next");
     let mut stored = 0;
-    while world.try_put(0, other, &format!("o{stored}"), &[1; 16_384], PutHints::default(), IfExists::Keep).is_ok() {
+    while world
+        .try_put(0, other, &format!("o{stored}"), &[1; 16_384], PutHints::default(), IfExists::Keep)
+        .is_ok()
+    {
         stored += 1;
     }
     assert_eq!(world.status(0).tiers[0].ahead_bytes, 0, "it was taken back first");
