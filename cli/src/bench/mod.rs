@@ -5,6 +5,7 @@ mod baseline;
 mod local;
 mod remote;
 mod rows;
+mod sweep;
 
 use clap::{Args as ClapArgs, Subcommand};
 
@@ -24,6 +25,8 @@ enum Which {
     Local(Size),
     /// Two nodes over TCP on loopback: gets beside a bare TCP loop, and iperf3 where it is installed
     Remote(Size),
+    /// Gets of 256 B to 64 MiB from another node: always Send, always Read, and as the node has measured
+    Sweep(Size),
     /// The other end of a measurement
     #[command(hide = true)]
     Peer(baseline::PeerArgs),
@@ -48,6 +51,7 @@ pub(crate) fn run(args: &Args, out: Output) -> Result<(), Failure> {
     match &args.which {
         Which::Local(size) => rows::print(&local::run(*size)?, out),
         Which::Remote(size) => rows::print(&remote::run(*size)?, out),
+        Which::Sweep(size) => rows::print(&sweep::run(*size)?, out),
         Which::Peer(args) => baseline::peer(args),
     }
 }

@@ -16,29 +16,56 @@ const MIB: usize = 1 << 20;
 /// What an answer has beside the object: header and metadata.
 const ENVELOPE_LEN: usize = 96;
 
-pub(super) fn run(size: Size) -> Result<Vec<Row>, StoreError> {
-    let folder = Folder::create()?;
-    let socket = |name: &str| folder.path().join(name).display().to_string();
-    let owner = Process::start(
-        "bench-owner",
-        &[
-            ("socket", socket("owner.sock")),
+/// Two nodes: one that owns what is fetched, a process of its own, and one in this process.
+pub(super) struct Pairing {
+    put: Store,
+    /// A session inside the fetching node.
+    pub(super) inside: Store,
+    /// A session over its Unix socket.
+    outside: Store,
+    _node: Node,
+    _owner: Process,
+    _folder: Folder,
+}
+
+impl Pairing {
+    pub(super) fn start() -> Result<Self, StoreError> {
+        let folder = Folder::create()?;
+        let socket = |name: &str| folder.path().join(name).display().to_string();
+        let owner = Process::start(
+            "bench-owner",
+            &[
+                ("socket", socket("owner.sock")),
+                ("listen", "127.0.0.1:0".to_owned()),
+                ("host", "512MiB".to_owned()),
+            ],
+        )?;
+        let put = Store::connect(Some(&owner.socket))?;
+        let here = [
+            ("name", "bench-here".to_owned()),
+            ("socket", socket("here.sock")),
             ("listen", "127.0.0.1:0".to_owned()),
-            ("host", "512MiB".to_owned()),
-        ],
-    )?;
-    let put = Store::connect(Some(&owner.socket))?;
-    let here = [
-        ("name", "bench-here".to_owned()),
-        ("socket", socket("here.sock")),
-        ("listen", "127.0.0.1:0".to_owned()),
-        ("host", "2GiB".to_owned()),
-        ("join", owner.address.clone()),
-    ];
-    let here = here.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
-    let node = Node::start(Config::load(None, here)?)?;
-    let inside = Store::over(node.session()?)?;
-    let outside = Store::connect(Some(node.socket()))?;
+            ("host", "2GiB".to_owned()),
+            ("join", owner.address.clone()),
+        ];
+        let here = here.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
+        let node = Node::start(Config::load(None, here)?)?;
+        let inside = Store::over(node.session()?)?;
+        let outside = Store::connect(Some(node.socket()))?;
+        Ok(Self { put, inside, outside, _node: node, _owner: owner, _folder: folder })
+    }
+
+    /// Puts an object of this length on the owner.
+    pub(super) fn put(&self, len: usize) -> Result<Key, StoreError> {
+        let key = Key::new(&format!("bench/remote/{len}"))?;
+        self.put.put_bytes(&key, &vec![9; len])?;
+        Ok(key)
+    }
+}
+
+pub(super) fn run(size: Size) -> Result<Vec<Row>, StoreError> {
+    let pairing = Pairing::start()?;
+    let (inside, outside) = (&pairing.inside, &pairing.outside);
     let mut bare = TcpLoop::start(64 * MIB + ENVELOPE_LEN)?;
     let mut rows = Vec::new();
     for (len, samples, target) in [
@@ -47,19 +74,17 @@ pub(super) fn run(size: Size) -> Result<Vec<Row>, StoreError> {
         (MIB, 50, Target::AtLeast(0.95)),
         (64 * MIB, 3, Target::AtLeast(0.95)),
     ] {
-        let key = Key::new(&format!("bench/remote/{len}"))?;
-        put.put_bytes(&key, &vec![9; len])?;
-        rows.push(get(size, "get", &inside, &key, &mut bare, (len, samples, target))?);
-        rows.push(get(size, "get through a daemon", &outside, &key, &mut bare, (len, samples, target))?);
+        let key = pairing.put(len)?;
+        rows.push(get(size, "get", inside, &key, &mut bare, (len, samples, target))?);
+        rows.push(get(size, "get through a daemon", outside, &key, &mut bare, (len, samples, target))?);
     }
     match iperf3() {
-        Ok(rate) => rows.push(beside_iperf3(size, &inside)?.into_row(rate)),
+        Ok(rate) => rows.push(beside_iperf3(size, inside)?.into_row(rate)),
         Err(why) => {
             use std::io::Write as _;
             let _ = writeln!(std::io::stderr(), "skipped: get beside iperf3: {why}");
         }
     }
-    drop((inside, outside, node, put, owner));
     Ok(rows)
 }
 

@@ -111,7 +111,7 @@ impl std::fmt::Display for Target {
 }
 
 #[allow(clippy::cast_precision_loss, reason = "a rate for people")]
-fn rate(size_bytes: u64, us: f64) -> f64 {
+pub(super) fn rate(size_bytes: u64, us: f64) -> f64 {
     size_bytes as f64 / (us * 1e-6) / (1_u64 << 30) as f64
 }
 
