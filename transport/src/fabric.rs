@@ -93,6 +93,10 @@ pub struct ReadStats {
     pub slices: u32,
     /// How many slices were asked for again because a data stream ended under them.
     pub reissued: u32,
+    /// The word of [`Fabric::read_checked`], as a number.
+    pub word: Option<u64>,
+    /// Trips to the owner and back that had to follow one another.
+    pub round_trips: u32,
 }
 
 /// What happened. Events of one link come in this order: `LinkUp` (not if the connection failed), anything else,
@@ -208,6 +212,20 @@ pub trait Fabric: Send + Sync {
         local: Extent,
     ) -> Result<(), StoreError>;
 
+    /// The same, and then reads 8 bytes at an address divisible by 8, which come back in [`ReadStats::word`]: they are
+    /// loaded at the owner, by one atomic load, after the last of the other bytes was read there. Without `bytes` only
+    /// the word is read.
+    ///
+    /// # Errors
+    /// As [`Fabric::read`]; `Invalid` if the word has not 8 bytes.
+    fn read_checked(
+        &self,
+        link: LinkId,
+        transfer: TransferId,
+        bytes: Option<(RemoteExtent, Extent)>,
+        word: RemoteExtent,
+    ) -> Result<(), StoreError>;
+
     /// Gives a read up. Its `ReadDone` follows as always (with success if it was complete already), and only then
     /// may the local extent be reused. An unknown transfer is ignored.
     fn cancel(&self, transfer: TransferId);
@@ -256,4 +274,22 @@ pub(crate) fn check_payload(frame: &Frame, payload: Option<Extent>) -> Result<()
         "frame",
         format!("send: its header announces {announced} bytes of payload, its extent has {len_bytes}"),
     ))
+}
+
+/// The length of a word in bytes.
+const WORD_LEN: u64 = 8;
+
+pub(crate) fn check_lengths(remote: RemoteExtent, local: Extent) -> Result<(), StoreError> {
+    if remote.len_bytes == local.len_bytes {
+        return Ok(());
+    }
+    let why = format!("{} remote bytes into {} local bytes", remote.len_bytes, local.len_bytes);
+    Err(StoreError::invalid("read", why))
+}
+
+pub(crate) fn check_word(word: RemoteExtent) -> Result<(), StoreError> {
+    if word.len_bytes == WORD_LEN {
+        return Ok(());
+    }
+    Err(StoreError::invalid("read", format!("a word of {} bytes, it has {WORD_LEN}", word.len_bytes)))
 }

@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use hetmem_core::LinkId;
 use hetmem_core::wire::{FrameHeader, FrameKind, encode};
+use hetmem_core::{Extent, LinkId, RemoteExtent, SegmentId, TransferId};
 use hetmem_transport::conformance::{Bench, Pair};
 use hetmem_transport::{
-    Fabric, FabricEvent, FabricSink, Landing, SendToken, Sent, TcpConfig, TcpFabric, conformance_suite,
+    Access, Fabric, FabricEvent, FabricSink, HeapRegion, Landing, SendToken, Sent, TcpConfig, TcpFabric,
+    conformance_suite,
 };
 
 struct Loopback {
@@ -152,4 +153,91 @@ fn a_host_name_is_looked_up() {
     let port = other.address().rsplit_once(':').map(|(_, port)| port.to_owned()).expect("a port");
     fabric.connect(&format!("localhost:{port}")).expect("connect");
     assert!(fabric.progress(Duration::from_secs(60), &|| sink.ups.load(Ordering::SeqCst) == 1));
+}
+
+/// Where reads end.
+#[derive(Default)]
+struct Ends {
+    up: AtomicBool,
+    ended: AtomicU64,
+    word: AtomicU64,
+}
+
+impl FabricSink for Ends {
+    fn message(&self, _: LinkId, _: FrameHeader, _: &[u8]) -> Landing {
+        Landing::Discard
+    }
+
+    fn event(&self, event: FabricEvent) {
+        match event {
+            FabricEvent::LinkUp { .. } => self.up.store(true, Ordering::SeqCst),
+            FabricEvent::ReadDone { transfer, result } => {
+                let word = result.expect("the link stays").word.expect("each read asks for one");
+                self.word.store(word, Ordering::SeqCst);
+                self.ended.store(transfer.0, Ordering::SeqCst);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// An owner that goes on using the memory: it clears the word, writes other bytes, and sets the word to the next number.
+/// Whoever found the same number before and behind the bytes has read that number's bytes.
+#[test]
+fn bytes_under_an_unchanged_word_are_whole() {
+    const WORD_AT: usize = 4 << 20;
+    const PATIENCE: Duration = Duration::from_secs(60);
+    for len in [4_096, 3 << 20] {
+        let (reader, owner) = (Arc::<Ends>::default(), Arc::<Ends>::default());
+        let a = TcpFabric::start(TcpConfig::default(), Arc::clone(&reader) as _).expect("listen");
+        let b = TcpFabric::start(TcpConfig::default(), owner).expect("listen");
+        let (here, there) = (Arc::new(HeapRegion::new(4 << 20)), Arc::new(HeapRegion::new(5 << 20)));
+        let segment = SegmentId(1);
+        a.register(segment, Arc::clone(&here) as _, Access::Local).expect("register");
+        let key = b.register(segment, Arc::clone(&there) as _, Access::RemoteRead).expect("register");
+        let link = a.connect(&b.address()).expect("connect");
+        assert!(a.progress(PATIENCE, &|| reader.up.load(Ordering::SeqCst)));
+        let next = AtomicU64::new(1);
+        let read = |bytes: Option<(RemoteExtent, Extent)>| {
+            let transfer = TransferId(next.fetch_add(1, Ordering::SeqCst));
+            let word = RemoteExtent { key, offset: WORD_AT as u64, len_bytes: 8 };
+            a.read_checked(link, transfer, bytes, word).expect("begun");
+            assert!(a.progress(PATIENCE, &|| reader.ended.load(Ordering::SeqCst) == transfer.0));
+            reader.word.load(Ordering::SeqCst)
+        };
+        let (over, mut whole, mut changed) = (AtomicBool::new(false), 0, 0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut number = 0_u64;
+                while !over.load(Ordering::SeqCst) {
+                    there.write(WORD_AT, &0_u64.to_le_bytes());
+                    std::sync::atomic::fence(Ordering::SeqCst);
+                    number += 1;
+                    there.write(0, &vec![number.to_le_bytes()[0]; len]);
+                    std::sync::atomic::fence(Ordering::SeqCst);
+                    there.write(WORD_AT, &number.to_le_bytes());
+                    // Long enough for some reads, too short for others.
+                    (0..number % 7 * 3_000).for_each(|_| std::hint::spin_loop());
+                    std::thread::yield_now();
+                }
+            });
+            let bytes = (
+                RemoteExtent { key, offset: 0, len_bytes: len as u64 },
+                Extent { segment, offset: 0, len_bytes: len as u64 },
+            );
+            while (whole < 20 || changed < 20) && next.load(Ordering::SeqCst) < 4_000 {
+                let before = read(None);
+                if before == 0 || read(Some(bytes)) != before {
+                    changed += 1;
+                    continue;
+                }
+                let byte = before.to_le_bytes()[0];
+                let wrong = here.read(0, len).iter().position(|found| *found != byte);
+                assert_eq!(wrong, None, "{len} bytes of number {before}");
+                whole += 1;
+            }
+            over.store(true, Ordering::SeqCst);
+        });
+        assert!(whole > 0 && changed > 0, "{len} bytes: {whole} whole, {changed} changed meanwhile");
+    }
 }

@@ -78,8 +78,7 @@ pub(super) fn run(size: Size) -> Result<Vec<Row>, StoreError> {
 }
 
 fn fetch(store: &Store, key: &Key, len: usize, way: Way) -> Result<Path, StoreError> {
-    let options =
-        GetOptions { keep: false, threshold_bytes: way.threshold_bytes(), ..GetOptions::default() };
+    let options = GetOptions { keep: false, threshold_bytes: way.threshold_bytes(), ..GetOptions::default() };
     let object = store.get_with(key, &options)?;
     if object.len() != len {
         return Err(StoreError::corrupt(key, format!("{} bytes came, {len} were put", object.len())));

@@ -67,6 +67,8 @@ macro_rules! conformance_suite {
             a_sink_may_call_back,
             reads_bring_every_byte,
             a_word_is_read,
+            a_checked_read_brings_its_word_too,
+            wrong_words_are_refused,
             an_empty_read_is_done,
             many_reads_at_once,
             wrong_reads_are_refused_by_name,

@@ -43,6 +43,47 @@ pub fn a_word_is_read(bench: &dyn Bench) {
     }
 }
 
+pub fn a_checked_read_brings_its_word_too(bench: &dyn Bench) {
+    let Connected { a, b, link_a, .. } = connected(bench);
+    let word_at = 1 << 20;
+    for (number, len) in [0_usize, 1, 8, 4096, 70_000, 1 << 20, (3 << 20) + 5].into_iter().enumerate() {
+        let (bytes, value) = (pattern(number as u64, len), 7_000 + number as u64);
+        b.memory.write(word_at, &value.to_le_bytes());
+        b.memory.write(2 << 20, &bytes);
+        let transfer = TransferId(a.number());
+        let local = Extent { segment: SHARED, offset: 64, len_bytes: len as u64 };
+        let wanted = (whole(&b, 2 << 20, len as u64), local);
+        // Without bytes, and with none of them, only the word is read.
+        let wanted = (number > 0).then_some(wanted);
+        a.fabric.read_checked(link_a, transfer, wanted, whole(&b, word_at as u64, 8)).expect("read");
+        let stats = a.read_result(transfer).expect("read");
+        assert_eq!((stats.bytes, stats.word), (len as u64, Some(value)), "{len} bytes");
+        assert!(stats.round_trips == 1 || (stats.round_trips == 2 && len > 0), "{stats:?}");
+        assert!(a.memory.read(64, len) == bytes, "{len} bytes");
+    }
+    let none = a.begin_read(link_a, whole(&b, 0, 64), 0);
+    assert_eq!(a.read_result(none).expect("read").word, None, "it asked for none");
+}
+
+pub fn wrong_words_are_refused(bench: &dyn Bench) {
+    let Connected { a, b, link_a, .. } = connected(bench);
+    let local = Extent { segment: SHARED, offset: 0, len_bytes: 100 };
+    let bytes = Some((whole(&b, 0, 100), local));
+    let begin = |word| {
+        let transfer = TransferId(a.number());
+        a.fabric.read_checked(link_a, transfer, bytes, word).map(|()| transfer)
+    };
+    let error = begin(whole(&b, 0, 9)).expect_err("nine bytes");
+    assert!(error.to_string().contains("9 bytes"), "{error}");
+    let unknown = RemoteExtent { key: RemoteKey(0x4321), offset: 0, len_bytes: 8 };
+    let private = RemoteExtent { key: b.private_key, offset: 0, len_bytes: 8 };
+    for (word, kind) in [(unknown, ErrorKind::Stale), (private, ErrorKind::Denied)] {
+        let error = a.read_result(begin(word).expect("begun")).expect_err("refused");
+        assert_eq!(error.kind(), kind, "{error}");
+    }
+    a.read_result(begin(whole(&b, 8, 8)).expect("begun")).expect("the link goes on");
+}
+
 pub fn an_empty_read_is_done(bench: &dyn Bench) {
     let Connected { a, b, link_a, .. } = connected(bench);
     let transfer = a.begin_read(link_a, whole(&b, 100, 0), 0);

@@ -17,7 +17,7 @@ use hetmem_core::wire::Frame;
 use hetmem_core::{Extent, LinkId, RemoteExtent, RemoteKey, SegmentId, StoreError, TransferId};
 
 use self::net::{Shared, nanos};
-use crate::fabric::{Access, Fabric, FabricKind, FabricSink, SendToken, Sent};
+use crate::fabric::{Access, Fabric, FabricKind, FabricSink, SendToken, Sent, check_word};
 use crate::memory::RegionMemory;
 
 /// What may go wrong, and how often. Chances are parts in a million.
@@ -220,7 +220,18 @@ impl Fabric for SimFabric {
         remote: RemoteExtent,
         local: Extent,
     ) -> Result<(), StoreError> {
-        self.shared.net.lock().read(self.node, link, transfer, remote, local)
+        self.shared.net.lock().read(self.node, link, transfer, Some((remote, local)), None)
+    }
+
+    fn read_checked(
+        &self,
+        link: LinkId,
+        transfer: TransferId,
+        bytes: Option<(RemoteExtent, Extent)>,
+        word: RemoteExtent,
+    ) -> Result<(), StoreError> {
+        check_word(word)?;
+        self.shared.net.lock().read(self.node, link, transfer, bytes, Some(word))
     }
 
     fn cancel(&self, transfer: TransferId) {

@@ -71,6 +71,8 @@ pub(super) enum Event {
     Fetch { read: u64, from: usize, upto: usize },
     /// It lands in the reader's.
     Put { read: u64, from: usize, bytes: Vec<u8> },
+    /// The word of a read is taken out of the owner's memory, after all bytes.
+    FetchWord { read: u64 },
     /// The reader hears that the read is over.
     Done { read: u64, result: Result<(), StoreError> },
 }
@@ -258,7 +260,7 @@ impl Net {
         let pair = match event {
             Event::Arrive { from, target } => self.ends.get(from).map(|end| pair(name(end.node), target)),
             Event::Up { end } | Event::Deliver { end } => between(end),
-            Event::Serve { read } | Event::Put { read, .. } => {
+            Event::Serve { read } | Event::Put { read, .. } | Event::FetchWord { read } => {
                 self.reads.get(read).and_then(|read| between(&read.end))
             }
             _ => None,
@@ -284,6 +286,7 @@ impl Net {
             Event::Serve { read } => self.serve(read),
             Event::Fetch { read, from, upto } => self.fetch(read, from, upto),
             Event::Put { read, from, bytes } => self.put(read, from, &bytes),
+            Event::FetchWord { read } => self.fetch_word(read),
             Event::Done { read, result } => self.done(read, result),
         }
         None

@@ -184,7 +184,7 @@ impl Link {
             return Err(self.lost("send"));
         };
         let has_payload = payload.is_some();
-        let mut outgoing = Outgoing { head: frame.into_bytes(), payload, token, sent: 0 };
+        let mut outgoing = Outgoing { head: frame.into_bytes(), payload, word: None, token, sent: 0 };
         let mut outbox = self.outbox.lock();
         // Looked at under the lock: a tear-down drains the outbox under it, after the state has changed.
         if self.state.load(Ordering::Acquire) != UP && self.state.load(Ordering::Acquire) != OPENED {
@@ -221,6 +221,7 @@ impl Link {
         self.outbox.lock().push(Outgoing {
             head: frame.into_bytes(),
             payload: None,
+            word: None,
             token: SendToken(0),
             sent: 0,
         });

@@ -38,7 +38,8 @@ use parking_lot::Mutex;
 use self::link::Link;
 use self::shared::{Conn, Shared, Task};
 use crate::fabric::{
-    Access, Fabric, FabricEvent, FabricKind, FabricSink, ReadStats, SendToken, Sent, check_payload,
+    Access, Fabric, FabricEvent, FabricKind, FabricSink, ReadStats, SendToken, Sent, check_lengths,
+    check_payload, check_word,
 };
 use crate::memory::RegionMemory;
 
@@ -154,6 +155,40 @@ impl TcpFabric {
             subject: format!("link {link}"),
             peer: "(unknown)".to_owned(),
             why: "the link is down, or never was".into(),
+        })
+    }
+
+    fn begin_read(
+        &self,
+        link: LinkId,
+        transfer: TransferId,
+        bytes: Option<(RemoteExtent, Extent)>,
+        word: Option<RemoteExtent>,
+    ) -> Result<(), StoreError> {
+        let bytes = match bytes {
+            Some((remote, local)) => {
+                check_lengths(remote, local)?;
+                let piece = self.shared.regions.local("read", local)?;
+                Some((remote, piece)).filter(|(_, piece)| piece.len() > 0)
+            }
+            None => None,
+        };
+        let link = self.link("read", link)?;
+        {
+            let mut transfers = self.shared.transfers.lock();
+            if transfers.contains_key(&transfer) {
+                return Err(StoreError::invalid("read", format!("transfer {transfer} is in progress")));
+            }
+            transfers.insert(transfer, Arc::clone(&link));
+        }
+        if bytes.is_none() && word.is_none() {
+            let result = Ok(ReadStats::default());
+            self.shared.transfers.lock().remove(&transfer);
+            self.shared.later(Task::Report(FabricEvent::ReadDone { transfer, result }));
+            return Ok(());
+        }
+        link.read(&self.shared, transfer, bytes, word).inspect_err(|_| {
+            self.shared.transfers.lock().remove(&transfer);
         })
     }
 
@@ -288,30 +323,18 @@ impl Fabric for TcpFabric {
         remote: RemoteExtent,
         local: Extent,
     ) -> Result<(), StoreError> {
-        if remote.len_bytes != local.len_bytes {
-            return Err(StoreError::invalid(
-                "read",
-                format!("{} remote bytes into {} local bytes", remote.len_bytes, local.len_bytes),
-            ));
-        }
-        let piece = self.shared.regions.local("read", local)?;
-        let link = self.link("read", link)?;
-        {
-            let mut transfers = self.shared.transfers.lock();
-            if transfers.contains_key(&transfer) {
-                return Err(StoreError::invalid("read", format!("transfer {transfer} is in progress")));
-            }
-            transfers.insert(transfer, Arc::clone(&link));
-        }
-        if piece.len() == 0 {
-            let result = Ok(ReadStats::default());
-            self.shared.transfers.lock().remove(&transfer);
-            self.shared.later(Task::Report(FabricEvent::ReadDone { transfer, result }));
-            return Ok(());
-        }
-        link.read(&self.shared, transfer, remote, piece).inspect_err(|_| {
-            self.shared.transfers.lock().remove(&transfer);
-        })
+        self.begin_read(link, transfer, Some((remote, local)), None)
+    }
+
+    fn read_checked(
+        &self,
+        link: LinkId,
+        transfer: TransferId,
+        bytes: Option<(RemoteExtent, Extent)>,
+        word: RemoteExtent,
+    ) -> Result<(), StoreError> {
+        check_word(word)?;
+        self.begin_read(link, transfer, bytes, Some(word))
     }
 
     fn cancel(&self, transfer: TransferId) {

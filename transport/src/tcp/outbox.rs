@@ -8,6 +8,7 @@ use std::os::fd::AsFd;
 use hetmem_core::StoreError;
 use rustix::io::Errno;
 
+use super::reads::WORD_LEN;
 use super::sys::Socket;
 use crate::fabric::SendToken;
 use crate::region::{Piece, Unmoved};
@@ -24,13 +25,20 @@ const WRITE_BUDGET: usize = 8 << 20;
 pub(super) struct Outgoing {
     pub(super) head: Vec<u8>,
     pub(super) payload: Option<Piece>,
+    /// A word that goes behind the head. It is loaded when its turn has come: what was asked for before is read before.
+    pub(super) word: Option<Piece>,
     pub(super) token: SendToken,
     pub(super) sent: usize,
 }
 
 impl Outgoing {
+    /// Bytes of its own, its word included, whether that was loaded already or not.
+    fn head_len(&self) -> usize {
+        self.head.len() + if self.word.is_some() { WORD_LEN } else { 0 }
+    }
+
     fn len(&self) -> usize {
-        self.head.len() + self.payload.as_ref().map_or(0, Piece::len)
+        self.head_len() + self.payload.as_ref().map_or(0, Piece::len)
     }
 }
 
@@ -69,7 +77,7 @@ impl Outbox {
     }
 
     pub(super) fn push(&mut self, outgoing: Outgoing) {
-        self.queued_bytes += outgoing.head.len();
+        self.queued_bytes += outgoing.head_len();
         self.queue.push_back(outgoing);
     }
 
@@ -90,7 +98,7 @@ impl Outbox {
                 Err(Failure::Broken(error)) => return Err(error),
             };
             if let Some(done) = self.queue.pop_front() {
-                self.queued_bytes -= done.head.len();
+                self.queued_bytes -= done.head_len();
                 if done.payload.is_some() {
                     settled.push((done.token, result));
                 }
@@ -120,6 +128,13 @@ pub(super) enum Failure {
 
 /// Writes one frame until it is out (true) or the socket is full (false).
 pub(super) fn write_one(socket: &Socket, outgoing: &mut Outgoing) -> Result<bool, Failure> {
+    if let Some(word) = outgoing.word.take() {
+        let Some(bytes) = word.word() else {
+            let error = StoreError::stale("send", "a word", "its segment was deregistered");
+            return Err(Failure::Broken(error));
+        };
+        outgoing.head.extend_from_slice(&bytes);
+    }
     let len = outgoing.len();
     while outgoing.sent < len {
         let head = outgoing.head.get(outgoing.sent..).unwrap_or_default();

@@ -19,13 +19,13 @@ impl Link {
         self: &Arc<Self>,
         shared: &Shared,
         transfer: TransferId,
-        remote: RemoteExtent,
-        local: Piece,
+        bytes: Option<(RemoteExtent, Piece)>,
+        word: Option<RemoteExtent>,
     ) -> Result<(), StoreError> {
         if !self.is_up() {
             return Err(self.lost("read"));
         }
-        self.reads.lock().begin(transfer, remote, local)?;
+        self.reads.lock().begin(transfer, bytes, word)?;
         self.push_reads(shared);
         Ok(())
     }

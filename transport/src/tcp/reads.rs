@@ -23,8 +23,19 @@ const SMALL_LEN: usize = 64 << 10;
 const QUEUE_MAX: usize = 64;
 /// The most reads in progress on one link.
 const TRANSFERS_MAX: usize = 4096;
+/// Bytes of a word.
+pub(super) const WORD_LEN: usize = 8;
 /// How often a slice is asked for before the read fails, when its streams end under it though the link is up.
 const TRIES_MAX: u8 = 3;
+
+/// How a request was answered.
+pub(super) enum Answered {
+    /// Its bytes have landed.
+    Bytes,
+    Word(u64),
+    /// Why the owner refused.
+    Refused(StoreError),
+}
 
 /// A read that is over.
 pub(super) struct Finished {
@@ -37,19 +48,47 @@ pub(super) struct Finished {
 pub(super) struct Slice {
     pub(super) transfer: TransferId,
     pub(super) remote: RemoteExtent,
-    pub(super) local: Piece,
+    /// Where it lands; none for the word of a checked read.
+    pub(super) local: Option<Piece>,
     pub(super) number: u32,
     tries: u8,
 }
 
 struct Transfer {
-    segment: SegmentId,
+    segment: Option<SegmentId>,
     /// Slices under way on streams.
     under_way: usize,
     /// Bytes that are neither under way nor there.
     unasked: usize,
+    word: Word,
     error: Option<StoreError>,
     stats: ReadStats,
+}
+
+/// The word that is to be read after all bytes.
+#[derive(Clone, Copy)]
+enum Word {
+    /// There is none, or it is there.
+    Done,
+    /// To be asked for: behind the last slice if that is the only one under way, on its stream, whose owner answers in
+    /// order; else when all slices are there.
+    Unasked(RemoteExtent),
+    Asked,
+}
+
+impl Transfer {
+    /// The word, if its time has come.
+    fn take_due_word(&mut self, under_way: usize) -> Option<RemoteExtent> {
+        match self.word {
+            Word::Unasked(word)
+                if self.unasked == 0 && self.under_way == under_way && self.error.is_none() =>
+            {
+                self.word = Word::Asked;
+                Some(word)
+            }
+            _ => None,
+        }
+    }
 }
 
 struct Book {
@@ -114,7 +153,7 @@ impl Reads {
 
     /// How many streams are wanted beyond those that there are, `streams` being the most.
     pub(super) fn streams_wanted(&self, slice_bytes: usize, streams: usize) -> usize {
-        let bytes = self.waiting.iter().fold(0_usize, |sum, slice| sum.saturating_add(slice.local.len()));
+        let bytes = self.waiting.iter().fold(0_usize, |sum, slice| sum.saturating_add(slice.len()));
         let useful = bytes.div_ceil(slice_bytes).clamp(usize::from(!self.waiting.is_empty()), streams);
         useful.saturating_sub(self.books.len())
     }
@@ -130,8 +169,8 @@ impl Reads {
     pub(super) fn begin(
         &mut self,
         transfer: TransferId,
-        remote: RemoteExtent,
-        local: Piece,
+        bytes: Option<(RemoteExtent, Piece)>,
+        word: Option<RemoteExtent>,
     ) -> Result<(), StoreError> {
         match &self.state {
             State::Open => {}
@@ -144,31 +183,42 @@ impl Reads {
                 format!("{TRANSFERS_MAX} reads are in progress on this link"),
             ));
         }
-        self.transfers.insert(
-            transfer,
-            Transfer {
-                segment: local.segment(),
-                under_way: 0,
-                unasked: local.len(),
-                error: None,
-                stats: ReadStats { bytes: local.len() as u64, ..ReadStats::default() },
-            },
-        );
-        let small = local.len() <= SMALL_LEN;
-        let slice = Slice { transfer, remote, local, number: 0, tries: 0 };
-        if small {
-            self.waiting.push_front(slice);
-        } else {
-            self.waiting.push_back(slice);
+        let len = bytes.as_ref().map_or(0, |(_, local)| local.len());
+        let begun = Transfer {
+            segment: bytes.as_ref().map(|(_, local)| local.segment()),
+            under_way: 0,
+            unasked: len,
+            word: word.map_or(Word::Done, Word::Unasked),
+            error: None,
+            stats: ReadStats { bytes: len as u64, ..ReadStats::default() },
+        };
+        self.transfers.insert(transfer, begun);
+        match bytes {
+            Some((remote, local)) => {
+                let slice = Slice { transfer, remote, local: Some(local), number: 0, tries: 0 };
+                if slice.is_small() {
+                    self.waiting.push_front(slice);
+                } else {
+                    self.waiting.push_back(slice);
+                }
+            }
+            None => self.queue_due_word(transfer, 0),
         }
         Ok(())
+    }
+
+    /// Asks for the word of a read whose bytes are all there.
+    fn queue_due_word(&mut self, transfer: TransferId, tries: u8) {
+        let due = self.transfers.get_mut(&transfer).and_then(|it| it.take_due_word(0));
+        if let Some(remote) = due {
+            self.waiting.push_front(Slice { transfer, remote, local: None, number: 0, tries });
+        }
     }
 
     /// Gives waiting bytes to streams that have room for them.
     pub(super) fn assign(&mut self, slice_bytes: usize, next: &mut Next) {
         while let Some(front) = self.waiting.front() {
-            let small = front.local.len() <= SMALL_LEN;
-            let window = if small { QUEUE_MAX } else { WINDOW };
+            let window = if front.is_small() { QUEUE_MAX } else { WINDOW };
             let room = self.books.iter_mut().filter(|book| book.under_way.len() < window);
             let Some(book) = room.min_by_key(|book| book.under_way_bytes) else {
                 return;
@@ -176,21 +226,31 @@ impl Reads {
             let Some(mut slice) = self.waiting.pop_front() else {
                 return;
             };
-            if slice.local.len() > slice_bytes {
+            if slice.len() > slice_bytes {
                 let (first, rest) = slice.cut(slice_bytes);
                 self.waiting.push_front(rest);
                 slice = first;
             }
-            self.next_number = self.next_number.wrapping_add(1);
-            slice.number = self.next_number;
-            if let Some(transfer) = self.transfers.get_mut(&slice.transfer) {
+            let number = slice.transfer;
+            let mut behind = None;
+            if let Some(transfer) = self.transfers.get_mut(&number) {
                 transfer.under_way += 1;
-                transfer.unasked -= slice.local.len();
-                transfer.stats.slices += 1;
+                match slice.local {
+                    Some(_) => {
+                        transfer.unasked -= slice.len();
+                        transfer.stats.slices += 1;
+                        transfer.stats.round_trips = 1;
+                        behind = transfer.take_due_word(1);
+                    }
+                    None => transfer.stats.round_trips += 1,
+                }
+                transfer.under_way += usize::from(behind.is_some());
             }
-            book.stream.ask(Request { number: slice.number, extent: slice.remote });
-            book.under_way_bytes += slice.local.len();
-            book.under_way.push_back(slice);
+            book.ask(slice, &mut self.next_number);
+            if let Some(remote) = behind {
+                let word = Slice { transfer: number, remote, local: None, number: 0, tries: 0 };
+                book.ask(word, &mut self.next_number);
+            }
             if !next.flush.iter().any(|stream| Arc::ptr_eq(stream, &book.stream)) {
                 next.flush.push(Arc::clone(&book.stream));
             }
@@ -202,11 +262,11 @@ impl Reads {
         self.books.iter().find(|book| Arc::ptr_eq(&book.stream, stream))?.under_way.front().cloned()
     }
 
-    /// The answer to a stream's oldest request is complete: the bytes have landed, or the owner refused.
+    /// The answer to a stream's oldest request is complete.
     pub(super) fn answered(
         &mut self,
         stream: &Arc<ReadStream>,
-        refused: Option<StoreError>,
+        answered: Answered,
         slice_bytes: usize,
         next: &mut Next,
     ) {
@@ -217,13 +277,18 @@ impl Reads {
         }) else {
             return;
         };
-        book.under_way_bytes -= slice.local.len();
+        book.under_way_bytes -= slice.len();
         if let Some(transfer) = self.transfers.get_mut(&slice.transfer) {
             transfer.under_way -= 1;
+            if let Answered::Word(word) = answered {
+                transfer.word = Word::Done;
+                transfer.stats.word = Some(word);
+            }
         }
-        if let Some(error) = refused {
+        if let Answered::Refused(error) = answered {
             self.give_up(slice.transfer, error);
         }
+        self.queue_due_word(slice.transfer, 0);
         self.finish_if_over(slice.transfer, next);
         self.assign(slice_bytes, next);
     }
@@ -237,21 +302,29 @@ impl Reads {
             State::Closed(error) => Some(error.clone()),
             _ => None,
         };
+        let mut words = Vec::new();
         for mut slice in self.books.swap_remove(at).under_way.into_iter().rev() {
             let Some(transfer) = self.transfers.get_mut(&slice.transfer) else {
                 continue;
             };
             transfer.under_way -= 1;
             slice.tries += u8::from(guilty);
-            if transfer.error.is_none() && closed.is_none() && slice.tries < TRIES_MAX {
-                transfer.unasked += slice.local.len();
+            let number = slice.transfer;
+            if transfer.error.is_some() || closed.is_some() || slice.tries >= TRIES_MAX {
+                self.give_up(number, closed.clone().unwrap_or_else(|| why.clone()));
+                self.finish_if_over(number, next);
+            } else if slice.local.is_some() {
+                transfer.unasked += slice.len();
                 transfer.stats.reissued += 1;
                 self.waiting.push_front(slice);
-                continue;
+            } else {
+                transfer.word = Word::Unasked(slice.remote);
+                words.push((number, slice.tries));
             }
-            let number = slice.transfer;
-            self.give_up(number, closed.clone().unwrap_or_else(|| why.clone()));
-            self.finish_if_over(number, next);
+        }
+        // Bytes that went back are asked for before their word is.
+        for (number, tries) in words {
+            self.queue_due_word(number, tries);
         }
     }
 
@@ -282,7 +355,7 @@ impl Reads {
 
     /// The reads into a segment.
     pub(super) fn of_segment(&self, segment: SegmentId) -> Vec<TransferId> {
-        let of_it = self.transfers.iter().filter(|(_, transfer)| transfer.segment == segment);
+        let of_it = self.transfers.iter().filter(|(_, transfer)| transfer.segment == Some(segment));
         of_it.map(|(number, _)| *number).collect()
     }
 
@@ -322,11 +395,13 @@ impl Reads {
         };
         transfer.error.get_or_insert(error);
         transfer.unasked = 0;
+        transfer.word = Word::Done;
         self.waiting.retain(|slice| slice.transfer != number);
     }
 
     fn finish_if_over(&mut self, number: TransferId, next: &mut Next) {
-        let over = self.transfers.get(&number).is_some_and(|it| it.under_way == 0 && it.unasked == 0);
+        let is_over = |it: &Transfer| it.under_way == 0 && it.unasked == 0 && matches!(it.word, Word::Done);
+        let over = self.transfers.get(&number).is_some_and(is_over);
         if !over {
             return;
         }
@@ -341,14 +416,33 @@ impl Reads {
     }
 }
 
+impl Book {
+    fn ask(&mut self, mut slice: Slice, next_number: &mut u32) {
+        *next_number = next_number.wrapping_add(1);
+        slice.number = *next_number;
+        self.stream.ask(Request { number: slice.number, extent: slice.remote });
+        self.under_way_bytes += slice.len();
+        self.under_way.push_back(slice);
+    }
+}
+
 impl Slice {
+    pub(super) fn len(&self) -> usize {
+        self.local.as_ref().map_or(WORD_LEN, Piece::len)
+    }
+
+    fn is_small(&self) -> bool {
+        self.len() <= SMALL_LEN
+    }
+
+    /// Of bytes; a word is shorter than any slice.
     fn cut(self, len: usize) -> (Self, Self) {
-        let rest_len = self.local.len() - len;
+        let rest_len = self.len() - len;
         let mut first = self.clone();
         let mut rest = self;
-        first.local = rest.local.part(0, len);
+        first.local = rest.local.as_ref().map(|local| local.part(0, len));
         first.remote.len_bytes = len as u64;
-        rest.local = rest.local.part(len, rest_len);
+        rest.local = rest.local.as_ref().map(|local| local.part(len, rest_len));
         rest.remote.offset += len as u64;
         rest.remote.len_bytes = rest_len as u64;
         (first, rest)

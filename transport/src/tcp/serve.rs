@@ -146,15 +146,9 @@ impl ServeStream {
 fn answer_to(shared: &Shared, request: Request) -> Result<Outgoing, StoreError> {
     let RemoteExtent { len_bytes, .. } = request.extent;
     let piece = shared.regions.remote(request.extent)?;
-    let mut head = Answer { error: None, number: request.number, len_bytes }.to_bytes().to_vec();
-    if !piece.is_word() {
-        return Ok(Outgoing { head, payload: Some(piece), token: SendToken(0), sent: 0 });
-    }
-    let Some(word) = piece.word() else {
-        return Err(StoreError::stale("read", "remote extent", "its segment was just deregistered"));
-    };
-    head.extend_from_slice(&word);
-    Ok(Outgoing { head, payload: None, token: SendToken(0), sent: 0 })
+    let head = Answer { error: None, number: request.number, len_bytes }.to_bytes().to_vec();
+    let (payload, word) = if piece.is_word() { (None, Some(piece)) } else { (Some(piece), None) };
+    Ok(Outgoing { head, payload, word, token: SendToken(0), sent: 0 })
 }
 
 fn refusal(request: Request, error: &StoreError) -> Outgoing {
@@ -163,5 +157,5 @@ fn refusal(request: Request, error: &StoreError) -> Outgoing {
     let mut head = Vec::with_capacity(ANSWER_LEN + text.len());
     head.extend_from_slice(&answer.to_bytes());
     head.extend_from_slice(&text);
-    Outgoing { head, payload: None, token: SendToken(0), sent: 0 }
+    Outgoing { head, payload: None, word: None, token: SendToken(0), sent: 0 }
 }

@@ -14,12 +14,12 @@ use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 
 use super::link::Link;
-use super::reads::{Next, Slice};
+use super::reads::{Answered, Next, Slice, WORD_LEN};
 use super::shared::{Conn, Shared, Task};
 use super::sys::{Got, Socket};
 use super::turn::Turn;
 use super::wire::{ANSWER_LEN, Answer, FabricMessage, Request, StreamToken, error_from};
-use crate::region::Unmoved;
+use crate::region::{Piece, Unmoved};
 
 /// Bytes received before other connections get their turn.
 const RECEIVE_BUDGET: usize = 8 << 20;
@@ -60,7 +60,8 @@ struct Inbox {
 }
 
 enum Incoming {
-    Bytes { slice: Slice, done: usize },
+    Bytes { slice: Slice, local: Piece, done: usize },
+    Word { bytes: [u8; WORD_LEN], done: usize },
     Refusal { kind: ErrorKind, text: Vec<u8>, len: usize },
 }
 
@@ -247,15 +248,15 @@ impl ReadStream {
                 Got::End => return Err(StoreError::unavailable("its data stream", "the peer closed it")),
             };
             budget = budget.saturating_sub(count);
-            if let Some(refused) = inbox.complete() {
-                self.answered(shared, refused);
+            if let Some(answered) = inbox.complete() {
+                self.answered(shared, answered);
             }
             if inbox.head_len == ANSWER_LEN && inbox.answer.is_none() {
                 let slice = self.link.reads.lock().expected(self);
                 inbox.begin(slice)?;
                 // An answer without bytes is complete at once.
-                if let Some(refused) = inbox.complete() {
-                    self.answered(shared, refused);
+                if let Some(answered) = inbox.complete() {
+                    self.answered(shared, answered);
                 }
             } else if count < wanted {
                 return Ok(());
@@ -264,9 +265,9 @@ impl ReadStream {
         Ok(())
     }
 
-    fn answered(self: &Arc<Self>, shared: &Arc<Shared>, refused: Option<StoreError>) {
+    fn answered(self: &Arc<Self>, shared: &Arc<Shared>, answered: Answered) {
         let mut next = Next::default();
-        self.link.reads.lock().answered(self, refused, shared.config.slice_bytes, &mut next);
+        self.link.reads.lock().answered(self, answered, shared.config.slice_bytes, &mut next);
         for stream in &next.flush {
             stream.flush(shared);
         }
@@ -299,10 +300,18 @@ impl Inbox {
                 }
                 Ok((got, buffer.len()))
             }
-            Some(Incoming::Bytes { slice, done }) => {
-                let left = slice.local.len() - *done;
+            Some(Incoming::Word { bytes, done }) => {
+                let wanted = bytes.len() - *done;
+                let got = socket.receive(&mut bytes[*done..]).map_err(failed)?;
+                if let Got::Bytes(count) = got {
+                    *done += count;
+                }
+                Ok((got, wanted))
+            }
+            Some(Incoming::Bytes { slice, local, done }) => {
+                let left = local.len() - *done;
                 let wanted = left + self.head.len();
-                match slice.local.receive(socket.as_fd(), *done, &mut self.head) {
+                match local.receive(socket.as_fd(), *done, &mut self.head) {
                     Ok(count) => {
                         *done += count.min(left);
                         self.head_len = count.saturating_sub(left);
@@ -325,9 +334,10 @@ impl Inbox {
         };
         let answer = Answer::parse(self.head, slice.number, slice.remote.len_bytes)?;
         self.head_len = 0;
-        self.answer = Some(match answer.error {
-            None => Incoming::Bytes { slice, done: 0 },
-            Some(kind) => {
+        self.answer = Some(match (answer.error, slice.local.clone()) {
+            (None, Some(local)) => Incoming::Bytes { slice, local, done: 0 },
+            (None, None) => Incoming::Word { bytes: [0; WORD_LEN], done: 0 },
+            (Some(kind), _) => {
                 let len = usize::try_from(answer.len_bytes).unwrap_or(0);
                 Incoming::Refusal { kind, text: Vec::with_capacity(len), len }
             }
@@ -335,15 +345,18 @@ impl Inbox {
         Ok(())
     }
 
-    /// Takes the answer if it is complete; the inner value is why the owner refused.
-    #[allow(clippy::option_option, reason = "complete or not, refused or not")]
-    fn complete(&mut self) -> Option<Option<StoreError>> {
-        let refused = match self.answer.as_ref()? {
-            Incoming::Bytes { slice, done } if *done == slice.local.len() => None,
-            Incoming::Refusal { kind, text, len } if text.len() == *len => Some(error_from(*kind, text)),
-            Incoming::Bytes { .. } | Incoming::Refusal { .. } => return None,
+    /// Takes the answer if it is complete.
+    fn complete(&mut self) -> Option<Answered> {
+        let answered = match self.answer.as_ref()? {
+            Incoming::Bytes { local, done, .. } if *done == local.len() => Answered::Bytes,
+            // As it lies in the owner's memory: the protocol fixes little-endian for what it means.
+            Incoming::Word { bytes, done } if *done == WORD_LEN => Answered::Word(u64::from_le_bytes(*bytes)),
+            Incoming::Refusal { kind, text, len } if text.len() == *len => {
+                Answered::Refused(error_from(*kind, text))
+            }
+            Incoming::Bytes { .. } | Incoming::Word { .. } | Incoming::Refusal { .. } => return None,
         };
         self.answer = None;
-        Some(refused)
+        Some(answered)
     }
 }
