@@ -21,7 +21,6 @@ use crate::clients::Clients;
 use crate::outbox::Outbox;
 use crate::rings::Rings;
 use crate::segments::Job;
-use crate::words::Words;
 
 /// A descriptor to send beside a reply, kept open until it is sent.
 pub(crate) enum Descriptors {
@@ -54,7 +53,6 @@ pub(crate) struct Driver {
     pub(crate) fabric: OnceLock<Arc<dyn Fabric>>,
     pub(crate) clients: Clients,
     pub(crate) outbox: Outbox,
-    pub(crate) words: Words,
     pub(crate) jobs: Sender<Job>,
     /// Frames and sessions of clients that were refused for what they sent.
     pub(crate) refused: AtomicU64,
@@ -83,7 +81,6 @@ impl Driver {
             fabric: OnceLock::new(),
             clients: Clients::default(),
             outbox: Outbox::default(),
-            words: Words::default(),
             jobs,
             refused: AtomicU64::new(0),
             started: Instant::now(),
@@ -244,7 +241,6 @@ impl Driver {
             | Action::Disconnect { .. }
             | Action::Send { .. }
             | Action::Read { .. }
-            | Action::ReadWord { .. }
             | Action::CancelRead { .. } => self.outbox.push(action),
         }
         None
@@ -274,7 +270,6 @@ const fn may_miss(input: &Input) -> bool {
     !matches!(
         input,
         Input::ReadDone { .. }
-            | Input::WordRead { .. }
             | Input::SendDone { .. }
             | Input::Landed { .. }
             | Input::CopyDone { .. }

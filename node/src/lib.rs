@@ -15,7 +15,6 @@ mod peers;
 mod reactor;
 mod rings;
 mod segments;
-mod words;
 
 pub use config::{Config, FabricChoice, KEYS, parse_bytes};
 pub use node::{EngineHeld, Node};

@@ -1,10 +1,9 @@
 //! The promise that the node's memory makes to fabrics. This file holds unsafe code: it vouches for mappings that
-//! `hetmem_host_mem` owns, and for the words that `words` reads. Not the mappings. Invariant: a region keeps its memory
+//! `hetmem_host_mem` owns. Not the mappings. Invariant: a region keeps its memory
 //! alive.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use hetmem_host_mem::{IndexMemory, Segment};
 use hetmem_transport::RegionMemory;
@@ -37,20 +36,5 @@ unsafe impl RegionMemory for GenerationsRegion {
 
     fn len_bytes(&self) -> u64 {
         self.0.generations().1
-    }
-}
-
-/// Where generation words of peers land.
-pub(crate) struct WordsRegion(pub(crate) Box<[AtomicU64]>);
-
-// SAFETY: the boxed slice is neither moved nor freed nor resized before the region is dropped. All other access to
-// it is by atomic loads, which stay sound whatever is written from elsewhere; no reference to its bytes is made.
-unsafe impl RegionMemory for WordsRegion {
-    fn base(&self) -> *mut u8 {
-        self.0.as_ptr().cast::<u8>().cast_mut()
-    }
-
-    fn len_bytes(&self) -> u64 {
-        size_of_val(&*self.0) as u64
     }
 }

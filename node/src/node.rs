@@ -23,7 +23,6 @@ use crate::memory::GenerationsRegion;
 use crate::peers::{Sink, TCP};
 use crate::reactor::Reactor;
 use crate::segments::{Job, Maker};
-use crate::words::WORDS_SEGMENT;
 
 /// The number under which the index is registered with fabrics; segments of objects count from 1.
 const INDEX_SEGMENT: SegmentId = SegmentId(0);
@@ -132,7 +131,6 @@ impl Node {
         let (jobs, received) = channel();
         let shown = index.memory();
         let driver = Arc::new(Driver::new(engine, index, jobs.clone()));
-        fabric.register(WORDS_SEGMENT, driver.words.region(), Access::Local)?;
         let _ = driver.fabric.set(Arc::clone(fabric) as Arc<dyn Fabric>);
         let os = |error: std::io::Error| StoreError::os("starting a thread", error);
         let maker = Maker { reserve, pages: config.huge_pages };

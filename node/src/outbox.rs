@@ -6,7 +6,7 @@ use std::collections::{HashMap, VecDeque};
 
 use hetmem_core::engine::{Action, Input};
 use hetmem_core::wire::{FrameKind, PeerMessage, encode};
-use hetmem_core::{ErrorKind, Extent, LinkId, StoreError};
+use hetmem_core::{ErrorKind, Extent, LinkId, RemoteExtent, StoreError, TransferId};
 use hetmem_transport::{Fabric, SendToken, Sent};
 use parking_lot::Mutex;
 
@@ -71,17 +71,9 @@ impl Driver {
             Action::Send { link, request, message, payload } => {
                 self.send(fabric.as_ref(), link, Message { request, message, payload });
             }
-            Action::Read { link, transfer, remote, local } => {
-                if let Err(why) = fabric.read(link, transfer, remote, local) {
+            Action::Read { link, transfer, bytes, word } => {
+                if let Err(why) = read(fabric.as_ref(), link, transfer, bytes, word) {
                     self.feed(Input::ReadDone { transfer, result: Err(why) });
-                }
-            }
-            Action::ReadWord { link, transfer, remote } => {
-                let begun =
-                    self.words.begin(transfer).and_then(|local| fabric.read(link, transfer, remote, local));
-                if let Err(why) = begun {
-                    self.words.finish(transfer);
-                    self.feed(Input::WordRead { transfer, result: Err(why) });
                 }
             }
             Action::CancelRead { transfer } => fabric.cancel(transfer),
@@ -185,6 +177,20 @@ impl Driver {
         for message in waiting.into_iter().flatten() {
             self.drop_message(message);
         }
+    }
+}
+
+fn read(
+    fabric: &dyn Fabric,
+    link: LinkId,
+    transfer: TransferId,
+    bytes: Option<(RemoteExtent, Extent)>,
+    word: Option<RemoteExtent>,
+) -> Result<(), StoreError> {
+    match (bytes, word) {
+        (bytes, Some(word)) => fabric.read_checked(link, transfer, bytes, word),
+        (Some((remote, local)), None) => fabric.read(link, transfer, remote, local),
+        (None, None) => Err(StoreError::invalid("read", "of nothing")),
     }
 }
 

@@ -3,11 +3,11 @@
 
 use std::sync::{Arc, OnceLock, Weak};
 
-use hetmem_core::engine::{FabricId, Input};
+use hetmem_core::engine::{FabricId, Input, ReadEnd};
 use hetmem_core::receipt::Moved;
 use hetmem_core::wire::{FrameHeader, FrameKind, PeerMessage, decode};
 use hetmem_core::{LinkId, StoreError};
-use hetmem_transport::{FabricEvent, FabricSink, Landing, LandingToken};
+use hetmem_transport::{FabricEvent, FabricSink, Landing, LandingToken, ReadStats};
 
 use crate::driver::Driver;
 use crate::inprocess::in_sink;
@@ -78,13 +78,9 @@ impl FabricSink for Sink {
                     Input::LinkDown { link, why }
                 }
             },
-            FabricEvent::ReadDone { transfer, result } => match driver.words.finish(transfer) {
-                Some(word) => Input::WordRead { transfer, result: result.map(|_| word) },
-                None => Input::ReadDone {
-                    transfer,
-                    result: result.map(|s| Moved { bytes: s.bytes, staged_bytes: s.staged_bytes }),
-                },
-            },
+            FabricEvent::ReadDone { transfer, result } => {
+                Input::ReadDone { transfer, result: result.map(end_of_read) }
+            }
             FabricEvent::SendDone { token, .. } => Input::SendDone { send: token.0 },
             FabricEvent::Landed { token, result, .. } => {
                 let result = result.map(|s| Moved { bytes: s.bytes, staged_bytes: s.staged_bytes });
@@ -93,4 +89,9 @@ impl FabricSink for Sink {
         };
         driver.feed(input);
     }
+}
+
+fn end_of_read(stats: ReadStats) -> ReadEnd {
+    let ReadStats { bytes, staged_bytes, word, round_trips, .. } = stats;
+    ReadEnd { moved: Moved { bytes, staged_bytes }, word, round_trips }
 }

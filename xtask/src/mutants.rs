@@ -58,20 +58,20 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         what: "a read that ended after its lease is a success",
         file: "core/src/engine/arrival.rs",
-        find: "Ok(moved) if self.now <= valid_until =>",
-        replace: "Ok(moved) if self.now <= valid_until || link.0 < u64::MAX =>",
+        find: "Ok(ReadEnd { moved, .. }) if self.now <= valid_until =>",
+        replace: "Ok(ReadEnd { moved, .. }) if self.now <= valid_until || link.0 < u64::MAX =>",
     },
     Mutant {
         what: "a generation word that has changed is believed",
         file: "core/src/engine/locations.rs",
-        find: "if *result != Ok(location.generation.0) {",
-        replace: "if result.is_err() {",
+        find: "Ok(ReadEnd { word, round_trips, .. }) if *word == Some(location.generation.0) => {",
+        replace: "Ok(ReadEnd { word, round_trips, .. }) if word.is_some() => {",
     },
     Mutant {
         what: "a place that was read without a lease is believed without a look at the word",
         file: "core/src/engine/locations.rs",
-        find: "            Ok(_) => self.check_word(id, location, generation, true),",
-        replace: "            Ok(_) => self.fetch_complete(id, Some(location.link), generation, Path::Read),",
+        find: "Ok(ReadEnd { word, moved, .. }) if *word == Some(location.generation.0) => {",
+        replace: "Ok(ReadEnd { word, moved, .. }) if word.is_some() => {",
     },
     Mutant {
         what: "clients' pins are forgotten",

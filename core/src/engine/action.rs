@@ -109,10 +109,14 @@ pub enum Action {
     /// Let the payload of the message that is being handled go here; this may come in answer to the `PinScan` that
     /// the message led to. `Landed` with the request follows.
     Land { request: u64, extent: Extent },
-    /// Read from a peer; exactly one `ReadDone` follows.
-    Read { link: LinkId, transfer: TransferId, remote: RemoteExtent, local: Extent },
-    /// Read the 8 bytes at a peer that hold a generation; exactly one `WordRead` follows.
-    ReadWord { link: LinkId, transfer: TransferId, remote: RemoteExtent },
+    /// Read from a peer: bytes into an extent as long, and after the last of them the 8 bytes that hold a generation;
+    /// either may be missing. Exactly one `ReadDone` follows.
+    Read {
+        link: LinkId,
+        transfer: TransferId,
+        bytes: Option<(RemoteExtent, Extent)>,
+        word: Option<RemoteExtent>,
+    },
     /// Make a read end soon; its `ReadDone` still follows.
     CancelRead { transfer: TransferId },
 

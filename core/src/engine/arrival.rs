@@ -6,8 +6,10 @@
 use super::Engine;
 use super::action::Action;
 use super::fetch::{Bytes, Fetch, FetchId, Source, Stage, Want};
+use super::input::ReadEnd;
 use super::lifecycle::State;
 use super::objects::Object;
+use super::paths::Way;
 use super::room::Purpose;
 use super::space::Owner;
 use super::timer::Time;
@@ -185,16 +187,16 @@ impl Engine {
         let Some(generation) = self.insert_fetched(id, source, extent) else {
             return;
         };
-        self.fetch_round_trip(id);
         let transfer = self.new_transfer();
         self.transfers.insert(transfer, (generation, id));
         if let Some(fetch) = self.fetches.get_mut(&id) {
             fetch.stage = Stage::Reading { link, transfer, granted, valid_until };
         }
         if extent.len_bytes == 0 {
-            return self.read_done(transfer, Ok(Moved::default()));
+            return self.read_done(transfer, Ok(ReadEnd::default()));
         }
-        self.out.push(Action::Read { link, transfer, remote: granted.extent, local: extent });
+        let bytes = Some((granted.extent, extent));
+        self.out.push(Action::Read { link, transfer, bytes, word: None });
     }
 
     pub(super) fn new_transfer(&mut self) -> TransferId {
@@ -257,7 +259,7 @@ impl Engine {
         match result {
             Ok(moved) => {
                 self.fetch_moved(id, moved);
-                self.measure(id, link, Path::Eager, moved);
+                self.measure(id, link, Way::Eager, moved);
                 self.fetch_complete(id, link, generation, Path::Eager);
             }
             Err(why) => {
@@ -271,12 +273,16 @@ impl Engine {
     }
 
     /// A read has ended.
-    pub(super) fn read_done(&mut self, transfer: TransferId, result: Result<Moved, StoreError>) {
+    pub(super) fn read_done(&mut self, transfer: TransferId, result: Result<ReadEnd, StoreError>) {
+        if self.locations.is_word(transfer) {
+            return self.word_read(transfer, &result);
+        }
         let Some((generation, id)) = self.transfers.remove(&transfer) else {
             return;
         };
-        if let Ok(moved) = result {
+        if let Ok(ReadEnd { moved, round_trips, .. }) = result {
             self.fetch_moved(id, moved);
+            self.fetch_round_trips(id, round_trips);
         }
         let stage = self.fetches.get(&id).map(|fetch| &fetch.stage);
         if let Some(&Stage::ReadingKnown { location, .. }) = stage {
@@ -291,8 +297,8 @@ impl Engine {
         self.filled(generation, id);
         self.tell_peer(link, PeerMessage::Release { lease: granted.lease });
         match result {
-            Ok(moved) if self.now <= valid_until => {
-                self.measure(id, Some(link), Path::Read, moved);
+            Ok(ReadEnd { moved, .. }) if self.now <= valid_until => {
+                self.measure(id, Some(link), Way::Granted, moved);
                 self.remember_place(id, link, granted, generation);
                 self.fetch_complete(id, Some(link), generation, Path::Read);
             }

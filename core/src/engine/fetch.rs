@@ -67,11 +67,11 @@ pub(super) enum Stage {
     Landing { link: LinkId },
     /// A read is under way.
     Reading { link: LinkId, transfer: TransferId, granted: Granted, valid_until: Time },
-    /// A read without a lease is under way, of a place that is remembered.
+    /// A read without a lease is under way, of a place that is remembered and of the owner's word after it.
     ReadingKnown { transfer: TransferId, location: Location },
-    /// The bytes are here, in this generation; what they are is seen by the owner's word. `known` if no GRANT was
-    /// asked for.
-    CheckingWord { transfer: TransferId, location: Location, generation: Generation, known: bool },
+    /// The bytes are here, in this generation, and their lease had run out by then; what they are is seen by the owner's
+    /// word.
+    CheckingWord { transfer: TransferId, location: Location, generation: Generation },
 }
 
 /// What a peer has answered.
@@ -175,9 +175,9 @@ impl Engine {
     ) {
         let deadline = self.now.after_ms(timeout_ms);
         let mut waiter = FetchWaiter { client, request, deadline, timeout_ms, came_after: 0 };
-        // Once the owner's word is being read, what it says may be older than who comes now.
+        // Once the owner's word may have been read, what it says may be older than who comes now.
         let same = |fetch: &Fetch| {
-            let decided = matches!(fetch.stage, Stage::CheckingWord { .. });
+            let decided = matches!(fetch.stage, Stage::ReadingKnown { .. } | Stage::CheckingWord { .. });
             let forced = fetch.threshold_bytes == threshold_bytes;
             fetch.key == key && fetch.range == range && fetch.want == want && forced && !decided
         };
@@ -317,10 +317,10 @@ impl Engine {
         }
     }
 
-    /// A read, or the look at a word, goes out.
-    pub(super) fn fetch_round_trip(&mut self, id: FetchId) {
+    /// A read took so many trips to the owner and back.
+    pub(super) fn fetch_round_trips(&mut self, id: FetchId, count: u32) {
         if let Some(fetch) = self.fetches.get_mut(&id) {
-            fetch.round_trips += 1;
+            fetch.round_trips += count;
         }
     }
 

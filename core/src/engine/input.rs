@@ -75,6 +75,17 @@ pub struct RingState {
     pub tail: u64,
 }
 
+/// What a read has brought.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReadEnd {
+    /// Its bytes.
+    pub moved: Moved,
+    /// The word, if one was wanted: as the owner's memory held it after the last byte was read there.
+    pub word: Option<u64>,
+    /// Trips to the owner and back that followed one another.
+    pub round_trips: u32,
+}
+
 /// What happened.
 #[derive(Debug)]
 #[allow(missing_docs, reason = "the variants say what happened, their fields are named as in `Action`")]
@@ -112,9 +123,7 @@ pub enum Input {
     /// The payload of the answer to `request` is in its place, or never will be.
     Landed { request: u64, result: Result<Moved, StoreError> },
     /// A read has ended; no more bytes land.
-    ReadDone { transfer: TransferId, result: Result<Moved, StoreError> },
-    /// `Action::ReadWord` has ended: the word as the owner's memory held it after the action, as a number.
-    WordRead { transfer: TransferId, result: Result<u64, StoreError> },
+    ReadDone { transfer: TransferId, result: Result<ReadEnd, StoreError> },
     /// The payload of a send is no longer read from its extent.
     SendDone { send: u64 },
 

@@ -1,7 +1,7 @@
 //! Where objects were found at peers, so that they are read again with no message to the peer's engine; and the look
 //! at the generation word that tells whether bytes are what they were taken for. Not whom to ask (`fetch`).
 //! Invariant: bytes that were read while no lease of this node was alive are believed only if the owner's generation
-//! word, read after the last byte had come, is the one that the owner named when it gave the place.
+//! word, read after the last of them was read, is the one that the owner named when it gave the place.
 //!
 //! Why that is enough: the owner changes the word (`Action::Withdraw`) before it frees the extent, no generation is
 //! used twice in an incarnation, and a region key belongs to one registration of one incarnation for ever, so a place
@@ -13,10 +13,12 @@ use std::collections::BTreeMap;
 use super::Engine;
 use super::action::Action;
 use super::fetch::{Bytes, FetchId, Source, Stage, Want};
+use super::input::ReadEnd;
+use super::paths::Way;
 use crate::error::StoreError;
 use crate::key::Key;
 use crate::meta::ObjectMeta;
-use crate::receipt::{Moved, Path};
+use crate::receipt::Path;
 use crate::tier::{Extent, Generation, LinkId, NodeId, ObjectId, RemoteExtent, TransferId};
 use crate::wire::{Granted, Range};
 
@@ -91,6 +93,11 @@ impl Locations {
         }
     }
 
+    /// Whether a transfer is of a word alone.
+    pub(super) fn is_word(&self, transfer: TransferId) -> bool {
+        self.words.contains_key(&transfer)
+    }
+
     fn get(&self, key: &Key) -> Option<Location> {
         self.places.get(key).map(|(_, location)| *location)
     }
@@ -141,17 +148,21 @@ impl Engine {
             self.locations.forget(&fetch.key.clone());
             return false;
         }
-        // What is asked for may be a part of another object of the key, and then the owner is to say so. A short
-        // part is sooner here inside an answer: reading bytes and word takes two round trips.
-        let inline_max = match fetch.threshold_bytes.or(self.config.threshold_bytes) {
-            Some(forced) => forced,
-            None => self.threshold_of(location.node),
-        };
-        let Some(remote) = location.part(fetch.range).filter(|part| part.len_bytes > inline_max) else {
-            return false;
-        };
         if fetch.tried.contains(&location.node) {
             return false;
+        }
+        // What is asked for may be a part of another object of the key, and then the owner is to say so.
+        let (range, forced) = (fetch.range, fetch.threshold_bytes.or(self.config.threshold_bytes));
+        let Some(remote) = location.part(range) else {
+            return false;
+        };
+        let least = forced.unwrap_or_else(|| self.known_from(location.node));
+        if remote.len_bytes <= least {
+            return false;
+        }
+        self.time(id);
+        if let Some(fetch) = self.fetches.get_mut(&id) {
+            fetch.inline_max = least;
         }
         let bytes = Bytes::Known { location, remote };
         let source = Source { object: location.object, meta: location.meta, bytes };
@@ -173,26 +184,36 @@ impl Engine {
         let Some(generation) = self.insert_fetched(id, source, local) else {
             return false;
         };
-        self.fetch_round_trip(id);
         let transfer = self.new_transfer();
         self.transfers.insert(transfer, (generation, id));
         self.set_stage(id, Stage::ReadingKnown { transfer, location });
-        self.out.push(Action::Read { link: location.link, transfer, remote, local });
+        let (link, word) = (location.link, Some(location.generation_at));
+        self.out.push(Action::Read { link, transfer, bytes: Some((remote, local)), word });
         true
     }
 
-    /// Bytes were read that no lease protects, or could not be. Nothing lands in the object any more.
+    /// Bytes were read that no lease protects, and the word after them; or they could not be. Nothing lands in the object
+    /// any more.
     pub(super) fn known_read(
         &mut self,
         id: FetchId,
         location: Location,
         generation: Generation,
-        result: &Result<Moved, StoreError>,
+        result: &Result<ReadEnd, StoreError>,
     ) {
         match result {
-            Ok(_) => self.check_word(id, location, generation, true),
-            Err(_) => self.place_outdated(id, generation, true),
+            Ok(ReadEnd { word, moved, .. }) if *word == Some(location.generation.0) => {
+                self.counters.known += 1;
+                self.measure(id, Some(location.link), Way::Known, *moved);
+                self.word_is_unchanged(id, location, generation);
+            }
+            Ok(_) | Err(_) => self.place_outdated(id, generation, true),
         }
+    }
+
+    fn word_is_unchanged(&mut self, id: FetchId, location: Location, generation: Generation) {
+        self.remember(id, location);
+        self.fetch_complete(id, Some(location.link), generation, Path::Read);
     }
 
     /// A granted read is through, its lease is alive: the place may be read again.
@@ -217,7 +238,7 @@ impl Engine {
         generation: Generation,
     ) {
         match self.place_of(id, link, granted, generation) {
-            Some(location) => self.check_word(id, location, generation, false),
+            Some(location) => self.check_word(id, location, generation),
             None => self.place_outdated(id, generation, false),
         }
     }
@@ -243,33 +264,33 @@ impl Engine {
         }
     }
 
-    fn check_word(&mut self, id: FetchId, location: Location, generation: Generation, known: bool) {
-        self.fetch_round_trip(id);
+    fn check_word(&mut self, id: FetchId, location: Location, generation: Generation) {
         let transfer = self.new_transfer();
         self.locations.words.insert(transfer, id);
-        self.set_stage(id, Stage::CheckingWord { transfer, location, generation, known });
-        let (link, remote) = (location.link, location.generation_at);
-        self.out.push(Action::ReadWord { link, transfer, remote });
+        self.set_stage(id, Stage::CheckingWord { transfer, location, generation });
+        let (link, word) = (location.link, Some(location.generation_at));
+        self.out.push(Action::Read { link, transfer, bytes: None, word });
     }
 
     /// The owner's word is there, or cannot be read.
-    pub(super) fn word_read(&mut self, transfer: TransferId, result: &Result<u64, StoreError>) {
+    pub(super) fn word_read(&mut self, transfer: TransferId, result: &Result<ReadEnd, StoreError>) {
         let Some(id) = self.locations.words.remove(&transfer) else {
             return;
         };
         let stage = self.fetches.get(&id).map(|fetch| &fetch.stage);
-        let Some(&Stage::CheckingWord { transfer: of, location, generation, known }) = stage else {
+        let Some(&Stage::CheckingWord { transfer: of, location, generation }) = stage else {
             return;
         };
         if of != transfer {
             return;
         }
-        if *result != Ok(location.generation.0) {
-            return self.place_outdated(id, generation, known);
+        match result {
+            Ok(ReadEnd { word, round_trips, .. }) if *word == Some(location.generation.0) => {
+                self.fetch_round_trips(id, *round_trips);
+                self.word_is_unchanged(id, location, generation);
+            }
+            Ok(_) | Err(_) => self.place_outdated(id, generation, false),
         }
-        self.counters.known += u64::from(known);
-        self.remember(id, location);
-        self.fetch_complete(id, Some(location.link), generation, Path::Read);
     }
 
     /// What was read may be anything. A place that was only remembered was worth a try: the object is asked for at

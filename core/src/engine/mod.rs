@@ -31,7 +31,7 @@ mod waiting;
 pub use action::{Action, Attachment, Event, PublishedObject};
 pub use ahead::AHEAD_OBJECTS_MAX;
 pub use directory::{Directory, Verdict};
-pub use input::{EngineConfig, FabricId, Input, PutAhead, RingState, THRESHOLD_DEFAULT};
+pub use input::{EngineConfig, FabricId, Input, PutAhead, ReadEnd, RingState, THRESHOLD_DEFAULT};
 pub use lifecycle::State;
 pub use paths::{THRESHOLD_MAX, THRESHOLD_MIN};
 pub use room::StartUp;
@@ -200,7 +200,6 @@ impl Engine {
             Input::Refused { link, why } => self.peer_refused(link, &why),
             Input::Landed { request, result } => self.landed(request, result),
             Input::ReadDone { transfer, result } => self.read_done(transfer, result),
-            Input::WordRead { transfer, result } => self.word_read(transfer, &result),
             Input::SendDone { send } => self.send_done(send),
             Input::PinScan { pinned, touched } => self.pin_scan(&pinned, &touched),
             Input::SegmentReady { segment, keys } => self.segment_ready(segment, keys),

@@ -1,17 +1,18 @@
-//! What eager and rendezvous cost with each peer, as measured by this engine's own gets, and the eager threshold that
-//! follows. Not which path one get takes beyond that. Invariant: a threshold that was computed is within
-//! [`THRESHOLD_MIN`] and [`THRESHOLD_MAX`], and moves only by more than the noise.
+//! What the ways of a get cost with each peer, as measured by this engine's own gets, and the lengths at which one way
+//! becomes better than another. Not which way one get takes beyond that. Invariant: a threshold that was computed is
+//! within [`THRESHOLD_MIN`] and [`THRESHOLD_MAX`], and moves only by more than the noise.
 //!
-//! With both paths, time grows with length: `t = round trips + length * cost of a byte`. A grant costs one round trip
-//! more than an answer with the bytes inside, and spares the copies that such an answer needs; where the two lines
-//! cross is the threshold: `(a_read - a_eager) / (b_eager - b_read)`.
+//! There are three ways: inside the answer (eager), by read after a grant, and by read of a place that is known. With
+//! each, time grows with length: `t = base + length * cost of a byte`. A grant costs one round trip more than an answer
+//! with the bytes inside, and spares the copies that such an answer needs; a read of a known place costs no message to the
+//! owner's engine. Where two lines cross is a threshold: `(a_read - a_eager) / (b_eager - b_read)`.
 
 use std::collections::{BTreeMap, VecDeque};
 
 use super::fetch::{Fetch, FetchId};
 use super::timer::Time;
 use super::{Engine, THRESHOLD_DEFAULT};
-use crate::receipt::{Moved, Path};
+use crate::receipt::Moved;
 use crate::tier::{LinkId, NodeId};
 
 /// The least threshold that is computed: a header and metadata take as much as a shorter object.
@@ -108,7 +109,7 @@ fn fit(points: &[(f64, f64)]) -> Option<Line> {
     Some(Line { base: (wy - per_byte * wx) / w, per_byte })
 }
 
-/// Where rendezvous becomes the faster of the two, in bytes.
+/// Where reading becomes the faster of the two, in bytes.
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped before")]
 fn crossing(eager: Line, read: Line) -> u64 {
     let round_trip = read.base - eager.base;
@@ -122,22 +123,32 @@ fn crossing(eager: Line, read: Line) -> u64 {
     (round_trip / copy).clamp(float(THRESHOLD_MIN), float(THRESHOLD_MAX)) as u64
 }
 
-/// One peer.
+/// How the bytes of a get come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Inside the answer.
+    Eager,
+    /// By read, after a grant.
+    Granted,
+    /// By read of a place that is known.
+    Known,
+}
+
+/// One way of reading beside the eager way.
 #[derive(Debug, Default)]
-struct Measured {
-    eager: Times,
-    read: Times,
+struct Beside {
+    times: Times,
     questions: u32,
     /// The threshold in bytes, and the lines that it follows from.
     computed: Option<(u64, Line, Line)>,
 }
 
-impl Measured {
+impl Beside {
     fn threshold(&self) -> u64 {
         self.computed.map_or(THRESHOLD_DEFAULT, |(threshold, ..)| threshold)
     }
 
-    /// What the next question names.
+    /// What the next get goes by.
     fn next(&mut self) -> u64 {
         let every = if self.computed.is_some() { EXPLORE_EVERY } else { EXPLORE_EVERY_AT_FIRST };
         self.questions = self.questions.wrapping_add(1);
@@ -149,12 +160,8 @@ impl Measured {
         }
     }
 
-    fn add(&mut self, path: Path, len_bytes: u64, ns: u64) {
-        match path {
-            Path::Eager => self.eager.add(len_bytes, ns),
-            _ => self.read.add(len_bytes, ns),
-        }
-        let (Some(eager), Some(read)) = (fit(&self.eager.points()), fit(&self.read.points())) else {
+    fn update(&mut self, eager: &Times) {
+        let (Some(eager), Some(read)) = (fit(&eager.points()), fit(&self.times.points())) else {
             return;
         };
         let new = crossing(eager, read);
@@ -164,7 +171,7 @@ impl Measured {
         }
     }
 
-    fn why(&self) -> String {
+    fn why(&self, what: &str) -> String {
         let Some((_, eager, read)) = self.computed else {
             return "default, not measured yet".to_owned();
         };
@@ -174,11 +181,42 @@ impl Measured {
             _ => "",
         };
         format!(
-            "measured: a grant costs {:.1} us more, the copy of an answer {:.3} ns a byte more{limit}",
+            "measured: {what} costs {:+.1} us, the copy of an answer {:+.3} ns a byte{limit}",
             (read.base - eager.base) / 1e3,
             eager.per_byte - read.per_byte,
         )
     }
+}
+
+/// One peer.
+#[derive(Debug, Default)]
+struct Measured {
+    eager: Times,
+    granted: Beside,
+    known: Beside,
+}
+
+impl Measured {
+    fn add(&mut self, way: Way, len_bytes: u64, ns: u64) {
+        match way {
+            Way::Eager => self.eager.add(len_bytes, ns),
+            Way::Granted => self.granted.times.add(len_bytes, ns),
+            Way::Known => self.known.times.add(len_bytes, ns),
+        }
+        if way != Way::Known {
+            self.granted.update(&self.eager);
+        }
+        if way != Way::Granted {
+            self.known.update(&self.eager);
+        }
+    }
+}
+
+/// A threshold and why it is that.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct InWords {
+    pub(super) bytes: u64,
+    pub(super) why: String,
 }
 
 /// All peers.
@@ -192,37 +230,44 @@ impl Paths {
 }
 
 impl Engine {
-    /// Up to how many bytes an object comes inside a peer's answer, if nobody forces that.
-    pub(super) fn threshold_of(&self, node: NodeId) -> u64 {
-        self.paths.0.get(&node).map_or(THRESHOLD_DEFAULT, Measured::threshold)
+    /// From more than how many bytes on a known place of a peer is read, if nobody forces that.
+    pub(super) fn known_from(&mut self, node: NodeId) -> u64 {
+        self.paths.0.entry(node).or_default().known.next()
     }
 
-    /// The threshold towards a peer, in bytes, and why it is that.
-    pub(super) fn threshold_in_words(&self, node: NodeId) -> (u64, String) {
-        if let Some(forced) = self.config.threshold_bytes {
-            return (forced, "forced by configuration".to_owned());
+    /// The thresholds towards a peer: of answers, and of reads of known places.
+    pub(super) fn thresholds_in_words(&self, node: NodeId) -> [InWords; 2] {
+        if let Some(bytes) = self.config.threshold_bytes {
+            let forced = InWords { bytes, why: "forced by configuration".to_owned() };
+            return [forced.clone(), forced];
         }
-        match self.paths.0.get(&node) {
-            Some(measured) => (measured.threshold(), measured.why()),
-            None => (THRESHOLD_DEFAULT, "default, not measured yet".to_owned()),
-        }
+        let default = Measured::default();
+        let Measured { granted, known, .. } = self.paths.0.get(&node).unwrap_or(&default);
+        let in_words = |beside: &Beside, what| InWords { bytes: beside.threshold(), why: beside.why(what) };
+        [in_words(granted, "a grant"), in_words(known, "a read of a known place")]
     }
 
-    /// What a question names as the longest payload of its answer; begins to time it where nothing else is under way
-    /// that would be timed with it.
+    /// What a question names as the longest payload of its answer; begins to time it.
     pub(super) fn inline_max_for(&mut self, id: FetchId, link: LinkId, forced: Option<u64>) -> u64 {
         let node = self.links.get(&link).and_then(|link| link.node);
         let inline_max = match (forced.or(self.config.threshold_bytes), node) {
             (Some(forced), _) => forced,
-            (None, Some(node)) => self.paths.0.entry(node).or_default().next(),
+            (None, Some(node)) => self.paths.0.entry(node).or_default().granted.next(),
             (None, None) => THRESHOLD_DEFAULT,
         };
-        let timed = (self.fetches.len() == 1).then_some(Timed { asked: self.now, answered: None });
+        self.time(id);
         if let Some(fetch) = self.fetches.get_mut(&id) {
             fetch.inline_max = inline_max;
-            fetch.timed = timed;
         }
         inline_max
+    }
+
+    /// A get goes out. It is timed where nothing else is under way that would be timed with it.
+    pub(super) fn time(&mut self, id: FetchId) {
+        let timed = (self.fetches.len() == 1).then_some(Timed { asked: self.now, answered: None });
+        if let Some(fetch) = self.fetches.get_mut(&id) {
+            fetch.timed = timed;
+        }
     }
 
     /// The answer is there, and room for it is looked for.
@@ -241,12 +286,12 @@ impl Engine {
     }
 
     /// The bytes of a fetch are there.
-    pub(super) fn measure(&mut self, id: FetchId, link: Option<LinkId>, path: Path, moved: Moved) {
+    pub(super) fn measure(&mut self, id: FetchId, link: Option<LinkId>, way: Way, moved: Moved) {
         let timed = self.fetches.get_mut(&id).and_then(|fetch| fetch.timed.take());
         let node = link.and_then(|link| self.links.get(&link)).and_then(|link| link.node);
         if let (Some(timed), Some(node)) = (timed, node) {
             let ns = self.now.0.saturating_sub(timed.asked.0);
-            self.paths.0.entry(node).or_default().add(path, moved.bytes, ns);
+            self.paths.0.entry(node).or_default().add(way, moved.bytes, ns);
         }
     }
 }
@@ -283,9 +328,9 @@ mod tests {
         assert_eq!(fit(&[]), None);
     }
 
-    fn sample(measured: &mut Measured, path: Path, len_bytes: u64, ns: f64) {
+    fn sample(measured: &mut Measured, way: Way, len_bytes: u64, ns: f64) {
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small and positive")]
-        measured.add(path, len_bytes, ns as u64);
+        measured.add(way, len_bytes, ns as u64);
     }
 
     /// Gets of lengths around the crossing, with one in eight far too slow.
@@ -294,8 +339,8 @@ mod tests {
             for len in [1_000, 4_000, 16_000, 60_000, 200_000] {
                 let slow = if (round + len).is_multiple_of(8) { 20.0 } else { 1.0 };
                 let at = |line: Line| slow * (line.base + line.per_byte * float(len));
-                sample(measured, Path::Eager, len, at(eager));
-                sample(measured, Path::Read, len, at(read));
+                sample(measured, Way::Eager, len, at(eager));
+                sample(measured, Way::Granted, len, at(read));
             }
         }
     }
@@ -303,19 +348,18 @@ mod tests {
     #[test]
     fn it_is_measured_in_spite_of_outliers_and_follows_a_change() {
         let mut measured = Measured::default();
-        assert_eq!(measured.threshold(), THRESHOLD_DEFAULT);
+        assert_eq!(measured.granted.threshold(), THRESHOLD_DEFAULT);
         run(&mut measured, line(20_000.0, 0.5), line(40_000.0, 0.1), 40);
-        let threshold = measured.threshold();
+        let threshold = measured.granted.threshold();
         assert!((40_000..60_000).contains(&threshold), "{threshold}");
-        assert!(
-            measured.why().contains("20.0 us more") || measured.why().starts_with("measured"),
-            "{}",
-            measured.why()
-        );
+        let why = measured.granted.why("a grant");
+        assert!(why.starts_with("measured: a grant costs +") && why.contains("ns a byte"), "{why}");
+        assert_eq!(measured.known.threshold(), THRESHOLD_DEFAULT, "no known place was read");
         run(&mut measured, line(20_000.0, 0.5), line(40_000.0, 0.05), 40);
-        assert_eq!(measured.threshold(), threshold, "44,000 is not different enough");
+        assert_eq!(measured.granted.threshold(), threshold, "44,000 is not different enough");
         run(&mut measured, line(20_000.0, 0.5), line(24_000.0, 0.1), 40);
-        assert!((8_000..12_000).contains(&measured.threshold()), "{}", measured.threshold());
+        let threshold = measured.granted.threshold();
+        assert!((8_000..12_000).contains(&threshold), "{threshold}");
     }
 
     #[test]
@@ -323,16 +367,30 @@ mod tests {
         let mut measured = Measured::default();
         for len in [1_000, 2_000, 4_000, 8_000] {
             for _ in 0..SAMPLES {
-                measured.add(Path::Eager, len, 20_000);
+                measured.add(Way::Eager, len, 20_000);
             }
         }
-        assert_eq!(measured.computed, None);
-        let asked: Vec<u64> = (0..EXPLORE_EVERY_AT_FIRST).map(|_| measured.next()).collect();
+        assert_eq!((measured.granted.computed, measured.known.computed), (None, None));
+        let asked: Vec<u64> = (0..EXPLORE_EVERY_AT_FIRST).map(|_| measured.granted.next()).collect();
         assert!(asked.contains(&(THRESHOLD_DEFAULT * 4)) && asked.contains(&(THRESHOLD_DEFAULT / 4)));
         run(&mut measured, line(20_000.0, 0.5), line(40_000.0, 0.1), 20);
-        let threshold = measured.threshold();
-        let other = (0..EXPLORE_EVERY * 10).filter(|_| measured.next() != threshold).count();
+        let threshold = measured.granted.threshold();
+        let other = (0..EXPLORE_EVERY * 10).filter(|_| measured.granted.next() != threshold).count();
         assert_eq!(other, 20, "two of {EXPLORE_EVERY}");
+    }
+
+    #[test]
+    fn a_known_place_has_a_threshold_of_its_own() {
+        let mut measured = Measured::default();
+        for len in [1_000, 4_000, 16_000, 60_000, 200_000] {
+            for _ in 0..SAMPLES {
+                sample(&mut measured, Way::Eager, len, 20_000.0 + 0.5 * float(len));
+                sample(&mut measured, Way::Known, len, 22_000.0 + 0.4 * float(len));
+            }
+        }
+        let threshold = measured.known.threshold();
+        assert!((18_000..22_000).contains(&threshold), "{threshold}");
+        assert_eq!(measured.granted.computed, None);
     }
 
     #[test]

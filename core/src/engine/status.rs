@@ -20,15 +20,17 @@ impl Engine {
             pages: String::new(),
         };
         let peer = |peer: &super::Peer| {
-            let (threshold_bytes, threshold_why) = self.threshold_in_words(peer.member.node);
+            let [answers, places] = self.thresholds_in_words(peer.member.node);
             PeerStatus {
                 node: peer.member.node,
                 name: peer.member.name.clone(),
                 address: peer.member.address.clone(),
                 linked: peer.link.is_some(),
                 fabric: String::new(),
-                threshold_bytes,
-                threshold_why,
+                threshold_bytes: answers.bytes,
+                threshold_why: answers.why,
+                known_from_bytes: places.bytes,
+                known_from_why: places.why,
             }
         };
         Status {

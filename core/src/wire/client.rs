@@ -265,6 +265,10 @@ pub struct PeerStatus {
     pub threshold_bytes: u64,
     /// Why the threshold is what it is.
     pub threshold_why: String,
+    /// Longer objects are read where they were found before, without a question.
+    pub known_from_bytes: u64,
+    /// Why it is that many.
+    pub known_from_why: String,
 }
 
 /// Counters since the node started.

@@ -181,8 +181,13 @@ fn tier_status() -> impl Strategy<Value = TierStatus> {
 }
 
 fn peer_status() -> impl Strategy<Value = PeerStatus> {
-    (number(), [text(), text(), text(), text()], any::<bool>(), number()).prop_map(
-        |(node, [name, address, fabric, threshold_why], linked, threshold_bytes)| PeerStatus {
+    (number(), [text(), text(), text(), text(), text()], any::<bool>(), (number(), number())).prop_map(
+        |(
+            node,
+            [name, address, fabric, threshold_why, known_from_why],
+            linked,
+            (threshold_bytes, known_from_bytes),
+        )| PeerStatus {
             node: NodeId(node),
             name,
             address,
@@ -190,6 +195,8 @@ fn peer_status() -> impl Strategy<Value = PeerStatus> {
             fabric,
             threshold_bytes,
             threshold_why,
+            known_from_bytes,
+            known_from_why,
         },
     )
 }

@@ -6,7 +6,8 @@ use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, Weak};
 
 use hetmem_core::engine::{
-    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, PublishedObject, RingState, Time,
+    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, PublishedObject, ReadEnd, RingState,
+    Time,
 };
 use hetmem_core::receipt::Path;
 use hetmem_core::wire::{ClientReply, FrameHeader, Member, PeerMessage, decode};
@@ -26,9 +27,6 @@ use super::world::{Due, World};
 
 pub(super) const FABRIC: FabricId = FabricId(0);
 const INDEX_SEGMENT: SegmentId = SegmentId(0);
-/// Where generation words of peers land, one place per read of one; the places are used in turn.
-const WORDS_SEGMENT: SegmentId = SegmentId(u32::MAX);
-const WORDS_MAX: u64 = 1024;
 const SLOT_LEN: u64 = 64;
 pub(super) const HEARTBEAT_MS: u64 = 100;
 
@@ -60,9 +58,12 @@ impl Clock {
 /// A read under way, the lease that it is under (whose, of which incarnation, until when of the owner's clock), and
 /// which generation was there when it began.
 struct Read {
-    local: Extent,
+    /// None if only a word is read.
+    local: Option<Extent>,
     lease: Option<(usize, u64, u64)>,
     generation: Option<(RemoteKey, Generation)>,
+    /// Whose index the word that is read with it is of.
+    word_of: Option<RemoteKey>,
 }
 
 /// One client's pins. A place is taken by the client, or by the node on its behalf.
@@ -87,10 +88,6 @@ pub(super) struct Node {
     pub(super) by_key: BTreeMap<Key, SlotId>,
     words: Arc<HeapRegion>,
     words_key: RemoteKey,
-    /// Words of peers: what has landed, and the reads under way with the index that each is of.
-    landed_words: Arc<HeapRegion>,
-    pub(super) word_reads: BTreeMap<TransferId, (RemoteKey, u64)>,
-    next_word: u64,
     pub(super) pages: BTreeMap<ClientId, Page>,
     pub(super) touched: Vec<SlotId>,
     pub(super) guards: Guards,
@@ -161,10 +158,6 @@ impl Node {
         let key = fabric
             .register(INDEX_SEGMENT, Arc::clone(&words) as _, Access::RemoteRead)
             .expect("the index is registered once");
-        let landed_words = Arc::new(HeapRegion::new(usize::try_from(WORDS_MAX * 8).expect("few")));
-        fabric
-            .register(WORDS_SEGMENT, Arc::clone(&landed_words) as _, Access::Local)
-            .expect("the words are registered once");
         let engine = Engine::new(config(plan, number, epoch, key));
         Self {
             name,
@@ -179,9 +172,6 @@ impl Node {
             by_key: BTreeMap::new(),
             words,
             words_key: key,
-            landed_words,
-            word_reads: BTreeMap::new(),
-            next_word: 0,
             pages: BTreeMap::new(),
             touched: Vec::new(),
             guards: Guards::default(),
@@ -243,10 +233,7 @@ fn config(plan: &Plan, number: usize, epoch: u64, key: RemoteKey) -> EngineConfi
 impl World {
     /// Hands an input to a node and carries out what follows. Says where the payload of a message goes.
     pub(super) fn feed(&mut self, at: usize, input: Input) -> Option<Extent> {
-        let landed = matches!(
-            input,
-            Input::ReadDone { .. } | Input::WordRead { .. } | Input::SendDone { .. } | Input::Landed { .. }
-        );
+        let landed = matches!(input, Input::ReadDone { .. } | Input::SendDone { .. } | Input::Landed { .. });
         if !landed {
             self.drain_rings(at);
         }
@@ -287,13 +274,8 @@ impl World {
                     node.guards.remove(extent.segment, Hold::Landing(*request));
                 }
             }
-            Input::ReadDone { transfer, result } => self.read_over(at, *transfer, result.is_ok()),
-            Input::WordRead { transfer, result } => {
-                let of = node.word_reads.remove(transfer);
-                if let (Some((key, _)), Ok(word)) = (of, result) {
-                    // Only one place's bytes are asked about, but no two objects have one generation of one index.
-                    node.spoiled.retain(|_, wanted| *wanted != Some((key, Generation(*word))));
-                }
+            Input::ReadDone { transfer, result } => {
+                self.read_over(at, *transfer, result.as_ref().ok().copied())
             }
             Input::PeerMessage { link, message: PeerMessage::Release { lease }, .. }
                 if node.leases.get(lease).is_some_and(|(of, ..)| of == link) =>
@@ -345,23 +327,34 @@ impl World {
         Some((owner, self.nodes[owner].epoch, until))
     }
 
-    /// A read has ended. If its lease had run out by then, its bytes may be anyone's.
-    fn read_over(&mut self, at: usize, transfer: TransferId, complete: bool) {
+    /// A read has ended. If its lease had run out by then, its bytes may be anyone's, unless the word that was read after
+    /// them says whose they are.
+    fn read_over(&mut self, at: usize, transfer: TransferId, end: Option<ReadEnd>) {
         let Some(read) = self.nodes[at].reads.remove(&transfer) else { return };
         let now = self.now();
+        let node = &mut self.nodes[at];
+        let word = end.and_then(|end| Some((read.word_of?, Generation(end.word?))));
+        let Some(local) = read.local else {
+            // Only one place's bytes are asked about, but no two objects have one generation of one index.
+            return node.spoiled.retain(|_, wanted| wanted.is_none() || *wanted != word);
+        };
+        node.guards.remove(local.segment, Hold::Reading(transfer));
         let late = read.lease.is_none_or(|(owner, epoch, until)| {
             let owner = &self.nodes[owner];
             owner.epoch == epoch && owner.clock.at(now) >= until
         });
-        let place = (read.local.segment, read.local.offset);
+        let place = (local.segment, local.offset);
         let node = &mut self.nodes[at];
-        node.guards.remove(read.local.segment, Hold::Reading(transfer));
-        if late && complete {
-            self.tally.late_reads += u64::from(read.lease.is_some());
-            self.tally.known_reads += u64::from(read.lease.is_none());
-            node.spoiled.insert(place, read.generation);
-        } else {
+        if !late || end.is_none() {
             node.spoiled.remove(&place);
+            return;
+        }
+        self.tally.late_reads += u64::from(read.lease.is_some());
+        self.tally.known_reads += u64::from(read.lease.is_none());
+        if read.generation.is_some() && read.generation == word {
+            node.spoiled.remove(&place);
+        } else {
+            node.spoiled.insert(place, read.generation);
         }
     }
 
@@ -493,11 +486,17 @@ impl World {
 
     fn hold_for_fabric(&mut self, at: usize, action: &Action) {
         match action {
-            Action::Read { transfer, local, remote, .. } => {
-                self.hold(at, *local, Hold::Reading(*transfer));
-                let lease = self.lease_of(at, *remote);
-                let generation = self.generation_at(*remote);
-                self.nodes[at].reads.insert(*transfer, Read { local: *local, lease, generation });
+            Action::Read { transfer, bytes, word, .. } => {
+                let word_of = word.map(|word| word.key);
+                let read = match bytes {
+                    None => Read { local: None, lease: None, generation: None, word_of },
+                    Some((remote, local)) => {
+                        self.hold(at, *local, Hold::Reading(*transfer));
+                        let lease = self.lease_of(at, *remote);
+                        Read { local: Some(*local), lease, generation: self.generation_at(*remote), word_of }
+                    }
+                };
+                self.nodes[at].reads.insert(*transfer, read);
             }
             Action::Send { link, message: PeerMessage::Release { lease }, .. } => {
                 // What is read there from now on is read without it.
@@ -660,21 +659,6 @@ impl World {
 }
 
 impl Node {
-    /// Where the next word of a peer lands.
-    pub(super) fn begin_word(&mut self, transfer: TransferId, remote: RemoteExtent) -> Extent {
-        let offset = self.next_word % WORDS_MAX * 8;
-        self.next_word += 1;
-        self.word_reads.insert(transfer, (remote.key, offset));
-        Extent { segment: WORDS_SEGMENT, offset, len_bytes: 8 }
-    }
-
-    /// The word that a read has brought, if it was one of a word.
-    pub(super) fn landed_word(&self, transfer: TransferId) -> Option<u64> {
-        let (_, offset) = self.word_reads.get(&transfer)?;
-        let bytes = self.landed_words.read(usize::try_from(*offset).ok()?, 8);
-        Some(u64::from_le_bytes(bytes.try_into().ok()?))
-    }
-
     fn end_lease(&mut self, lease: LeaseId) {
         if let Some((_, segment, until)) = self.leases.remove(&lease) {
             self.guards.remove(segment, Hold::Leased(lease, until));

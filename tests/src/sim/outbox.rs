@@ -4,10 +4,10 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use hetmem_core::engine::{Action, Input};
+use hetmem_core::engine::{Action, Input, ReadEnd};
 use hetmem_core::receipt::Moved;
 use hetmem_core::wire::{FrameKind, PeerMessage, encode};
-use hetmem_core::{ErrorKind, Extent, LinkId};
+use hetmem_core::{ErrorKind, Extent, LinkId, StoreError};
 use hetmem_transport::{Fabric, FabricEvent, SendToken, Sent};
 
 use super::node::FABRIC;
@@ -38,12 +38,13 @@ impl World {
                     Input::LinkDown { link, why }
                 }
             },
-            FabricEvent::ReadDone { transfer, result } => match node.landed_word(transfer) {
-                Some(word) => Input::WordRead { transfer, result: result.map(|_| word) },
-                None => Input::ReadDone {
-                    transfer,
-                    result: result.map(|s| Moved { bytes: s.bytes, staged_bytes: s.staged_bytes }),
-                },
+            FabricEvent::ReadDone { transfer, result } => Input::ReadDone {
+                transfer,
+                result: result.map(|stats| ReadEnd {
+                    moved: Moved { bytes: stats.bytes, staged_bytes: stats.staged_bytes },
+                    word: stats.word,
+                    round_trips: stats.round_trips,
+                }),
             },
             FabricEvent::SendDone { token, .. } => Input::SendDone { send: token.0 },
             FabricEvent::Landed { token, result, .. } => {
@@ -93,15 +94,14 @@ impl World {
                     self.later(MS / 5, Due::Deferred { at, epoch, link });
                 }
             }
-            Action::Read { link, transfer, remote, local } => {
-                if let Err(why) = fabric.read(link, transfer, remote, local) {
+            Action::Read { link, transfer, bytes, word } => {
+                let begun = match (bytes, word) {
+                    (bytes, Some(word)) => fabric.read_checked(link, transfer, bytes, word),
+                    (Some((remote, local)), None) => fabric.read(link, transfer, remote, local),
+                    (None, None) => Err(StoreError::invalid("read", "of nothing")),
+                };
+                if let Err(why) = begun {
                     self.feed(at, Input::ReadDone { transfer, result: Err(why) });
-                }
-            }
-            Action::ReadWord { link, transfer, remote } => {
-                let local = self.nodes[at].begin_word(transfer, remote);
-                if let Err(why) = fabric.read(link, transfer, remote, local) {
-                    self.feed(at, Input::WordRead { transfer, result: Err(why) });
                 }
             }
             Action::CancelRead { transfer } => fabric.cancel(transfer),

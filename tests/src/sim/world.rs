@@ -282,7 +282,7 @@ impl World {
     pub(super) fn trace_action(&mut self, at: usize, action: &Action) {
         let extent: Option<Extent> = match action {
             Action::Fill { extent, .. } | Action::Land { extent, .. } => Some(*extent),
-            Action::Read { local, .. } => Some(*local),
+            Action::Read { bytes, .. } => bytes.map(|(_, local)| local),
             Action::Copy { to, .. } => Some(*to),
             Action::PinAndReply { located, .. } => Some(located.extent),
             _ => None,

@@ -218,7 +218,8 @@ fn a_delete_that_overtakes_the_word_wins() {
     let owner = world.nodes[0].index.values().next().expect("the object").generation;
     let _ = world.call(0, home, ClientMessage::Delete { key: key("k") });
     let late = world.ask_get(1, away, "k", true);
-    let input = crate::engine::Input::WordRead { transfer: word.transfer, result: Ok(owner.0) };
+    let end = crate::engine::ReadEnd { word: Some(owner.0), ..Default::default() };
+    let input = crate::engine::Input::ReadDone { transfer: word.transfer, result: Ok(end) };
     world.feed(1, input);
     world.settle();
     world.advance(3_000);
@@ -261,9 +262,8 @@ fn a_get_that_is_given_up_at_its_word_holds_nothing() {
     assert_eq!(world.used(1), 1_024);
     world.advance(3_000);
     World::assert_kind(world.answer(1, away, request).expect("an answer"), ErrorKind::TimedOut);
+    assert!(world.words.is_empty(), "the read was ended");
     assert_eq!(world.used(1), 0, "nothing lands in it any more");
-    let word = world.words.remove(0);
-    world.finish_word(word);
     world.assert_drained();
 }
 
@@ -278,7 +278,7 @@ fn a_get_that_is_given_up_while_a_known_place_is_read_frees_its_extent_when_the_
     world.advance(3_000);
     World::assert_kind(world.answer(1, away, request).expect("an answer"), ErrorKind::TimedOut);
     assert_eq!(world.used(1), 1_024, "bytes may still land in it");
-    world.feed(1, crate::engine::Input::ReadDone { transfer, result: Ok(crate::receipt::Moved::default()) });
+    world.feed(1, crate::engine::Input::ReadDone { transfer, result: Ok(crate::engine::ReadEnd::default()) });
     world.assert_drained();
     assert_eq!(world.used(1), 0);
 }

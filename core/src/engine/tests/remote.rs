@@ -295,7 +295,7 @@ fn a_get_that_was_given_up_frees_its_extent_when_the_read_has_ended() {
     world.advance(3_000);
     World::assert_kind(world.answer(1, away, request).expect("an answer"), ErrorKind::TimedOut);
     assert_eq!(world.used(1), 1_024, "bytes may still land in it");
-    world.feed(1, Input::ReadDone { transfer, result: Ok(crate::receipt::Moved::default()) });
+    world.feed(1, Input::ReadDone { transfer, result: Ok(crate::engine::ReadEnd::default()) });
     world.assert_drained();
     assert_eq!(world.used(1), 0);
 }

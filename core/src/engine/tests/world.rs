@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use bytes::Bytes;
 
 use crate::engine::{
-    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, PublishedObject, Time,
+    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, PublishedObject, ReadEnd, Time,
 };
 use crate::error::{ErrorKind, StoreError};
 use crate::key::Key;
@@ -49,17 +49,8 @@ pub(super) struct Held {
     pub(super) node: usize,
     pub(super) link: LinkId,
     pub(super) transfer: TransferId,
-    remote: RemoteExtent,
-    local: Extent,
-}
-
-/// A read of a generation word that a test holds back.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Word {
-    pub(super) node: usize,
-    link: LinkId,
-    pub(super) transfer: TransferId,
-    remote: RemoteExtent,
+    bytes: Option<(RemoteExtent, Extent)>,
+    word: Option<RemoteExtent>,
 }
 
 pub(super) struct Node {
@@ -93,8 +84,9 @@ pub(super) struct World {
     /// Reads of this node fail at once.
     pub(super) fail_reads_of: Option<usize>,
     pub(super) reads: usize,
+    /// Bytes are read at once, generation words are held back.
     pub(super) hold_words: bool,
-    pub(super) words: Vec<Word>,
+    pub(super) words: Vec<Held>,
     pub(super) hold_sends: bool,
     pub(super) sends: Vec<(usize, u64)>,
     pub(super) hold_copies: bool,
@@ -377,29 +369,22 @@ impl World {
                 let input = Input::PeerMessage { link, request, message, payload_len };
                 self.queue.push_back((peer, input, bytes));
             }
-            Action::Read { link, transfer, remote, local } => {
-                let read = Held { node, link, transfer, remote, local };
+            Action::Read { link, transfer, bytes, word } => {
+                let read = Held { node, link, transfer, bytes, word };
                 self.reads += 1;
                 if self.fail_reads_of == Some(node) {
                     self.push(node, Input::ReadDone { transfer, result: Err(lost()) });
-                } else if self.hold_reads {
+                } else if self.hold_reads && read.bytes.is_some() {
                     self.held.push(read);
                 } else {
                     self.finish_read(read);
                 }
             }
-            Action::ReadWord { link, transfer, remote } => {
-                let word = Word { node, link, transfer, remote };
-                if self.hold_words {
-                    self.words.push(word);
-                } else {
-                    self.finish_word(word);
-                }
-            }
             Action::CancelRead { transfer } => {
-                let at = self.held.iter().position(|read| (read.node, read.transfer) == (node, transfer));
-                if let Some(at) = at {
-                    self.held.remove(at);
+                let is_it = |read: &mut Held| (read.node, read.transfer) == (node, transfer);
+                let cancelled =
+                    self.held.extract_if(.., is_it).chain(self.words.extract_if(.., is_it)).count();
+                if cancelled > 0 {
                     let result = Err(StoreError::unavailable("the read", "it was given up"));
                     self.push(node, Input::ReadDone { transfer, result });
                 }
@@ -431,18 +416,19 @@ impl World {
     }
 
     /// Lets a word that was held back be read now.
-    pub(super) fn finish_word(&mut self, word: Word) {
-        let result = match self.nodes[word.node].links.get(&word.link) {
-            None => Err(lost()),
-            Some(_) if word.remote.key != RemoteKey(1) || word.remote.len_bytes != 8 => {
-                Err(StoreError::stale("read", "a word", "there is no such region"))
-            }
-            Some((peer, _)) => {
-                let slot = SlotId(u32::try_from(word.remote.offset / 64).expect("a slot"));
-                Ok(self.nodes[*peer].index.get(&slot).map_or(0, |object| object.generation.0))
-            }
-        };
-        self.push(word.node, Input::WordRead { transfer: word.transfer, result });
+    pub(super) fn finish_word(&mut self, read: Held) {
+        let result = self.load_word(read).map(|word| ReadEnd { word, round_trips: 1, ..ReadEnd::default() });
+        self.push(read.node, Input::ReadDone { transfer: read.transfer, result });
+    }
+
+    fn load_word(&self, read: Held) -> Result<Option<u64>, StoreError> {
+        let Some(word) = read.word else { return Ok(None) };
+        let Some((peer, _)) = self.nodes[read.node].links.get(&read.link) else { return Err(lost()) };
+        if word.key != RemoteKey(1) || word.len_bytes != 8 {
+            return Err(StoreError::stale("read", "a word", "there is no such region"));
+        }
+        let slot = SlotId(u32::try_from(word.offset / 64).expect("a slot"));
+        Ok(Some(self.nodes[*peer].index.get(&slot).map_or(0, |object| object.generation.0)))
     }
 
     /// Lets a read that was held back copy what is there now.
@@ -450,18 +436,21 @@ impl World {
         let Some(&(peer, _)) = self.nodes[read.node].links.get(&read.link) else {
             return self.push(read.node, Input::ReadDone { transfer: read.transfer, result: Err(lost()) });
         };
-        let segment = SegmentId(u32::try_from(read.remote.key.0 - 100).expect("a key"));
-        let remote = Extent { segment, offset: read.remote.offset, len_bytes: read.remote.len_bytes };
-        if !self.nodes[peer].segments.contains_key(&segment) {
-            let result = Err(StoreError::stale("read", segment, "its key names no region"));
-            return self.push(read.node, Input::ReadDone { transfer: read.transfer, result });
+        if let Some((remote, local)) = read.bytes {
+            let segment = SegmentId(u32::try_from(remote.key.0 - 100).expect("a key"));
+            let remote = Extent { segment, offset: remote.offset, len_bytes: remote.len_bytes };
+            if !self.nodes[peer].segments.contains_key(&segment) {
+                let result = Err(StoreError::stale("read", segment, "its key names no region"));
+                return self.push(read.node, Input::ReadDone { transfer: read.transfer, result });
+            }
+            let bytes = self.nodes[peer].bytes(remote).to_vec();
+            self.write(read.node, local, &bytes);
         }
-        let bytes = self.nodes[peer].bytes(remote).to_vec();
-        self.write(read.node, read.local, &bytes);
-        self.push(
-            read.node,
-            Input::ReadDone { transfer: read.transfer, result: Ok(crate::receipt::Moved::default()) },
-        );
+        if self.hold_words && read.word.is_some() {
+            self.words.push(read);
+        } else {
+            self.finish_word(read);
+        }
     }
 
     pub(super) fn write(&mut self, node: usize, extent: Extent, bytes: &[u8]) {
