@@ -105,7 +105,7 @@ fn gets_say_how_their_bytes_came_here() {
     assert_eq!((eager.fabric.as_deref(), &*eager.from.node), (Some("tcp"), "owner"));
     assert!(&*eager.to.node == "reader" && eager.elapsed.is_some());
 
-    // A question and a read; then, where it was found, a read and a look at the word.
+    // A question and a read; then, where it was found, a read on every stream and a look at the word.
     for path in ["asked", "known"] {
         let read = get(&here, "large", LARGE, &away);
         assert_eq!(numbers(&read), (Path::Read, LARGE as u64, 0, 2), "{path}");
@@ -133,6 +133,9 @@ fn what_an_answer_brings_along_is_staged_and_refused_where_nothing_may_be() {
     let read = get(&here, "b", SMALL, &read);
     assert_eq!(numbers(&read), (Path::Read, SMALL as u64, 0, 2));
     assert_eq!(read.threshold_bytes, Some(0), "forced by the caller");
+    // Where it was found, on one stream: the word comes behind the bytes.
+    let known = GetOptions { threshold_bytes: Some(0), ..sent };
+    assert_eq!(numbers(&get(&here, "b", SMALL, &known)), (Path::Read, SMALL as u64, 0, 1));
     let required = GetOptions { zero_copy: ZeroCopy::Required, ..sent };
     for _ in 0..20 {
         assert_eq!(get(&here, "c", SMALL, &required).staged_bytes, 0);

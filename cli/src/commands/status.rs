@@ -30,13 +30,15 @@ fn status_json(status: &Status) -> Value {
         "clients": status.clients,
         "tiers": status.tiers.iter().map(|tier| json!({
             "tier": tier.tier.to_string(), "capacity_bytes": tier.capacity_bytes,
-            "used_bytes": tier.used_bytes, "granted_bytes": tier.granted_bytes, "segments": tier.segments,
+            "used_bytes": tier.used_bytes, "ahead_bytes": tier.ahead_bytes,
+            "granted_bytes": tier.granted_bytes, "segments": tier.segments,
             "fragmentation_percent": tier.fragmentation_percent, "pages": tier.pages,
         })).collect::<Value>(),
         "peers": status.peers.iter().map(|peer| json!({
             "id": peer.node, "name": peer.name, "address": peer.address, "linked": peer.linked,
             "fabric": peer.fabric, "threshold_bytes": peer.threshold_bytes,
             "threshold_why": peer.threshold_why,
+            "known_from_bytes": peer.known_from_bytes, "known_from_why": peer.known_from_why,
         })).collect::<Value>(),
         "counters": counters(status)
             .into_iter()
@@ -46,10 +48,11 @@ fn status_json(status: &Status) -> Value {
 }
 
 /// Counters with their names, once for text and JSON.
-fn counters(status: &Status) -> [(&'static str, &'static str, u64); 12] {
+fn counters(status: &Status) -> [(&'static str, &'static str, u64); 13] {
     let counted = &status.counters;
     [
         ("puts", "objects sealed by clients", counted.puts),
+        ("ahead", "of them: without asking, in room granted ahead", counted.ahead),
         ("hits", "gets answered in place by clients", counted.hits),
         ("gets", "gets that asked this node", counted.gets),
         ("eager", "of them: inside a peer's answer", counted.eager),
@@ -91,6 +94,7 @@ fn tiers(status: &Status) -> Table {
         ("tier", Align::Left),
         ("used", Align::Right),
         ("of", Align::Right),
+        ("ahead", Align::Right),
         ("granted", Align::Right),
         ("segments", Align::Right),
         ("fragmented", Align::Right),
@@ -101,6 +105,7 @@ fn tiers(status: &Status) -> Table {
             tier.tier.to_string(),
             bytes(tier.used_bytes),
             bytes(tier.capacity_bytes),
+            bytes(tier.ahead_bytes),
             bytes(tier.granted_bytes),
             tier.segments.to_string(),
             format!("{} %", tier.fragmentation_percent),
@@ -118,6 +123,8 @@ fn peers(status: &Status) -> Table {
         ("fabric", Align::Left),
         ("threshold", Align::Right),
         ("because", Align::Left),
+        ("known from", Align::Right),
+        ("because", Align::Left),
     ]);
     for peer in &status.peers {
         table.row([
@@ -127,6 +134,8 @@ fn peers(status: &Status) -> Table {
             peer.fabric.clone(),
             bytes(peer.threshold_bytes),
             peer.threshold_why.clone(),
+            bytes(peer.known_from_bytes),
+            peer.known_from_why.clone(),
         ]);
     }
     table
