@@ -6,7 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use hetmem_core::wire::{
-    ClientMessage, FrameKind, IfExists, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage, PutHints, Range, encode,
+    Announced, ClientMessage, FrameKind, Holder, IfExists, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage, PutHints,
+    Range, Role, encode,
 };
 use hetmem_core::{Checksum, DType, Epoch, Generation, Key, NodeId, ObjectId, ObjectMeta, SegmentId};
 use hetmem_tests::fuzz;
@@ -96,11 +97,19 @@ fn what_honest_programs_send_is_in_the_corpora() {
         inputs.push(("wire", frame.into_bytes()));
     }
     let object = ObjectId { origin: NodeId(1), epoch: Epoch(2), number: 3 };
+    let (role, ttl_ms) = (Role::Replica, Some(9));
+    let announced = Announced { key: key("a"), object, len_bytes: 16, role, replicas: 2, ttl_ms };
+    let holders = vec![Holder { node: NodeId(4), address: "a:1".to_owned() }];
     for message in [
         PeerMessage::Get { key: key("a"), range: None, inline_max: 9 },
         PeerMessage::Data { object, meta: tensor() },
         PeerMessage::Drop { key: key("a"), object },
-        PeerMessage::Heartbeat,
+        PeerMessage::Heartbeat { room_bytes: 300, under_replicated: 1 },
+        PeerMessage::Join { heir: true },
+        PeerMessage::Deletions { objects: vec![object] },
+        PeerMessage::Replicate { object: announced.clone(), holders },
+        PeerMessage::Surplus { key: key("a"), object, lasting: vec![(NodeId(4), Epoch(5))] },
+        PeerMessage::Announce { objects: vec![announced], exclusive: false },
     ] {
         let frame = encode(FrameKind::Peer, 1, &message, 0).expect("a short message");
         inputs.push(("wire", frame.into_bytes()));

@@ -52,7 +52,7 @@ impl Shared {
         len_bytes: u64,
         started: Instant,
     ) -> Option<PutOutcome> {
-        let &ClientReply::Sealed { object, kept, path, staged_bytes, .. } = reply else {
+        let &ClientReply::Sealed { object, kept, path, staged_bytes, replicas, .. } = reply else {
             return None;
         };
         let receipt = Receipt {
@@ -66,7 +66,7 @@ impl Shared {
             threshold_bytes: None,
             elapsed: Some(started.elapsed()),
         };
-        Some(PutOutcome { object, kept, receipt })
+        Some(PutOutcome { object, kept, replicas, receipt })
     }
 
     pub(crate) fn call(

@@ -7,6 +7,8 @@ mod local;
 mod locations;
 mod public_defects;
 mod remote;
+mod replicas;
 mod room;
+mod succession;
 mod topology;
 mod world;

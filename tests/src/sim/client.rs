@@ -334,6 +334,7 @@ impl World {
             cache: self.rng.percent(15),
             ttl_ms: self.rng.percent(10).then(|| self.rng.between(20, 800)),
             seal_copy: self.rng.percent(20),
+            replicas: 1,
         };
         let if_exists = if self.rng.percent(20) { IfExists::Error } else { IfExists::Keep };
         let (node, tag) = (self.client(id).node, self.rng.next());

@@ -224,7 +224,7 @@ fn config(plan: &Plan, number: usize, epoch: u64, key: RemoteKey) -> EngineConfi
     let name = format!("n{number}");
     EngineConfig {
         member: Member { node: NodeId(number as u64 + 1), epoch: Epoch(epoch), address: name.clone(), name },
-        join: (number > 0).then(|| "n0".to_owned()),
+        join: (number > 0).then(|| "n0".to_owned()).into_iter().collect(),
         capacity_bytes: plan.capacity_bytes,
         client_quota_bytes: plan.quota_bytes,
         objects_max: plan.objects_max,

@@ -272,8 +272,11 @@ impl World {
             _ => ("", 0),
         };
         self.fold(at, (std::mem::discriminant(input), detail));
-        let chatter =
-            matches!(input, Input::Tick | Input::PeerMessage { message: PeerMessage::Heartbeat, .. });
+        let chatter = matches!(
+            input,
+            Input::Tick
+                | Input::PeerMessage { message: PeerMessage::Heartbeat { .. } | PeerMessage::Alive, .. }
+        );
         if self.verbose && !chatter {
             self.say(&format!("node {at} <- {input:?}"));
         }
@@ -288,7 +291,10 @@ impl World {
             _ => None,
         };
         self.fold(at, (std::mem::discriminant(action), extent));
-        let chatter = matches!(action, Action::Send { message: PeerMessage::Heartbeat, .. });
+        let chatter = matches!(
+            action,
+            Action::Send { message: PeerMessage::Heartbeat { .. } | PeerMessage::Alive, .. }
+        );
         if self.verbose && !chatter {
             self.say(&format!("node {at} -> {action:?}"));
         }
