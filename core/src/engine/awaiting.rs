@@ -60,6 +60,10 @@ impl Engine {
             return;
         };
         let announced = object.announced(self.now);
+        if self.objects.sealed(&announced.key).is_some() {
+            // Taken here while it waited: its announcement must not take the place of that object's.
+            return self.seal_now(client, request, generation, exclusive.checksum);
+        }
         match self.keeper() {
             Keeper::Here => {
                 let (own, now) = (self.config.member.node, self.now);
@@ -100,6 +104,22 @@ impl Engine {
     fn await_directory(&mut self, awaiting: Awaiting) {
         self.timers.set(awaiting.deadline(), Timer::Keep);
         self.keeping.awaiting.push(awaiting);
+    }
+
+    /// A client has left: what it wanted and nobody was asked for yet does not happen.
+    pub(super) fn forget_awaiting_of(&mut self, gone: ClientId) {
+        let of_it = |awaiting: &Awaiting| match awaiting {
+            Awaiting::Exclusive(exclusive) => exclusive.client == gone,
+            Awaiting::List(listing) => listing.client == gone,
+        };
+        let (gone, waits): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.keeping.awaiting).into_iter().partition(of_it);
+        self.keeping.awaiting = waits;
+        for awaiting in gone {
+            if let Awaiting::Exclusive(exclusive) = awaiting {
+                self.free_object(exclusive.generation);
+            }
+        }
     }
 
     /// Whether a question of a client that failed like this is to be asked again of the next directory.

@@ -68,8 +68,11 @@ impl Engine {
         ranked.into_iter().map(|(_, _, node)| node).collect()
     }
 
-    /// Bytes that this node has room for: free, or held by what may go.
+    /// Bytes that this node has room for: free, or held by what may go. None if it cannot take another object.
     pub(super) fn room_bytes(&self) -> u64 {
+        if self.objects.is_full() && self.eviction.is_empty() {
+            return 0;
+        }
         self.space.free_bytes().saturating_add(self.eviction.bytes()).min(self.space.capacity_bytes())
     }
 }

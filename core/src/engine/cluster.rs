@@ -165,7 +165,7 @@ impl Engine {
             PeerMessage::Keeps { keeps } => self.peer_keeps(node, keeps),
             PeerMessage::Join { heir } => self.joined_by(link, node, heir),
             PeerMessage::Leave => self.left_by(link, node),
-            PeerMessage::Deletions { objects } => self.deletions(&objects),
+            PeerMessage::Deletions { objects } => self.deletions_from(link, node, &objects),
             PeerMessage::Replicate { object, holders } => {
                 self.replicate_for_peer(link, request, object, holders);
             }

@@ -142,6 +142,16 @@ impl Engine {
         }
     }
 
+    /// A client has left: what it wanted deleted and nobody was asked to yet stays.
+    pub(super) fn forget_deletes_of(&mut self, gone: ClientId) {
+        let of_it = |delete: &Delete| {
+            delete.waits && matches!(delete.asker, Asker::Client { client, .. } if client == gone)
+        };
+        for (operation, delete) in self.deletes.extract_if(.., |_, delete| of_it(delete)) {
+            self.timers.unset(delete.deadline, Timer::Operation(operation));
+        }
+    }
+
     /// This node hands the directory over before it has asked everyone.
     pub(super) fn delete_unasked(&mut self, operation: u64, why: StoreError) {
         self.delete_lost(operation, why);

@@ -135,6 +135,12 @@ impl Fetch {
     pub(super) fn replicas(&self) -> usize {
         self.waiters.iter().filter(|waiter| matches!(waiter.who, FetchFor::Replica(_))).count()
     }
+
+    /// Whether it is for replicas alone: these are of one object, which the named holders have. Others may have another
+    /// one of the key.
+    fn is_of_named(&self) -> bool {
+        self.replicas() == self.waiters.len()
+    }
 }
 
 /// What of an object is wanted, and how.
@@ -227,8 +233,13 @@ impl Engine {
             }
             return;
         }
-        if self.fetch_known(id) || self.fetch_next(id) {
+        let named = self.fetches.get(&id).is_some_and(Fetch::is_of_named);
+        if (!named && self.fetch_known(id)) || self.fetch_next(id) {
             return;
+        }
+        if named {
+            let why = self.fetch_stale(id, "none of the nodes that were named gave it");
+            return self.fetch_failed(id, &why);
         }
         if self.fetches.get(&id).is_some_and(|fetch| fetch.asked_directory) {
             return self.fetch_exhausted(id);
@@ -279,7 +290,7 @@ impl Engine {
         let Some(fetch) = self.fetches.get(&id) else {
             return true;
         };
-        let hinted = self.hints.get(&fetch.key);
+        let hinted = if fetch.is_of_named() { &[] } else { self.hints.get(&fetch.key) };
         let untried = |node: &NodeId| !fetch.tried.contains(node);
         let said = fetch.holders.iter().map(|holder| holder.node).chain(hinted.iter().copied());
         let linked = said.filter(|node| untried(node) && self.link_to(*node).is_some());

@@ -53,7 +53,7 @@ pub(super) struct Keeping {
     /// Nodes that were there when the directory was taken over and have not announced yet; until when they may.
     awaited: BTreeSet<NodeId>,
     awaited_until: Option<Time>,
-    /// Nodes that were lost while there was no directory, and the one that had kept it.
+    /// Nodes that were lost, or heard of, while there was no directory; and the one that had kept it.
     lost: BTreeSet<NodeId>,
     last_keeper: Option<NodeId>,
     /// Requests that wait for a directory.
@@ -273,9 +273,11 @@ impl Engine {
         if heir {
             let members = self.members_now();
             self.tell_peer(link, PeerMessage::Members { members });
-            self.tell_deletions(link);
         }
         self.tell_peer(link, PeerMessage::Join { heir });
+        // A directory that has started again knows of none. Of those that nodes of the list do not know, all nodes
+        // together remember at least the latest.
+        self.tell_deletions(link, if heir { usize::MAX } else { KEYS_PER_MESSAGE_MAX });
         self.announce_all(link);
         self.watch_all(link);
         self.directory_is_there();
@@ -329,6 +331,8 @@ impl Engine {
         self.keeping.joined.clear();
         self.keeping.awaited = self.peers.keys().copied().collect();
         self.keeping.awaited.append(&mut self.keeping.lost);
+        // From now on only those are taken to be alive that are linked.
+        self.peers.retain(|_, peer| peer.link.is_some());
         let until = self.now.after_ms(self.config.missed_ms().max(ANNOUNCE_MS_MIN));
         self.keeping.awaited_until = Some(until);
         self.timers.set(until, Timer::Keep);
@@ -357,7 +361,7 @@ impl Engine {
         self.out.push(Action::Note(Event::DirectoryHandedOver { to: to.unwrap_or_default() }));
         let members = self.members_now();
         self.tell_peer(link, PeerMessage::Members { members });
-        self.tell_deletions(link);
+        self.tell_deletions(link, usize::MAX);
         self.directory = None;
         self.repair = super::repair::Repair::default();
         self.keeping.joined.clear();
@@ -394,7 +398,7 @@ impl Engine {
         }
         self.relink(node, link);
         if heir {
-            self.tell_deletions(link);
+            self.tell_deletions(link, usize::MAX);
         }
         self.keeping.joined.insert(node);
         self.tell_members();
@@ -430,35 +434,52 @@ impl Engine {
         }
     }
 
-    /// MEMBERS from a node that kept the directory, or would keep it next: who was there before.
+    /// MEMBERS from a node that kept the directory, or would keep it next: who was there before. Whether they still are
+    /// is not known.
     pub(super) fn members_before(&mut self, members: &[Present]) {
         let waits = self.directory.is_none() || self.is_settling();
-        if self.keeping.own.is_none() || !waits || self.peers.len() >= KEYS_PER_MESSAGE_MAX {
+        if self.keeping.own.is_none() || !waits {
             return;
         }
         let own = self.config.member.node;
-        for Present { member, .. } in members.iter().filter(|present| present.member.node != own) {
-            let known = self.peers.contains_key(&member.node);
-            self.peers.entry(member.node).or_insert_with(|| super::Peer::new(member.clone(), None));
-            if !known && self.directory.is_some() {
-                self.keeping.awaited.insert(member.node);
+        let expected =
+            if self.directory.is_some() { &mut self.keeping.awaited } else { &mut self.keeping.lost };
+        for Present { member, .. } in members {
+            let here = member.node == own || self.keeping.joined.contains(&member.node);
+            if !here && expected.len() < KEYS_PER_MESSAGE_MAX {
+                expected.insert(member.node);
             }
         }
     }
 
     // What was deleted.
 
-    fn tell_deletions(&mut self, link: LinkId) {
-        for objects in self.deleted.all().chunks(KEYS_PER_MESSAGE_MAX) {
+    /// Tells of the latest of them.
+    fn tell_deletions(&mut self, link: LinkId, most: usize) {
+        let all = self.deleted.all();
+        for objects in all[all.len().saturating_sub(most)..].chunks(KEYS_PER_MESSAGE_MAX) {
             self.tell_peer(link, PeerMessage::Deletions { objects: objects.to_vec() });
         }
     }
 
-    /// DELETIONS: what was deleted where this node did not hear of it does not come back here.
-    pub(super) fn deletions(&mut self, objects: &[ObjectId]) {
-        if self.keeping.own.is_none() {
-            return;
+    /// DELETIONS, from the directory, to it, or from one that is handed over.
+    pub(super) fn deletions_from(&mut self, link: LinkId, node: NodeId, objects: &[ObjectId]) {
+        let joined = self.links.get(&link).is_some_and(|link| link.joined);
+        let keeps = self.peers.get(&node).is_some_and(|peer| peer.keeps);
+        if joined || keeps || self.directory_link == Some(link) {
+            self.deletions(objects);
         }
+    }
+
+    /// A directory does not know that an object was deleted, which this node does.
+    pub(super) fn tell_of_deletion(&mut self, object: ObjectId) {
+        if let Some(link) = self.directory_link {
+            self.tell_peer(link, PeerMessage::Deletions { objects: vec![object] });
+        }
+    }
+
+    /// What was deleted where this node did not hear of it does not come back here.
+    pub(super) fn deletions(&mut self, objects: &[ObjectId]) {
         let news: BTreeSet<ObjectId> =
             objects.iter().copied().filter(|object| !self.deleted.contains(*object)).collect();
         if news.is_empty() {

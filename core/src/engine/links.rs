@@ -54,9 +54,10 @@ impl Engine {
         self.peers.get(&node)?.link
     }
 
-    /// Whether a node, in this incarnation, is known to live. Without the directory, only of linked ones.
+    /// Whether a node, in this incarnation, is known to live. Of nodes that are not linked only where another one, which
+    /// keeps the directory, has told of them.
     pub(super) fn is_alive(&self, node: NodeId, epoch: Epoch) -> bool {
-        let told = self.directory.is_some() || self.directory_link.is_some();
+        let told = self.directory_link.is_some();
         self.peers.get(&node).is_some_and(|peer| peer.member.epoch == epoch && (told || peer.link.is_some()))
     }
 

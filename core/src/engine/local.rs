@@ -53,6 +53,8 @@ impl Engine {
             self.abort(reservation);
         }
         self.forget_waits_of(client);
+        self.forget_awaiting_of(client);
+        self.forget_deletes_of(client);
         self.space.client_left(client);
         if state.trusted {
             self.adopt_segments_of(client);

@@ -12,7 +12,7 @@ use super::objects::Object;
 use super::timer::{Time, Timer};
 use crate::error::StoreError;
 use crate::key::Key;
-use crate::tier::{ClientId, Epoch, Generation, LinkId, NodeId, ObjectId};
+use crate::tier::{ClientId, Epoch, Generation, LinkId, NodeId, ObjectId, Tier};
 use crate::wire::{Announced, ClientReply, Holder, PeerMessage, REPLICAS_MAX, Role};
 
 /// How long a put waits for other nodes, in milliseconds. What is on its way then goes on.
@@ -84,7 +84,7 @@ impl Engine {
         };
         // What is kept instead may have been put elsewhere: then its origin holds it already.
         let origin = there.id.origin;
-        if there.role == Role::Copy {
+        if there.role == Role::Copy || there.hints.cache {
             let wanted = Announced { role: Role::Replica, replicas, ..there.announced(self.now) };
             self.become_replica(generation, &wanted, None);
         }
@@ -265,6 +265,10 @@ impl Engine {
     pub(super) fn take_replica(&mut self, by: ReplicaFor, object: Announced, holders: Vec<Holder>) {
         let expires = object.ttl_ms.map(|ttl_ms| self.now.after_ms(ttl_ms));
         let asked = ReplicaAsked { by, object, expires };
+        self.clear_the_way(&asked.object);
+        if self.deleted.contains(asked.object.object) {
+            self.tell_of_deletion(asked.object.object);
+        }
         if let Some(result) = self.replica_here(&asked) {
             return self.replica_answer(&asked, result);
         }
@@ -278,6 +282,19 @@ impl Engine {
         } else if len_bytes > capacity {
             let operation = format!("replicate {key:?}");
             Some(StoreError::too_large(operation, "object length in bytes", len_bytes, capacity))
+        } else if self.room_bytes() < len_bytes {
+            // Asked before the bytes are: whoever repairs asks often where nobody has room.
+            let operation = format!("replicate {key:?}").into();
+            Some(StoreError::NoSpace {
+                operation,
+                tier: Tier::Host,
+                requested: len_bytes,
+                free: self.room_bytes(),
+            })
+        } else if self.objects.is_full() && self.eviction.is_empty() {
+            let limit = u64::from(self.config.objects_max);
+            let what = "number of objects (max_objects)";
+            Some(StoreError::too_large(format!("replicate {key:?}"), what, limit + 1, limit))
         } else if under_way >= FETCHES_MAX {
             Some(StoreError::busy("replicate", format!("{FETCHES_MAX} replicas are being fetched")))
         } else {
@@ -302,19 +319,27 @@ impl Engine {
             self.become_replica(generation, &asked.object, *expires);
             return Some(Ok(()));
         }
-        // A copy of another object under the key gives way; an original or a replica is a value of the key itself.
-        if there.role == Role::Copy && self.may_evict(there) {
-            self.withdraw(generation);
-            return None;
-        }
+        // An original or a replica is a value of the key itself, and who fetched a copy may be about to read it.
         Some(Err(StoreError::AlreadyExists { key: key.to_string() }))
+    }
+
+    /// A mere copy of another object under the key gives way.
+    fn clear_the_way(&mut self, object: &Announced) {
+        if let Some((generation, there)) = self.objects.sealed(&object.key)
+            && there.id != object.object
+            && there.role == Role::Copy
+            && !self.deleted.contains(object.object)
+            && self.may_evict(there)
+        {
+            self.withdraw(generation);
+        }
     }
 
     /// An object of the key was put here, or came otherwise, while the replica was fetched.
     pub(super) fn replica_found(&mut self, asked: &ReplicaAsked) {
-        let result = self.replica_here(asked);
-        let gone = || Err(StoreError::stale("replicate", &asked.object.key, "another object had its key"));
-        self.replica_answer(asked, result.unwrap_or_else(gone));
+        if let Some(result) = self.replica_here(asked) {
+            self.replica_answer(asked, result);
+        }
     }
 
     /// What is here of an object stays from now on.
@@ -327,7 +352,10 @@ impl Engine {
         let Some(object) = self.objects.get_mut(generation) else {
             return;
         };
-        let before = (object.role, object.replicas);
+        let before = (object.role, object.replicas, object.hints.cache);
+        if std::mem::take(&mut object.hints.cache) {
+            self.eviction.remove(&generation);
+        }
         if object.role == Role::Copy {
             object.role = Role::Replica;
             object.lasting = Vec::new();
@@ -341,7 +369,7 @@ impl Engine {
         if object.role == Role::Replica {
             object.replicas = object.replicas.max(wanted.replicas);
         }
-        if before != (object.role, object.replicas) {
+        if before != (object.role, object.replicas, object.hints.cache) {
             let announced = object.announced(self.now);
             self.announce(announced);
         }

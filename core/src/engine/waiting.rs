@@ -53,7 +53,8 @@ impl Engine {
         }
         if timeout_ms == 0 {
             let scope = Scope { range: None, want: Want::Existence, threshold_bytes: None };
-            return self.fetch(client, request, key, scope, EXISTS_MS);
+            let timeout_ms = if self.keeping.has_successors() { self.config.await_ms() } else { EXISTS_MS };
+            return self.fetch(client, request, key, scope, timeout_ms);
         }
         if self.known_elsewhere(&key) {
             return self.reply(client, request, Ok(ClientReply::Exists));

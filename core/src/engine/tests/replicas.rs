@@ -212,6 +212,20 @@ fn a_put_that_keeps_a_copy_makes_a_replica_of_it() {
 }
 
 #[test]
+fn a_put_that_keeps_a_cache_makes_it_stay() {
+    let mut world = World::new(2);
+    let clients = clients(&mut world);
+    let cache = PutHints { cache: true, ..PutHints::default() };
+    assert!(world.try_put(1, clients[1], "k", &[7; 100], cache, IfExists::Keep).is_ok());
+    assert_eq!(put_on(&mut world, 1, clients[1], "k", &[7; 100], 2), 2);
+    for node in [0, 1] {
+        World::assert_kind(world.call(node, clients[node], evict("k", false)), ErrorKind::Denied);
+    }
+    world.advance(HEALED_MS);
+    assert_eq!((under_replicated(&world).0, requests(&world, 0)), (0, 0));
+}
+
+#[test]
 fn what_is_lost_is_made_anew_but_not_at_once() {
     for lost in 1..3 {
         let mut world = World::new(4);

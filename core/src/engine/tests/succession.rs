@@ -511,24 +511,44 @@ fn a_put_goes_on_without_a_directory_and_is_on_several_nodes_too() {
 }
 
 #[test]
-fn deletions_are_taken_from_others_by_nodes_of_the_list_alone() {
+fn deletions_are_taken_from_who_has_to_do_with_a_directory_alone() {
     let mut world = World::listed(3, 2);
     let clients = clients(&mut world);
     let link = LinkId(700);
-    for node in 0..3 {
-        world.put(node, clients[node], &format!("k{node}"), &[1]);
+    for (node, joins) in [(0, false), (1, false), (2, false), (0, true)] {
+        let name = format!("k{node}{joins}");
+        let object = world.put(node, clients[node], &name, &[1]);
         world.feed(node, Input::LinkUp { link, fabric: FABRIC, address: "x".to_owned(), inbound: true });
-        let (name, address) = ("x".to_owned(), "x".to_owned());
-        let member = Member { node: NodeId(99), epoch: Epoch(1), name, address };
+        let stranger = "x".to_owned();
+        let member = Member { node: NodeId(99), epoch: Epoch(1), name: stranger.clone(), address: stranger };
         let hello = PeerMessage::Hello { member, version_min: 1, version_max: 1, keeps: false };
-        let object = ObjectId { origin: NodeId(node as u64 + 1), epoch: Epoch(1), number: 1 };
+        let join = joins.then_some(PeerMessage::Join { heir: false });
         let deletions = PeerMessage::Deletions { objects: vec![object] };
-        for message in [hello, deletions] {
+        for message in [Some(hello), join, Some(deletions)].into_iter().flatten() {
             world.feed(node, Input::PeerMessage { link, request: 0, message, payload_len: 0 });
         }
         world.settle();
-        assert_eq!(world.holders(&format!("k{node}")).len(), usize::from(node == 2), "node {node}");
+        assert_eq!(world.holders(&name).is_empty(), joins, "node {node}");
         world.feed(node, Input::LinkDown { link, why: StoreError::unavailable("it", "gone") });
     }
     world.assert_drained();
+}
+
+#[test]
+fn a_directory_that_starts_again_learns_the_latest_deletions_from_everyone() {
+    let mut world = World::new(4);
+    let clients = clients(&mut world);
+    let hints = PutHints { replicas: 4, ..PutHints::default() };
+    assert!(world.try_put(3, clients[3], "k", &[1], hints, IfExists::Keep).is_ok());
+    for node in 0..3 {
+        world.part(3, node, true);
+    }
+    assert_eq!(world.call(2, clients[2], delete("k")), Ok(ClientReply::Deleted { existed: true }));
+    world.restart(0, config(0, 2, Vec::new(), &Shape::default()));
+    for node in 0..3 {
+        world.part(3, node, false);
+    }
+    world.advance(5_000);
+    assert_eq!(follows(&world, 3), Some("n0".to_owned()));
+    assert!(world.holders("k").is_empty());
 }
