@@ -96,7 +96,7 @@ fn engine() -> Engine {
         Member { node: NodeId(1), epoch: Epoch(1), name: "bench".to_owned(), address: String::new() };
     let mut engine = Engine::new(EngineConfig {
         member,
-        join: None,
+        join: Vec::new(),
         capacity_bytes: 1 << 30,
         client_quota_bytes: 1 << 30,
         objects_max: 1 << 20,

@@ -2,11 +2,13 @@
 //! `cargo fuzz run --fuzz-dir tests/fuzz TARGET`. Invariant: an input that was once a finding stays in its corpus.
 #![allow(clippy::print_stdout, reason = "the input that was running when a test failed")]
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use hetmem_core::wire::{
-    ClientMessage, FrameKind, IfExists, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage, PutHints, Range, encode,
+    Announced, ClientMessage, FrameKind, Holder, IfExists, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage, PutHints,
+    Range, Role, encode,
 };
 use hetmem_core::{Checksum, DType, Epoch, Generation, Key, NodeId, ObjectId, ObjectMeta, SegmentId};
 use hetmem_tests::fuzz;
@@ -78,6 +80,8 @@ fn session() -> Vec<(ClientMessage, &'static [u8])> {
         (ClientMessage::Stat { key: key("a"), timeout_ms: 0 }, &[]),
         (ClientMessage::List { prefix: String::new(), after: None, limit: 9 }, &[]),
         (ClientMessage::Pin { key: key("a"), pin: true }, &[]),
+        (ClientMessage::Ahead { ring: true }, &[]),
+        (ClientMessage::Drain, &[]),
         (ClientMessage::Status, &[]),
         (ClientMessage::Delete { key: key("a") }, &[]),
     ]
@@ -96,11 +100,19 @@ fn what_honest_programs_send_is_in_the_corpora() {
         inputs.push(("wire", frame.into_bytes()));
     }
     let object = ObjectId { origin: NodeId(1), epoch: Epoch(2), number: 3 };
+    let (role, ttl_ms) = (Role::Replica, Some(9));
+    let announced = Announced { key: key("a"), object, len_bytes: 16, role, replicas: 2, ttl_ms };
+    let holders = vec![Holder { node: NodeId(4), address: "a:1".to_owned() }];
     for message in [
         PeerMessage::Get { key: key("a"), range: None, inline_max: 9 },
         PeerMessage::Data { object, meta: tensor() },
         PeerMessage::Drop { key: key("a"), object },
-        PeerMessage::Heartbeat,
+        PeerMessage::Heartbeat { room_bytes: 300, under_replicated: 1 },
+        PeerMessage::Join { heir: true },
+        PeerMessage::Deletions { objects: vec![object] },
+        PeerMessage::Replicate { object: announced.clone(), holders },
+        PeerMessage::Surplus { key: key("a"), object, lasting: vec![(NodeId(4), Epoch(5))] },
+        PeerMessage::Announce { objects: vec![announced], exclusive: false },
     ] {
         let frame = encode(FrameKind::Peer, 1, &message, 0).expect("a short message");
         inputs.push(("wire", frame.into_bytes()));
@@ -130,8 +142,11 @@ fn what_honest_programs_send_is_in_the_corpora() {
     }
     assert_eq!((PROTOCOL_MIN, PROTOCOL_MAX), (1, 1), "the corpus is of this version");
     let write = std::env::var_os("HETMEM_WRITE_CORPUS").is_some();
-    for (at, (target, bytes)) in inputs.iter().enumerate() {
+    let mut of_target = BTreeMap::new();
+    for (target, bytes) in &inputs {
+        let at = of_target.entry(target).or_insert(0);
         let path = corpus(target).join(format!("honest-{at:02}"));
+        *at += 1;
         if write {
             fs::create_dir_all(corpus(target)).expect("a folder");
             fs::write(&path, bytes).expect("a file");

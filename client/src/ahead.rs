@@ -61,6 +61,7 @@ impl Shared {
     ) -> Result<Option<PutOutcome>, StoreError> {
         let suits = options.if_exists == IfExists::Keep
             && !options.seal_copy
+            && options.replicas == 1
             && meta.len_bytes <= self.inline_put_max
             && ProducerRing::fits(key, meta)
             // One that has died takes nothing in any more: the round trip says so.
@@ -127,7 +128,7 @@ impl Shared {
             threshold_bytes: None,
             elapsed: None,
         };
-        Ok(Ok(PutOutcome { object: None, kept: false, receipt }))
+        Ok(Ok(PutOutcome { object: None, kept: false, replicas: 1, receipt }))
     }
 
     /// Tells the node, which wants to know, that there is something in the ring.

@@ -29,7 +29,7 @@ mod shared;
 mod store;
 
 pub use hetmem_core::receipt::{Path, Place, Receipt};
-pub use hetmem_core::wire::{IfExists, Listed, Range, Status};
+pub use hetmem_core::wire::{IfExists, Listed, REPLICAS_MAX, Range, Status};
 pub use hetmem_core::{Checksum, DType, ErrorKind, Key, ObjectId, ObjectMeta, Shape, StoreError, Tier};
 pub use hetmem_host_mem::socket::default_path as default_socket;
 pub use list::Listing;

@@ -79,6 +79,10 @@ pub struct PutOptions {
     pub ttl: Option<Duration>,
     /// Move the bytes at seal to memory that this process cannot write (false).
     pub seal_copy: bool,
+    /// On how many nodes it is to be, this one included, from 1 to [`crate::REPLICAS_MAX`] (1). The put
+    /// returns when they hold it, or after ten seconds with as many as could be reached, which the outcome tells; the
+    /// rest is made later. Not for a cache.
+    pub replicas: u8,
     /// Store a checksum of the bytes (true). Without one nobody can verify them.
     pub checksum: bool,
     /// Whether bytes may pass through a buffer that is neither source nor target (they may, and short ones do).
@@ -95,6 +99,7 @@ impl Default for PutOptions {
             cache: false,
             ttl: None,
             seal_copy: false,
+            replicas: 1,
             checksum: true,
             zero_copy: ZeroCopy::Preferred,
             timeout: TIMEOUT,
@@ -105,7 +110,13 @@ impl Default for PutOptions {
 impl PutOptions {
     pub(crate) fn hints(&self) -> PutHints {
         let millis = |ttl: Duration| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX);
-        PutHints { pin: self.pin, cache: self.cache, ttl_ms: self.ttl.map(millis), seal_copy: self.seal_copy }
+        PutHints {
+            pin: self.pin,
+            cache: self.cache,
+            ttl_ms: self.ttl.map(millis),
+            seal_copy: self.seal_copy,
+            replicas: self.replicas,
+        }
     }
 }
 
@@ -116,6 +127,8 @@ pub struct PutOutcome {
     pub object: Option<ObjectId>,
     /// Whether an object was there and has been kept. False where the node was not asked: then it is not known.
     pub kept: bool,
+    /// On how many nodes it is for good, as far as is known: fewer than were asked for if not so many could be reached.
+    pub replicas: u32,
     /// How the bytes came to their place.
     pub receipt: Receipt,
 }

@@ -54,7 +54,7 @@ impl Shared {
         len_bytes: u64,
         started: Instant,
     ) -> Option<PutOutcome> {
-        let &ClientReply::Sealed { object, kept, path, staged_bytes, .. } = reply else {
+        let &ClientReply::Sealed { object, kept, path, staged_bytes, replicas, .. } = reply else {
             return None;
         };
         let receipt = Receipt {
@@ -68,7 +68,7 @@ impl Shared {
             threshold_bytes: None,
             elapsed: Some(started.elapsed()),
         };
-        Some(PutOutcome { object: Some(object), kept, receipt })
+        Some(PutOutcome { object: Some(object), kept, replicas, receipt })
     }
 
     pub(crate) fn call(

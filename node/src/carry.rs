@@ -33,6 +33,15 @@ fn note(event: &Event) {
             tracing::warn!(why, "the node that keeps the directory is gone; it is being dialled");
         }
         Event::DirectoryFound => tracing::info!("linked to the node that keeps the directory"),
+        Event::DirectoryTaken => tracing::info!("this node keeps the directory from now on"),
+        Event::DirectoryHandedOver { to } => tracing::info!(to, "the directory is handed over"),
+        Event::UnderReplicated { objects } => {
+            tracing::warn!(
+                objects,
+                "objects are on fewer nodes than they are to be: they are replicated again"
+            );
+        }
+        Event::Healed => tracing::info!("every object is on as many nodes as it is to be"),
         Event::Evicted { objects, len_bytes } => tracing::debug!(objects, len_bytes, "evicted"),
         Event::ClientLeft { client, reservations } => tracing::debug!(%client, reservations, "a client left"),
         Event::PeerRefused { link, why } => tracing::warn!(%link, why, "a peer's link is refused"),

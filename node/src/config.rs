@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use hetmem_core::StoreError;
+use hetmem_core::wire::NODE_TEXT_LEN_MAX;
 use hetmem_host_mem::PagePolicy;
 
 /// Every key, with its default and meaning, in the order of the documentation.
@@ -15,7 +16,7 @@ pub const KEYS: [(&str, &str, &str); 13] = [
         "the Unix socket for clients",
     ),
     ("listen", "127.0.0.1:7733", "where peers connect to; port 0 takes a free one"),
-    ("join", "none", "the node that keeps the directory; none: this one"),
+    ("join", "none", "the nodes that may keep the directory, in order; none: this one alone"),
     ("host", "25%", "memory of the host tier: bytes, KiB, MiB, GiB, or a share of the machine's"),
     ("max_objects", "4194304", "the most objects in the index"),
     ("huge_pages", "auto", "auto, off, or require"),
@@ -45,7 +46,7 @@ pub struct Config {
     pub name: Option<String>,
     pub socket: PathBuf,
     pub listen: String,
-    pub join: Option<String>,
+    pub join: Vec<String>,
     pub host_bytes: u64,
     pub max_objects: u32,
     pub huge_pages: PagePolicy,
@@ -87,12 +88,17 @@ fn from_toml(path: &Path, text: &str) -> Result<Vec<(String, String)>, StoreErro
     let value_text = |key: &str, value: toml::Value| match value {
         toml::Value::String(text) => Ok(text),
         toml::Value::Integer(number) => Ok(number.to_string()),
+        toml::Value::Array(values) if key == "join" && values.iter().all(toml::Value::is_str) => {
+            let texts: Vec<&str> = values.iter().filter_map(toml::Value::as_str).collect();
+            Ok(texts.join(","))
+        }
         other => Err(StoreError::invalid(
             "configuration",
             format!(
-                "{}: {key} is {}, a string or a whole number is accepted",
+                "{}: {key} is {}, a string or a whole number is accepted{}",
                 path.display(),
-                other.type_str()
+                other.type_str(),
+                if key == "join" { ", or an array of strings" } else { "" }
             ),
         )),
     };
@@ -132,6 +138,35 @@ impl Raw {
         }
     }
 
+    fn name(&self) -> Result<Option<String>, StoreError> {
+        match self.get("name") {
+            Some(name) if name.is_empty() || name.len() > NODE_TEXT_LEN_MAX => {
+                Err(bad("name", name, &format!("1 to {NODE_TEXT_LEN_MAX} bytes")))
+            }
+            name => Ok(name.map(str::to_owned)),
+        }
+    }
+
+    /// Addresses, each once.
+    fn join(&self) -> Result<Vec<String>, StoreError> {
+        let Some(text) = self.get("join").filter(|text| *text != "none") else {
+            return Ok(Vec::new());
+        };
+        let list: Vec<String> = text.split(',').map(|address| address.trim().to_owned()).collect();
+        let odd = |address: &String| {
+            let twice = list.iter().filter(|other| *other == address).count() > 1;
+            twice || !address.contains(':') || address.len() > NODE_TEXT_LEN_MAX
+        };
+        if list.len() > JOIN_MAX || list.iter().any(odd) {
+            return Err(bad(
+                "join",
+                text,
+                &format!("none, or 1 to {JOIN_MAX} different HOST:PORT with commas between"),
+            ));
+        }
+        Ok(list)
+    }
+
     fn resolve(&self) -> Result<Config, StoreError> {
         let host = self.get("host").unwrap_or("25%");
         let host_bytes = bytes_or_share(host, memory_bytes()?).ok_or_else(|| bad("host", host, SIZES))?;
@@ -147,10 +182,10 @@ impl Raw {
         let u32_of = |number: u64| u32::try_from(number).unwrap_or(u32::MAX);
         let streams = usize::try_from(self.number("streams", 0, 0, 16)?).unwrap_or_default();
         Ok(Config {
-            name: self.get("name").map(str::to_owned),
+            name: self.name()?,
             socket: self.get("socket").map_or_else(hetmem_host_mem::socket::default_path, PathBuf::from),
             listen: self.get("listen").unwrap_or("127.0.0.1:7733").to_owned(),
-            join: self.get("join").filter(|text| *text != "none").map(str::to_owned),
+            join: self.join()?,
             host_bytes,
             max_objects: u32_of(self.number("max_objects", 4 << 20, 1024, 1 << 28)?),
             huge_pages: pages.parse().map_err(|_| bad("huge_pages", pages, "auto, off or require"))?,
@@ -170,6 +205,8 @@ impl Raw {
     }
 }
 
+/// Nodes that may keep the directory.
+const JOIN_MAX: usize = 16;
 /// The smallest host tier that makes sense.
 const HOST_MIN: u64 = 1 << 20;
 const SIZES: &str = "bytes, a size such as 512MiB or 4GiB, or a share such as 25%";
@@ -229,7 +266,7 @@ mod tests {
     fn defaults_work_and_there_are_few_keys() {
         let config = load(&[]).expect("the defaults");
         assert!(KEYS.len() < 15);
-        assert!(config.host_bytes > HOST_MIN && config.join.is_none());
+        assert!(config.host_bytes > HOST_MIN && config.join.is_empty());
         assert!(config.client_quota_bytes < config.host_bytes);
     }
 
@@ -262,10 +299,28 @@ mod tests {
             ("client_quota", "0%"),
             ("streams", "1000"),
             ("fabric", "pigeon"),
+            ("join", "nowhere"),
+            ("join", "a:1,,b:2"),
+            ("join", "a:1,b:2,a:1"),
         ] {
             let error = load(&[(key, value)]).expect_err("refused").to_string();
             assert!(error.contains(key) && error.contains(value), "{error}");
         }
+    }
+
+    #[test]
+    fn a_list_of_nodes_is_written_in_one_of_three_ways() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("hetmem.toml");
+        let of = |text: &str| {
+            std::fs::write(&path, text).expect("written");
+            Config::load(Some(&path), Vec::new()).map(|config| config.join)
+        };
+        assert_eq!(of("join = \"a:1\"").expect("valid"), ["a:1"]);
+        assert_eq!(of("join = \"a:1, b:2\"").expect("valid"), ["a:1", "b:2"]);
+        assert_eq!(of("join = [\"a:1\", \"b:2\", \"c:3\"]").expect("valid"), ["a:1", "b:2", "c:3"]);
+        assert!(of("join = \"none\"").expect("valid").is_empty());
+        assert!(of("join = [1]").is_err() && of("join = []").is_err() && of("listen = [\"a:1\"]").is_err());
     }
 
     #[test]

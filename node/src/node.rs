@@ -75,7 +75,7 @@ impl Node {
             tcp.streams = streams;
         }
         let fabric = TcpFabric::start(tcp, Arc::clone(&sink) as Arc<dyn FabricSink>)?;
-        let address = advertised(&fabric.address(), config.join.as_deref());
+        let address = advertised(&fabric.address(), &config.join);
         let name = config.name.clone().unwrap_or_else(|| default_name(&address));
         let started = Self::run(&config, listener, &fabric, &sink, &address, &name);
         let (driver, stop, jobs, threads) = match started {
@@ -297,8 +297,8 @@ fn default_name(address: &str) -> String {
 }
 
 /// What peers are told to dial. A wildcard address is none: then it is the one from which this machine would reach
-/// the node it joins, or any other machine.
-fn advertised(listening: &str, join: Option<&str>) -> String {
+/// the nodes it joins, or any other machine.
+fn advertised(listening: &str, join: &[String]) -> String {
     let Ok(address) = listening.parse::<std::net::SocketAddr>() else { return listening.to_owned() };
     if !address.ip().is_unspecified() {
         return listening.to_owned();
@@ -309,7 +309,8 @@ fn advertised(listening: &str, join: Option<&str>) -> String {
         socket.connect(target).ok()?;
         Some(socket.local_addr().ok()?.ip())
     };
-    let ip = join.and_then(towards).or_else(|| towards("192.0.2.1:9"));
+    // The way to an address of this machine is that address.
+    let ip = join.iter().find_map(|target| towards(target)).or_else(|| towards("192.0.2.1:9"));
     match ip {
         Some(ip) => std::net::SocketAddr::new(ip, address.port()).to_string(),
         None => format!("127.0.0.1:{}", address.port()),

@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::time::Duration;
 
 use hetmem_client::{ErrorKind, GetOptions, ObjectMeta, Store};
-use hetmem_core::wire::{Announced, FrameKind, Granted, PeerMessage, encode};
+use hetmem_core::wire::{Announced, FrameKind, Granted, PeerMessage, Role, encode};
 use hetmem_core::{Epoch, Generation, LeaseId, NodeId, ObjectId, RemoteExtent, RemoteKey, fingerprint};
 use hetmem_tests::content::{bytes_of, key, next};
 use hetmem_tests::daemon::{Daemon, Serve, descriptors_of, eventually};
@@ -85,7 +85,7 @@ fn connections_that_begin_with_garbage_are_closed_and_counted() {
         ("noise", noise(4096), true),
         ("another protocol", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n0123456789".to_vec(), true),
         ("an unknown kind", with(open.clone(), 6, 77), true),
-        ("a peer's frame", peer_frame(&PeerMessage::Heartbeat), true),
+        ("a peer's frame", peer_frame(&PeerMessage::Alive), true),
         ("a client's frame", with(open.clone(), 6, 2), true),
         ("reserved bits", with(open.clone(), 20, 1), true),
         ("a payload", with(open.clone(), 24, 1), true),
@@ -182,7 +182,7 @@ fn more_connections_than_handshakes_at_once_are_refused_and_a_member_gets_in_aft
 #[test]
 fn frames_that_are_none_close_their_link_and_are_counted() {
     let mut scene = Scene::new("frames");
-    let heartbeat = peer_frame(&PeerMessage::Heartbeat);
+    let heartbeat = peer_frame(&PeerMessage::Alive);
     let get = |name: &str| PeerMessage::Get { key: key(name), range: None, inline_max: 0 };
     let other = hello("another", (1, 1));
     for (what, greeted, bytes) in [
@@ -224,7 +224,7 @@ fn links_that_fall_silent_or_drip_are_closed() {
     let (mut never_greeted, _) = RawPeer::open(&scene.node.address);
     let mut silent = RawPeer::join(&scene.node.address, "silent");
     let mut half = RawPeer::join(&scene.node.address, "half");
-    half.send(&peer_frame(&PeerMessage::Heartbeat)[..20]);
+    half.send(&peer_frame(&PeerMessage::Alive)[..20]);
     // A payload that would take for ever, for a question that nobody asked.
     let mut endless = RawPeer::join(&scene.node.address, "endless");
     endless.say(77, &data(1 << 39), 1 << 39);
@@ -258,7 +258,9 @@ fn lie(
     answer: impl FnOnce(&mut RawPeer, u64),
 ) -> Option<ErrorKind> {
     let mut liar = RawPeer::join(&scene.node.address, "liar");
-    let announced = Announced { key: key(name), object: object("liar"), len_bytes };
+    let object = object("liar");
+    let announced =
+        Announced { key: key(name), object, len_bytes, role: Role::Original, replicas: 1, ttl_ms: None };
     liar.say(5, &PeerMessage::Announce { objects: vec![announced], exclusive: false }, 0);
     let kept = liar.hears(|message| matches!(message, PeerMessage::Announced { .. }));
     assert!(kept.is_some(), "the announcement is answered");

@@ -152,7 +152,7 @@ impl RawPeer {
         (peer, token)
     }
 
-    /// Opens a link and introduces itself as a node of this name; the node's HELLO has been read.
+    /// Opens a link, introduces itself as a node of this name and joins; the node's HELLO has been read.
     ///
     /// # Panics
     /// If it is refused.
@@ -162,6 +162,7 @@ impl RawPeer {
         peer.say(0, &hello(name, (PROTOCOL_MIN, PROTOCOL_MAX)), 0);
         let hello = peer.hears(|message| matches!(message, PeerMessage::Hello { .. }));
         assert!(hello.is_some(), "a HELLO");
+        peer.say(0, &PeerMessage::Join { heir: false }, 0);
         peer
     }
 
@@ -253,6 +254,6 @@ pub fn hello(name: &str, versions: (u16, u16)) -> PeerMessage {
         },
         version_min: versions.0,
         version_max: versions.1,
-        join: true,
+        keeps: false,
     }
 }

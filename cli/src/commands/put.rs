@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use hetmem_client::{IfExists, Key, ObjectMeta, PutOptions, PutOutcome, Store, StoreError};
+use hetmem_client::{IfExists, Key, ObjectMeta, PutOptions, PutOutcome, REPLICAS_MAX, Store, StoreError};
 use hetmem_host_mem::MappedFile;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
@@ -36,6 +36,9 @@ pub(crate) struct Args {
     /// Drop the objects this many milliseconds after they were put
     #[arg(long, value_name = "MS")]
     ttl_ms: Option<u64>,
+    /// On how many nodes the objects are to be, this one included
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=i64::from(REPLICAS_MAX)), conflicts_with = "cache")]
+    replicas: u8,
     /// Fail if a key exists, instead of keeping what is there
     #[arg(long)]
     error_if_exists: bool,
@@ -58,6 +61,8 @@ struct Done {
     objects: u64,
     kept: u64,
     len_bytes: u64,
+    /// The fewest nodes that one of them is on.
+    replicas: Option<u32>,
 }
 
 pub(crate) fn run(args: &Args, socket: Option<&Path>, out: Output) -> Result<(), Failure> {
@@ -77,7 +82,7 @@ pub(crate) fn run(args: &Args, socket: Option<&Path>, out: Output) -> Result<(),
         bar.inc(bytes.len() as u64);
     }
     bar.finish_and_clear();
-    report(&name, &done, started.elapsed(), &receipts, out)
+    report(&name, &done, args.replicas, started.elapsed(), &receipts, out)
 }
 
 impl Args {
@@ -87,6 +92,7 @@ impl Args {
             pin: self.pin,
             cache: self.cache,
             ttl: self.ttl_ms.map(Duration::from_millis),
+            replicas: self.replicas,
             seal_copy: self.seal_copy,
             checksum: !self.no_checksum,
             zero_copy: self.copies.zero_copy(),
@@ -161,6 +167,7 @@ fn put_one(
     done.objects += 1;
     done.len_bytes += bytes.len() as u64;
     done.kept += u64::from(outcome.kept);
+    done.replicas = Some(done.replicas.map_or(outcome.replicas, |least| least.min(outcome.replicas)));
     Ok(outcome)
 }
 
@@ -176,13 +183,21 @@ fn progress(total: u64, out: Output) -> ProgressBar {
     bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-fn report(file: &str, done: &Done, took: Duration, receipts: &Receipts, out: Output) -> Result<(), Failure> {
+fn report(
+    file: &str,
+    done: &Done,
+    wanted: u8,
+    took: Duration,
+    receipts: &Receipts,
+    out: Output,
+) -> Result<(), Failure> {
     let seconds = took.as_secs_f64();
+    let least = done.replicas.unwrap_or(u32::from(wanted));
     out.print(
         || {
             receipts.in_json(json!({
                 "file": file, "objects": done.objects, "bytes": done.len_bytes, "kept": done.kept,
-                "seconds": seconds,
+                "seconds": seconds, "replicas_wanted": wanted, "replicas": least,
             }))
         },
         |text| {
@@ -195,6 +210,12 @@ fn report(file: &str, done: &Done, took: Duration, receipts: &Receipts, out: Out
                     "{} of them were there already and have been kept (rm them first, or choose another key)",
                     done.kept
                 )?;
+            }
+            if wanted > 1 {
+                writeln!(text, "each of them is on {least} nodes at least, {wanted} are wanted")?;
+            }
+            if least < u32::from(wanted) {
+                writeln!(text, "the rest is made when there is a node with room for it (see hetmem status)")?;
             }
             receipts.write(text)
         },

@@ -23,9 +23,9 @@ pub(crate) struct Args {
     /// Where other nodes connect; port 0 takes a free one
     #[arg(long, value_name = "HOST:PORT")]
     listen: Option<String>,
-    /// Join the cluster whose directory is kept there
-    #[arg(long, value_name = "HOST:PORT")]
-    join: Option<String>,
+    /// The nodes that may keep the cluster's directory, in order, the same on every node: repeated, or with commas
+    #[arg(long, value_name = "HOST:PORT", value_delimiter = ',')]
+    join: Vec<String>,
     /// Memory for objects: bytes, 4GiB, 25%
     #[arg(long, value_name = "SIZE")]
     host: Option<String>,
@@ -66,11 +66,12 @@ impl Args {
             Some(path) => path.map(str::to_owned),
             None => None,
         };
+        let join = (!self.join.is_empty()).then(|| self.join.join(","));
         let given = [
             ("name", &self.name),
             ("socket", &socket),
             ("listen", &self.listen),
-            ("join", &self.join),
+            ("join", &join),
             ("host", &self.host),
             ("max_objects", &self.max_objects),
             ("huge_pages", &self.huge_pages),

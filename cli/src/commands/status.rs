@@ -21,7 +21,11 @@ fn status_json(status: &Status) -> Value {
     json!({
         "node": {
             "id": status.node, "name": status.name, "epoch": status.epoch, "address": status.address,
-            "keeps_directory": status.keeps_directory,
+            "keeps_directory": status.keeps_directory, "directory": status.directory,
+        },
+        "under_replicated": {
+            "objects": status.under_replicated,
+            "first_keys": status.under_replicated_keys.iter().map(|key| key.as_str()).collect::<Vec<_>>(),
         },
         "objects": status.objects,
         "draining": status.draining,
@@ -39,6 +43,7 @@ fn status_json(status: &Status) -> Value {
             "fabric": peer.fabric, "threshold_bytes": peer.threshold_bytes,
             "threshold_why": peer.threshold_why,
             "known_from_bytes": peer.known_from_bytes, "known_from_why": peer.known_from_why,
+            "room_bytes": peer.room_bytes, "round_trip_us": peer.round_trip_ns.map(|ns| ns as f64 / 1e3),
         })).collect::<Value>(),
         "counters": counters(status)
             .into_iter()
@@ -48,7 +53,7 @@ fn status_json(status: &Status) -> Value {
 }
 
 /// Counters with their names, once for text and JSON.
-fn counters(status: &Status) -> [(&'static str, &'static str, u64); 13] {
+fn counters(status: &Status) -> [(&'static str, &'static str, u64); 14] {
     let counted = &status.counters;
     [
         ("puts", "objects sealed by clients", counted.puts),
@@ -63,18 +68,34 @@ fn counters(status: &Status) -> [(&'static str, &'static str, u64); 13] {
         ("evicted", "objects evicted", counted.evicted),
         ("served_eager", "objects sent to peers inside an answer", counted.served_eager),
         ("served_grants", "objects granted to peers for Read", counted.served_grants),
+        ("replicas", "objects held for good because others asked for it", counted.replicas),
         ("refused", "frames or sessions refused", counted.refused),
     ]
 }
 
 fn write(status: &Status, text: &mut dyn Write) -> io::Result<()> {
-    let directory = if status.keeps_directory { ", keeps the directory" } else { "" };
+    let directory = match &status.directory {
+        _ if status.keeps_directory => ", keeps the directory".to_owned(),
+        Some(name) => format!(", {name} keeps the directory"),
+        None => ", no node that keeps a directory can be reached".to_owned(),
+    };
     writeln!(text, "node {} at {}{directory} (epoch {})", status.name, status.address, status.epoch)?;
     writeln!(
         text,
         "{} objects, {} draining, {} reservations, {} leases, {} clients\n",
         status.objects, status.draining, status.reservations, status.leases, status.clients
     )?;
+    if status.under_replicated > 0 {
+        write!(text, "{} objects are on fewer nodes than they are to be", status.under_replicated)?;
+        let keys = &status.under_replicated_keys;
+        let names: Vec<&str> = keys.iter().map(|key| key.as_str()).collect();
+        let more = if status.under_replicated > keys.len() as u64 { ", ..." } else { "" };
+        match (keys.is_empty(), &status.directory) {
+            (false, _) => writeln!(text, ": {}{more}\n", names.join(", "))?,
+            (true, Some(name)) => writeln!(text, " (which, node {name} knows)\n")?,
+            (true, None) => writeln!(text, "\n")?,
+        }
+    }
     tiers(status).write(text)?;
     writeln!(text)?;
     if status.peers.is_empty() {
@@ -121,6 +142,8 @@ fn peers(status: &Status) -> Table {
         ("address", Align::Left),
         ("linked", Align::Left),
         ("fabric", Align::Left),
+        ("room", Align::Right),
+        ("round trip", Align::Right),
         ("threshold", Align::Right),
         ("because", Align::Left),
         ("known from", Align::Right),
@@ -132,6 +155,8 @@ fn peers(status: &Status) -> Table {
             peer.address.clone(),
             yes(peer.linked).to_owned(),
             peer.fabric.clone(),
+            peer.room_bytes.map_or_else(|| "?".to_owned(), bytes),
+            peer.round_trip_ns.map_or_else(|| "?".to_owned(), |ns| format!("{:.0} us", ns as f64 / 1e3)),
             bytes(peer.threshold_bytes),
             peer.threshold_why.clone(),
             bytes(peer.known_from_bytes),

@@ -183,7 +183,7 @@ impl State {
         let held = Held { meta, extent, generation, slot };
         self.objects.insert(key.clone(), held);
         let path = if extent.segment == GRANTED { Path::InPlace } else { Path::Inline };
-        ClientReply::Sealed { object, kept: false, slot: Some(slot), path, staged_bytes: 0 }
+        ClientReply::Sealed { object, kept: false, slot: Some(slot), path, staged_bytes: 0, replicas: 1 }
     }
 
     fn kept(&self, key: &Key, if_exists: IfExists) -> Result<Option<ClientReply>, StoreError> {
@@ -199,6 +199,7 @@ impl State {
             slot: None,
             path: Path::Kept,
             staged_bytes: 0,
+            replicas: 1,
         }))
     }
 

@@ -6,13 +6,13 @@
 
 use std::collections::BTreeMap;
 
+use super::Engine;
 use super::action::{Action, Attachment};
 use super::input::{PutAhead, RingState};
-use super::objects::Object;
+use super::room::NewObject;
 use super::room::Purpose;
 use super::space::Owner;
 use super::timer::{Time, Timer};
-use super::{Engine, State};
 use crate::alloc::PAGE_LEN;
 use crate::error::StoreError;
 use crate::receipt::Path;
@@ -265,25 +265,9 @@ impl Engine {
             return;
         }
         let checksum = put.meta.checksum;
-        let id = self.new_object_id();
-        let generation = self.objects.insert(Object {
-            key: put.key,
-            id,
-            meta: put.meta,
-            extent,
-            state: State::Reserved,
-            slot: None,
-            hints: put.hints,
-            if_exists: IfExists::Keep,
-            writer: None,
-            in_place: true,
-            copied_here: false,
-            leases: 0,
-            sends: 0,
-            filling: false,
-            staged_bytes: 0,
-            path: Path::Ahead,
-        });
+        let PutAhead { key, meta, hints, .. } = put;
+        let new = NewObject { key, meta, hints, if_exists: IfExists::Keep };
+        let generation = self.insert_new(new, extent, None, Path::Ahead);
         self.counters.ahead += 1;
         if let Err(error) = self.publish(generation, checksum) {
             debug_assert!(false, "a slot was kept for it, and its key was free: {error}");

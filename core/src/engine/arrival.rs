@@ -5,19 +5,32 @@
 
 use super::Engine;
 use super::action::Action;
-use super::fetch::{Bytes, Fetch, FetchId, Source, Stage, Want};
+use super::fetch::{Bytes, Fetch, FetchFor, FetchId, FetchWaiter, Source, Stage, Want};
 use super::input::ReadEnd;
 use super::lifecycle::State;
 use super::objects::Object;
 use super::paths::Way;
+use super::replicas::ReplicaAsked;
 use super::room::Purpose;
 use super::space::Owner;
 use super::timer::Time;
 use crate::error::StoreError;
 use crate::meta::ObjectMeta;
 use crate::receipt::{Carried, Moved, Path};
-use crate::tier::{Extent, Generation, LinkId, ObjectId, Tier, TransferId};
-use crate::wire::{ClientReply, Granted, IfExists, PeerMessage, PutHints};
+use crate::tier::{ClientId, Extent, Generation, LinkId, ObjectId, Tier, TransferId};
+use crate::wire::{ClientReply, Granted, IfExists, PeerMessage, PutHints, Role};
+
+/// Clients that waited for a fetch, with their requests, and replicas that were asked for.
+fn split(waiters: Vec<FetchWaiter>) -> (Vec<(ClientId, u64)>, Vec<ReplicaAsked>) {
+    let (mut clients, mut replicas) = (Vec::new(), Vec::new());
+    for waiter in waiters {
+        match waiter.who {
+            FetchFor::Client { client, request } => clients.push((client, request)),
+            FetchFor::Replica(asked) => replicas.push(*asked),
+        }
+    }
+    (clients, replicas)
+}
 
 impl Engine {
     /// How many bytes a fetch is for, once the object's length is known.
@@ -77,7 +90,9 @@ impl Engine {
                 Want::Existence => ClientReply::Exists,
                 _ => ClientReply::Stat { object, meta, tier: None, pinned: false, holders: holders.clone() },
             };
-            self.reply(waiter.client, waiter.request, Ok(reply));
+            if let FetchFor::Client { client, request } = waiter.who {
+                self.reply(client, request, Ok(reply));
+            }
         }
     }
 
@@ -222,7 +237,10 @@ impl Engine {
             if_exists: IfExists::Keep,
             writer: None,
             in_place: false,
-            copied_here: true,
+            role: Role::Copy,
+            replicas: 0,
+            expires: None,
+            lasting: Vec::new(),
             leases: 0,
             sends: 0,
             filling: true,
@@ -267,7 +285,7 @@ impl Engine {
                 if let Some(link) = link {
                     self.fetch_tried(id, link);
                 }
-                self.fetch_unfilled(id, why);
+                self.fetch_moves_on(id, why);
             }
         }
     }
@@ -307,7 +325,7 @@ impl Engine {
             Err(why) => {
                 self.free_object(generation);
                 self.fetch_tried(id, link);
-                self.fetch_unfilled(id, why);
+                self.fetch_moves_on(id, why);
             }
         }
     }
@@ -380,6 +398,8 @@ impl Engine {
             self.hints.remember(&fetch.key, node);
         }
         let carried = self.carried(&fetch, link);
+        let (clients, replicas) = split(fetch.waiters);
+        self.fetched_for_good(generation, &replicas);
         let mut target = (generation, extent);
         let mut kept = false;
         if fetch.want == (Want::Object { keep: true }) {
@@ -391,17 +411,26 @@ impl Engine {
             let published = self.publish(generation, checksum);
             match (self.objects.sealed(&fetch.key), published) {
                 (Some((sealed, object)), _) => target = (sealed, object.extent),
-                (None, Err(why)) => return self.answer_all(fetch.waiters, &why),
+                (None, Err(why)) => {
+                    self.replicas_fetched(&replicas, &fetch.key, Some(&why));
+                    let failed = |(client, request): &(ClientId, u64)| (*client, *request);
+                    for (client, request) in clients.iter().map(failed) {
+                        self.counters.failed += 1;
+                        self.reply(client, request, Err(why.clone()));
+                    }
+                    return;
+                }
                 // The directory did not let it stay; who asked before may still read it.
                 (None, Ok(_)) => {}
             }
         }
-        for waiter in fetch.waiters {
-            self.locate(waiter.client, waiter.request, target.0, target.1, (path, carried.clone()));
+        for (client, request) in clients {
+            self.locate(client, request, target.0, target.1, (path, carried.clone()));
         }
         if !kept {
             // From here on only the pins that were just made hold it.
             self.withdraw(generation);
         }
+        self.replicas_fetched(&replicas, &fetch.key, None);
     }
 }

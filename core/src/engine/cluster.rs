@@ -6,13 +6,12 @@ use std::collections::BTreeSet;
 
 use super::Engine;
 use super::action::Action;
+use super::awaiting::{Exclusive, Listing};
 use super::fetch::FetchId;
-use super::objects::Object;
 use super::timer::Time;
-use crate::checksum::Checksum;
 use crate::error::StoreError;
 use crate::key::Key;
-use crate::tier::{ClientId, Generation, LinkId, NodeId};
+use crate::tier::{LinkId, NodeId};
 use crate::wire::{Announced, ClientReply, Listed, PeerMessage};
 
 /// A question to a peer.
@@ -23,27 +22,33 @@ pub(super) enum Pending {
     },
     /// Nobody wants the answer any more; a grant in it is given back.
     Abandoned,
-    Exclusive {
-        client: ClientId,
-        request: u64,
-        generation: Generation,
-        checksum: Checksum,
-    },
+    Exclusive(Exclusive),
     Announced {
         objects: Vec<Announced>,
     },
     Ask {
         operation: u64,
     },
-    List {
-        client: ClientId,
-        request: u64,
-    },
+    List(Box<Listing>),
     Delete {
         operation: u64,
     },
     Drop {
         operation: u64,
+    },
+    /// A put wants the node to hold its object.
+    Replicate {
+        operation: u64,
+        node: NodeId,
+    },
+    /// The directory wants the node to hold an object.
+    Repair {
+        key: Key,
+        node: NodeId,
+    },
+    /// The way there and back is measured.
+    Heartbeat {
+        at: Time,
     },
 }
 
@@ -60,6 +65,8 @@ pub(super) struct Ask {
     pub(super) key: Key,
     pub(super) why: AskFor,
     pub(super) left: usize,
+    /// Nodes that have it and announce to another directory.
+    pub(super) strangers: Vec<NodeId>,
     pub(super) deadline: Time,
 }
 
@@ -98,15 +105,11 @@ impl Engine {
         };
         match pending {
             // `fetches_lost` has seen to gets.
-            Pending::Get { .. } | Pending::Abandoned | Pending::Announced { .. } => {}
-            Pending::Exclusive { client, request, generation, .. } => {
-                self.free_object(generation);
-                self.reply(client, request, Err(lost("put")));
-            }
-            Pending::Ask { operation } => self.asked(operation, None, None),
-            Pending::List { client, request } => self.reply(client, request, Err(lost("list"))),
-            Pending::Delete { operation } => self.delete_lost(operation, lost("delete")),
-            Pending::Drop { operation } => self.dropped(operation, false),
+            Pending::Get { .. } => {}
+            Pending::Exclusive(_) => self.question_failed(pending, &lost("put")),
+            Pending::List(_) => self.question_failed(pending, &lost("list")),
+            Pending::Delete { .. } => self.question_failed(pending, &lost("delete")),
+            pending => self.question_failed(pending, why),
         }
     }
 
@@ -134,8 +137,8 @@ impl Engine {
                 let why = format!("a second HELLO says {:?}, the first one named another node", member.name);
                 self.peer_refused(link, &StoreError::protocol(why));
             }
-            (_, PeerMessage::Hello { member, version_min, version_max, join }) => {
-                self.hello(link, member, version_min, version_max, join);
+            (_, PeerMessage::Hello { member, version_min, version_max, keeps }) => {
+                self.hello(link, member, version_min, version_max, keeps);
             }
             (_, PeerMessage::Failed { error }) if request == 0 => self.peer_refused(link, &error),
             (None, message) => {
@@ -155,9 +158,25 @@ impl Engine {
         payload_len: u64,
     ) {
         match message {
-            PeerMessage::Hello { .. } | PeerMessage::Heartbeat => {}
+            PeerMessage::Hello { .. } => {}
+            PeerMessage::Heartbeat { room_bytes, under_replicated } => {
+                self.heard_heartbeat(link, node, request, (room_bytes, under_replicated));
+            }
+            PeerMessage::Keeps { keeps } => self.peer_keeps(node, keeps),
+            PeerMessage::Join { heir } => self.joined_by(link, node, heir),
+            PeerMessage::Leave => self.left_by(link, node),
+            PeerMessage::Deletions { objects } => self.deletions_from(link, node, &objects),
+            PeerMessage::Replicate { object, holders } => {
+                self.replicate_for_peer(link, request, object, holders);
+            }
+            PeerMessage::Surplus { key, object, lasting } if Some(node) == self.directory_node() => {
+                self.surplus(&key, object, lasting);
+            }
+            PeerMessage::Surplus { .. } => {}
             PeerMessage::Members { members } => self.members(node, &members),
+            PeerMessage::Locate { key } => self.redirect(link, node, request, key),
             PeerMessage::Get { key, range, inline_max } => {
+                self.tell_others(link, node, &key, inline_max);
                 if !self.serve_get(link, request, &key, range, inline_max) {
                     self.redirect(link, node, request, key);
                 }
@@ -174,18 +193,21 @@ impl Engine {
                 }
             }
             PeerMessage::Ask { key } => {
-                let object = self.objects.sealed(&key).map(|(_, object)| object.announced());
+                let object = self.objects.sealed(&key).map(|(_, object)| object.announced(self.now));
                 self.answer_peer(link, request, PeerMessage::Asked { object });
             }
             PeerMessage::Watch { key } => self.watch(node, key),
-            PeerMessage::Exists { key, .. } if Some(node) == self.directory_node() => self.key_exists(&key),
+            PeerMessage::Exists { key, holders } if Some(node) == self.directory_node() => {
+                for holder in holders {
+                    self.hints.remember(&key, holder.node);
+                }
+                self.key_exists(&key);
+            }
             PeerMessage::Exists { .. } => {}
             PeerMessage::Delete { key } => self.delete_for_peer(link, request, key),
             PeerMessage::Drop { key, object } => self.drop_for_peer(link, request, key, object),
             PeerMessage::List { prefix, after, limit } => {
-                let (listed, more) = self.list_known(&prefix, after.as_ref(), limit);
-                let objects = listed.into_iter().map(|(announced, _)| announced).collect();
-                self.answer_peer(link, request, PeerMessage::Listed { objects, more });
+                self.list_for_peer(link, request, &prefix, after.as_ref(), limit);
             }
             answer => self.peer_answers(link, node, request, answer, payload_len),
         }
@@ -216,15 +238,21 @@ impl Engine {
                 self.tell_peer(link, PeerMessage::Release { lease: granted.lease });
             }
             (Pending::Announced { .. }, PeerMessage::Failed { .. }) | (Pending::Abandoned, _) => {}
-            (Pending::Get { fetch }, PeerMessage::Located { holders }) => self.fetch_located(fetch, &holders),
+            (Pending::Heartbeat { at }, PeerMessage::Alive) => self.measure_round_trip(link, at),
+            (Pending::Get { fetch }, PeerMessage::Located { holders }) => {
+                self.fetch_located(link, fetch, holders);
+            }
             (Pending::Get { fetch }, PeerMessage::Failed { error }) => {
                 self.fetch_refused(link, fetch, error);
             }
-            (
-                Pending::Exclusive { client, request, generation, checksum },
-                PeerMessage::Announced { refused },
-            ) => {
-                self.exclusive_answer(client, request, generation, checksum, refused);
+            (Pending::Exclusive(exclusive), PeerMessage::Announced { refused }) => {
+                self.exclusive_answer(exclusive, refused);
+            }
+            (Pending::Replicate { operation, node }, PeerMessage::Replicated) => {
+                self.replicated(operation, node, true);
+            }
+            (Pending::Repair { key, node }, PeerMessage::Replicated) => {
+                self.repair_answered(&key, node, true);
             }
             (Pending::Announced { objects }, PeerMessage::Announced { refused }) => {
                 let refused: BTreeSet<Key> = refused.into_iter().collect();
@@ -235,11 +263,11 @@ impl Engine {
             (Pending::Ask { operation }, PeerMessage::Asked { object }) => {
                 self.asked(operation, Some(node), object);
             }
-            (Pending::List { client, request }, PeerMessage::Listed { objects, more }) => {
+            (Pending::List(listing), PeerMessage::Listed { objects, more }) => {
                 let listed =
                     |a: Announced| Listed { key: a.key, len_bytes: a.len_bytes, holders: Vec::new() };
                 let objects = objects.into_iter().map(listed).collect();
-                self.reply(client, request, Ok(ClientReply::Listed { objects, more }));
+                self.reply(listing.client, listing.request, Ok(ClientReply::Listed { objects, more }));
             }
             (
                 Pending::Delete { operation } | Pending::Drop { operation },
@@ -256,38 +284,41 @@ impl Engine {
         }
     }
 
-    /// FAILED in answer to anything but a GET.
+    /// FAILED in answer to anything but a GET, or no answer.
     fn question_failed(&mut self, pending: Pending, error: &StoreError) {
         match pending {
-            Pending::Exclusive { client, request, generation, .. } => {
-                self.free_object(generation);
-                self.reply(client, request, Err(error.clone()));
+            Pending::Exclusive(exclusive) => {
+                if !self.ask_exclusive_again(exclusive, error) {
+                    self.free_object(exclusive.generation);
+                    self.reply(exclusive.client, exclusive.request, Err(error.clone()));
+                }
             }
-            Pending::List { client, request } => self.reply(client, request, Err(error.clone())),
+            Pending::List(listing) if self.may_ask_again(error) && self.now < listing.deadline => {
+                self.await_list(*listing);
+            }
+            Pending::List(listing) => self.reply(listing.client, listing.request, Err(error.clone())),
             Pending::Delete { operation } => self.delete_lost(operation, error.clone()),
             Pending::Drop { operation } => self.dropped(operation, false),
             Pending::Ask { operation } => self.asked(operation, None, None),
-            Pending::Get { .. } | Pending::Abandoned | Pending::Announced { .. } => {}
+            Pending::Replicate { operation, node } => self.replicated(operation, node, false),
+            Pending::Repair { key, node } => self.repair_answered(&key, node, false),
+            Pending::Get { .. }
+            | Pending::Abandoned
+            | Pending::Announced { .. }
+            | Pending::Heartbeat { .. } => {}
         }
     }
 
-    pub(super) fn exclusive_answer(
-        &mut self,
-        client: ClientId,
-        request: u64,
-        generation: Generation,
-        checksum: Checksum,
-        refused: Vec<Key>,
-    ) {
+    pub(super) fn exclusive_answer(&mut self, exclusive: Exclusive, refused: Vec<Key>) {
+        let Exclusive { client, request, generation, checksum, .. } = exclusive;
         match refused.into_iter().next() {
             None => {
-                let announced = self.objects.get(generation).map(Object::announced);
-                let reply = self.publish(generation, checksum);
+                let announced = self.objects.get(generation).map(|object| object.announced(self.now));
+                self.seal_now(client, request, generation, checksum);
                 if let (Some(announced), None) = (announced, self.objects.get(generation)) {
                     // It was announced and could not be sealed after all.
                     self.withdraw_from_directory(announced);
                 }
-                self.reply(client, request, reply);
             }
             Some(key) => {
                 self.free_object(generation);
@@ -299,5 +330,6 @@ impl Engine {
     pub(super) fn operation_deadline(&mut self, operation: u64) {
         self.ask_over(operation);
         self.delete_deadline(operation);
+        self.replication_deadline(operation);
     }
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 
 use super::Engine;
 use super::cluster::{AskFor, Pending};
+use super::keeper::Keeper;
 use super::timer::{Time, Timer};
 use crate::error::StoreError;
 use crate::key::Key;
@@ -39,7 +40,10 @@ pub(super) struct Delete {
     /// have taken some of it out of the directory.
     found: BTreeSet<ObjectId>,
     left: usize,
+    begun: Time,
     deadline: Time,
+    /// It waits for a directory.
+    waits: bool,
 }
 
 impl Engine {
@@ -54,8 +58,8 @@ impl Engine {
 
     /// DELETE: only the node that keeps the directory can see to it.
     pub(super) fn delete_for_peer(&mut self, link: LinkId, request: u64, key: Key) {
-        if self.directory.is_none() {
-            let error = StoreError::unavailable("the directory", "this node does not keep it");
+        if self.keeper() != Keeper::Here {
+            let error = self.no_directory(&format!("delete {key:?}"));
             return self.answer_peer(link, request, PeerMessage::Failed { error });
         }
         self.delete(key, None, Asker::Peer { link, request });
@@ -63,29 +67,56 @@ impl Engine {
 
     /// DROP: from the directory, drop yours; to it, see to it that everyone does.
     pub(super) fn drop_for_peer(&mut self, link: LinkId, request: u64, key: Key, object: ObjectId) {
-        if self.directory.is_some() {
+        if self.directory.is_some() && self.links.get(&link).is_some_and(|link| link.joined) {
             return self.delete(key, Some(object), Asker::Peer { link, request });
         }
-        self.deleted.insert(object);
         let existed = self.drop_local(&key, Some(object));
+        if self.directory.is_some() {
+            // From another node that keeps one: what is known here of the object goes too.
+            self.deletions(&[object]);
+        }
+        self.deleted.insert(object);
         self.answer_peer(link, request, PeerMessage::Dropped { existed });
     }
 
     fn delete(&mut self, key: Key, only: Option<ObjectId>, asker: Asker) {
         let operation = self.next_operation;
         self.next_operation += 1;
-        let deadline = self.now.after_ms(DELETE_MS);
-        // What is evicted while nodes are asked may have left a copy on its way to one that was asked before.
-        let held = self.directory.iter().flat_map(|directory| directory.holders(&key));
-        let found = held.filter(|_| only.is_none()).map(|(_, object)| object).collect();
-        let delete = Delete { key: key.clone(), only, asker, existed: false, found, left: 1, deadline };
+        let (begun, found) = (self.now, BTreeSet::new());
+        let delete =
+            Delete { key, only, asker, existed: false, found, left: 1, begun, deadline: begun, waits: false };
         self.deletes.insert(operation, delete);
-        self.timers.set(deadline, Timer::Operation(operation));
-        match (self.directory.is_some(), self.directory_link, only) {
-            (true, _, Some(_)) => self.delete_from_holders(operation),
-            // What was put is found although its announcement may still be under way.
-            (true, _, None) => self.ask_everyone(key, AskFor::Delete(operation)),
-            (false, Some(link), only) => {
+        self.delete_begins(operation);
+    }
+
+    fn set_delete_deadline(&mut self, operation: u64, at: Time) {
+        if let Some(delete) = self.deletes.get_mut(&operation) {
+            self.timers.unset(delete.deadline, Timer::Operation(operation));
+            delete.deadline = at;
+            self.timers.set(at, Timer::Operation(operation));
+        }
+    }
+
+    /// Asks the directory, or everyone where it is kept here.
+    fn delete_begins(&mut self, operation: u64) {
+        self.set_delete_deadline(operation, self.now.after_ms(DELETE_MS));
+        let Some(delete) = self.deletes.get(&operation) else {
+            return;
+        };
+        let (key, only) = (delete.key.clone(), delete.only);
+        match (self.keeper(), only) {
+            (Keeper::Here, Some(_)) => self.delete_from_holders(operation),
+            (Keeper::Here, None) => {
+                // What is evicted while nodes are asked may have left a copy on its way to one that was asked before.
+                let held = self.directory.iter().flat_map(|directory| directory.holders(&key));
+                let found: BTreeSet<ObjectId> = held.map(|(_, object)| object).collect();
+                if let Some(delete) = self.deletes.get_mut(&operation) {
+                    delete.found.extend(found);
+                }
+                // What was put is found although its announcement may still be under way.
+                self.ask_everyone(key, AskFor::Delete(operation));
+            }
+            (Keeper::At(link), only) => {
                 // The directory tells everyone, this node included, before it answers.
                 let message = match only {
                     Some(object) => PeerMessage::Drop { key, object },
@@ -93,13 +124,37 @@ impl Engine {
                 };
                 self.ask_peer(link, message, Pending::Delete { operation });
             }
-            (false, None, _) => {
-                let why = format!(
-                    "delete {key:?}: there is no link to the node that keeps it; it is being dialled"
-                );
-                self.delete_lost(operation, StoreError::unavailable("the directory", why));
+            (Keeper::Awaited | Keeper::Unreachable, _) => {
+                let why = self.no_directory(&format!("delete {key:?}"));
+                self.delete_lost(operation, why);
             }
         }
+    }
+
+    /// There is a directory again.
+    pub(super) fn deletes_again(&mut self) {
+        let waiting = |(operation, delete): (&u64, &mut Delete)| {
+            std::mem::take(&mut delete.waits).then_some(*operation)
+        };
+        let again: Vec<u64> = self.deletes.iter_mut().filter_map(waiting).collect();
+        for operation in again {
+            self.delete_begins(operation);
+        }
+    }
+
+    /// A client has left: what it wanted deleted and nobody was asked to yet stays.
+    pub(super) fn forget_deletes_of(&mut self, gone: ClientId) {
+        let of_it = |delete: &Delete| {
+            delete.waits && matches!(delete.asker, Asker::Client { client, .. } if client == gone)
+        };
+        for (operation, delete) in self.deletes.extract_if(.., |_, delete| of_it(delete)) {
+            self.timers.unset(delete.deadline, Timer::Operation(operation));
+        }
+    }
+
+    /// This node hands the directory over before it has asked everyone.
+    pub(super) fn delete_unasked(&mut self, operation: u64, why: StoreError) {
+        self.delete_lost(operation, why);
     }
 
     /// A node was asked, and holds this object.
@@ -198,14 +253,28 @@ impl Engine {
         }
     }
 
-    /// The directory could not be asked, or went away before it answered.
+    /// The directory could not be asked, or went away before it answered. A client's delete is asked again of the next
+    /// one; a peer asks again itself, and what has lived its time goes here at once.
     pub(super) fn delete_lost(&mut self, operation: u64, why: StoreError) {
+        let again = self.may_ask_again(&why);
+        let Some(delete) = self.deletes.get_mut(&operation) else {
+            return;
+        };
+        let until = delete.begun.after_ms(self.config.await_ms());
+        if again && self.now < until && matches!(delete.asker, Asker::Client { .. }) {
+            delete.waits = true;
+            return self.set_delete_deadline(operation, until);
+        }
         self.finish_delete(operation, Err(why));
     }
 
     pub(super) fn delete_deadline(&mut self, operation: u64) {
-        if let Some(delete) = self.deletes.get(&operation) {
-            let error = StoreError::timed_out("delete", &delete.key, DELETE_MS);
+        if let Some(delete) = self.deletes.get(&operation).filter(|delete| delete.deadline <= self.now) {
+            let error = if delete.waits {
+                self.no_directory(&format!("delete {:?}", delete.key))
+            } else {
+                StoreError::timed_out("delete", &delete.key, DELETE_MS)
+            };
             self.finish_delete(operation, Err(error));
         }
     }

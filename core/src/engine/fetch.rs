@@ -2,13 +2,12 @@
 //! the owner's side (`owner`). Invariant: a fetch is in one stage, and only the question, dialling or retry of that
 //! stage moves it on.
 
-use std::collections::{BTreeMap, VecDeque};
-
 use super::Engine;
 use super::action::Action;
 use super::cluster::{AskFor, Pending};
 use super::locations::Location;
 use super::paths::Timed;
+use super::replicas::ReplicaAsked;
 use super::timer::{Time, Timer};
 use crate::error::{ErrorKind, StoreError};
 use crate::key::Key;
@@ -24,8 +23,8 @@ const RETRY_MS: u64 = 20;
 const RETRY_MS_MAX: u64 = 320;
 /// How long a fetch waits for a link to a holder before it looks for another, in milliseconds.
 const DIAL_MS: u64 = 200;
-/// Keys whose holder is remembered.
-const HINTS_MAX: usize = 65_536;
+/// Holders of one key that are tried one after the other.
+const HOLDERS_MAX: usize = 64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct FetchId(pub(super) u64);
@@ -41,10 +40,16 @@ pub(super) enum Want {
     Existence,
 }
 
+/// Who waits for a fetch.
+#[derive(Debug)]
+pub(super) enum FetchFor {
+    Client { client: ClientId, request: u64 },
+    Replica(Box<ReplicaAsked>),
+}
+
 #[derive(Debug)]
 pub(super) struct FetchWaiter {
-    pub(super) client: ClientId,
-    pub(super) request: u64,
+    pub(super) who: FetchFor,
     deadline: Time,
     timeout_ms: u64,
     /// Questions that had been asked when it came: "no such object" is an answer to it only from a later one.
@@ -102,6 +107,10 @@ pub(super) struct Fetch {
     pub(super) stage: Stage,
     /// How many questions were asked for it.
     questions: u64,
+    /// Nodes that are said to have it.
+    holders: Vec<Holder>,
+    /// Whether the directory was asked: it is asked again only after a pause.
+    asked_directory: bool,
     /// Nodes that did not give it since it was last tried from the start.
     pub(super) tried: Vec<NodeId>,
     /// What was last in the way, and how often anything was.
@@ -121,6 +130,19 @@ pub(super) struct Fetch {
     pub(super) timed: Option<Timed>,
 }
 
+impl Fetch {
+    /// How many replicas it is for.
+    pub(super) fn replicas(&self) -> usize {
+        self.waiters.iter().filter(|waiter| matches!(waiter.who, FetchFor::Replica(_))).count()
+    }
+
+    /// Whether it is for replicas alone: these are of one object, which the named holders have. Others may have another
+    /// one of the key.
+    fn is_of_named(&self) -> bool {
+        self.replicas() == self.waiters.len()
+    }
+}
+
 /// What of an object is wanted, and how.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Scope {
@@ -130,51 +152,29 @@ pub(super) struct Scope {
     pub(super) threshold_bytes: Option<u64>,
 }
 
-/// Which node gave a key's object last.
-#[derive(Debug, Default)]
-pub(super) struct Hints {
-    nodes: BTreeMap<Key, NodeId>,
-    order: VecDeque<Key>,
-}
-
-impl Hints {
-    pub(super) fn remember(&mut self, key: &Key, node: NodeId) {
-        if self.nodes.insert(key.clone(), node).is_none() {
-            self.order.push_back(key.clone());
-        }
-        if self.order.len() > HINTS_MAX
-            && let Some(oldest) = self.order.pop_front()
-        {
-            self.nodes.remove(&oldest);
-        }
-    }
-
-    fn get(&self, key: &Key) -> Option<NodeId> {
-        self.nodes.get(key).copied()
-    }
-
-    pub(super) fn forget(&mut self, key: &Key) {
-        // Its place in `order` stays until it comes up: forgetting is rare, and the list is bounded.
-        self.nodes.remove(key);
-    }
-
-    pub(super) fn forget_node(&mut self, node: NodeId) {
-        self.nodes.retain(|_, hint| *hint != node);
-    }
+/// Whether it may be otherwise soon, or elsewhere.
+fn is_passing(why: &StoreError) -> bool {
+    use ErrorKind::{Busy, Os, PeerLost, Stale, TimedOut, Unavailable};
+    matches!(why.kind(), PeerLost | Busy | Stale | TimedOut | Unavailable | Os)
 }
 
 impl Engine {
     /// Starts a get from other nodes, or joins one that is under way.
-    pub(super) fn fetch(
+    pub(super) fn fetch(&mut self, client: ClientId, request: u64, key: Key, scope: Scope, timeout_ms: u64) {
+        self.fetch_from_any(FetchFor::Client { client, request }, key, scope, timeout_ms, Vec::new());
+    }
+
+    /// The same, for whoever it is; `holders` are said to have it.
+    pub(super) fn fetch_from_any(
         &mut self,
-        client: ClientId,
-        request: u64,
+        who: FetchFor,
         key: Key,
         Scope { range, want, threshold_bytes }: Scope,
         timeout_ms: u64,
+        holders: Vec<Holder>,
     ) {
         let deadline = self.now.after_ms(timeout_ms);
-        let mut waiter = FetchWaiter { client, request, deadline, timeout_ms, came_after: 0 };
+        let mut waiter = FetchWaiter { who, deadline, timeout_ms, came_after: 0 };
         // Once the owner's word may have been read, what it says may be older than who comes now.
         let same = |fetch: &Fetch| {
             let decided = matches!(fetch.stage, Stage::ReadingKnown { .. } | Stage::CheckingWord { .. });
@@ -197,6 +197,8 @@ impl Engine {
             waiters: vec![waiter],
             stage: Stage::Waiting,
             questions: 0,
+            holders,
+            asked_directory: false,
             tried: Vec::new(),
             obstacle: None,
             obstacles: 0,
@@ -222,38 +224,39 @@ impl Engine {
             // It was put here, or came with another fetch, meanwhile.
             let Some(fetch) = self.take_fetch(id) else { return };
             for waiter in fetch.waiters {
-                self.found_here(waiter.client, waiter.request, &key, fetch.range, fetch.want);
+                match waiter.who {
+                    FetchFor::Client { client, request } => {
+                        self.found_here(client, request, &key, fetch.range, fetch.want);
+                    }
+                    FetchFor::Replica(asked) => self.replica_found(&asked),
+                }
             }
             return;
         }
-        if self.fetch_known(id) {
+        let named = self.fetches.get(&id).is_some_and(Fetch::is_of_named);
+        if (!named && self.fetch_known(id)) || self.fetch_next(id) {
             return;
         }
-        let Some(fetch) = self.fetches.get(&id) else {
-            return;
-        };
-        let hinted = self.hints.get(&key).filter(|node| !fetch.tried.contains(node));
-        if let Some(node) = hinted
-            && let Some(link) = self.link_to(node)
-        {
-            return self.fetch_ask(id, link);
+        if named {
+            let why = self.fetch_stale(id, "none of the nodes that were named gave it");
+            return self.fetch_failed(id, &why);
+        }
+        if self.fetches.get(&id).is_some_and(|fetch| fetch.asked_directory) {
+            return self.fetch_exhausted(id);
         }
         if self.directory.is_some() {
             let holders = self.live_holders(&key, self.config.member.node);
             if !holders.is_empty() {
-                return self.fetch_from(id, &holders);
+                return self.fetch_from(id, holders);
             }
             self.set_stage(id, Stage::AskingAll);
             self.fetch_questioned(id);
             return self.ask_everyone(key, AskFor::Fetch(id));
         }
         match self.directory_link {
-            Some(link) => self.fetch_ask(id, link),
+            Some(link) => self.fetch_ask_directory(id, link),
             None => {
-                let why = StoreError::unavailable(
-                    "the directory",
-                    format!("get {key:?}: there is no link to the node that keeps it; it is being dialled"),
-                );
+                let why = self.no_directory(&format!("get {key:?}"));
                 self.fetch_obstacle(id, why);
             }
         }
@@ -265,25 +268,60 @@ impl Engine {
         }
     }
 
-    /// Asks one of these nodes that was not tried, rather one to which there is a link.
-    fn fetch_from(&mut self, id: FetchId, holders: &[Holder]) {
+    /// The directory has named all that it knows: asks one of them that was not tried.
+    fn fetch_from(&mut self, id: FetchId, mut holders: Vec<Holder>) {
         let Some(fetch) = self.fetches.get_mut(&id) else {
             return;
         };
-        let mut fresh = holders.iter().filter(|holder| !fetch.tried.contains(&holder.node));
-        let first = fresh.clone().next();
-        let linked = fresh.find_map(|holder| self.peers.get(&holder.node)?.link);
-        if let Some(link) = linked {
-            return self.fetch_ask(id, link);
-        }
-        if let Some(holder) = first {
-            // `welcome` goes on when the link is up.
-            let until = self.now.after_ms(DIAL_MS);
-            fetch.stage = Stage::Dialling { holder: holder.clone(), until };
+        holders.truncate(HOLDERS_MAX);
+        for holder in holders.iter().rev() {
             self.hints.remember(&fetch.key, holder.node);
-            self.timers.set(until, Timer::Retry(id));
-            return self.dial(&holder.address);
         }
+        fetch.holders = holders;
+        fetch.asked_directory = true;
+        if !self.fetch_next(id) {
+            self.fetch_exhausted(id);
+        }
+    }
+
+    /// Asks the nearest node that is said to have it and was not tried, rather one to which there is a link. False if
+    /// no such node is known.
+    fn fetch_next(&mut self, id: FetchId) -> bool {
+        let Some(fetch) = self.fetches.get(&id) else {
+            return true;
+        };
+        let hinted = if fetch.is_of_named() { &[] } else { self.hints.get(&fetch.key) };
+        let untried = |node: &NodeId| !fetch.tried.contains(node);
+        let said = fetch.holders.iter().map(|holder| holder.node).chain(hinted.iter().copied());
+        let linked = said.filter(|node| untried(node) && self.link_to(*node).is_some());
+        if let Some(link) = self.nearest(&fetch.key, linked).and_then(|node| self.link_to(node)) {
+            self.fetch_ask(id, link);
+            return true;
+        }
+        // Who gave it before is dialled where nobody can say who has it now.
+        let lost = self.directory.is_none() && self.directory_link.is_none();
+        let remembered = hinted.iter().filter(|_| lost).filter_map(|node| {
+            let address = self.peers.get(node)?.member.address.clone();
+            Some(Holder { node: *node, address })
+        });
+        let holders = fetch.holders.iter().cloned().chain(remembered);
+        let fresh = holders.filter(|holder| untried(&holder.node));
+        let Some(holder) = fresh.min_by_key(|holder| self.redial.is_paused(&holder.address, self.now)) else {
+            return false;
+        };
+        // `welcome` goes on when the link is up.
+        let until = self.now.after_ms(DIAL_MS);
+        self.set_stage(id, Stage::Dialling { holder: holder.clone(), until });
+        self.timers.set(until, Timer::Retry(id));
+        self.dial(&holder.address);
+        true
+    }
+
+    /// None of the nodes that are said to have it gave it.
+    fn fetch_exhausted(&mut self, id: FetchId) {
+        let Some(fetch) = self.fetches.get_mut(&id) else {
+            return;
+        };
         fetch.tried.clear();
         // A node that was lost on the way stays the reason; else they have dropped it, and the directory is about to
         // hear of that.
@@ -304,6 +342,23 @@ impl Engine {
             Want::Stat | Want::Existence => (Some(Range { start: 0, len_bytes: 0 }), 0),
         };
         let message = PeerMessage::Get { key, range, inline_max };
+        let at = self.now;
+        let request = self.ask_peer(link, message, Pending::Get { fetch: id });
+        self.set_stage(id, Stage::Asked { link, request, at });
+        self.fetch_questioned(id);
+    }
+
+    /// Asks the directory: for the object, or for others that have it if its own node could not give it.
+    fn fetch_ask_directory(&mut self, id: FetchId, link: LinkId) {
+        let node = self.directory_node();
+        let Some(fetch) = self.fetches.get_mut(&id) else {
+            return;
+        };
+        fetch.asked_directory = true;
+        if node.is_none_or(|node| !fetch.tried.contains(&node)) {
+            return self.fetch_ask(id, link);
+        }
+        let message = PeerMessage::Locate { key: fetch.key.clone() };
         let at = self.now;
         let request = self.ask_peer(link, message, Pending::Get { fetch: id });
         self.set_stage(id, Stage::Asked { link, request, at });
@@ -333,7 +388,7 @@ impl Engine {
     }
 
     /// Everyone was asked for the key of a fetch.
-    pub(super) fn fetch_asked_all(&mut self, id: FetchId, holders: &[Holder]) {
+    pub(super) fn fetch_asked_all(&mut self, id: FetchId, holders: Vec<Holder>) {
         if !matches!(self.fetches.get(&id), Some(fetch) if matches!(fetch.stage, Stage::AskingAll)) {
             return;
         }
@@ -356,17 +411,28 @@ impl Engine {
             ErrorKind::NotFound => {
                 // A holder that was remembered or named has dropped it meanwhile.
                 fetch.tried.extend(node);
-                self.hints.forget(&fetch.key);
+                if let Some(node) = node {
+                    fetch.holders.retain(|holder| holder.node != node);
+                    self.hints.forget(&fetch.key, node);
+                }
                 self.fetch_start(id);
             }
-            _ => self.fetch_obstacle(id, why),
+            _ if from_directory => self.fetch_obstacle(id, why),
+            _ => {
+                self.fetch_tried(id, link);
+                self.fetch_moves_on(id, why);
+            }
         }
     }
 
-    /// LOCATED in answer to a GET.
-    pub(super) fn fetch_located(&mut self, id: FetchId, holders: &[Holder]) {
-        self.set_stage(id, Stage::Waiting);
-        self.fetch_from(id, holders);
+    /// LOCATED in answer to a GET: who says so does not have it.
+    pub(super) fn fetch_located(&mut self, link: LinkId, id: FetchId, holders: Vec<Holder>) {
+        let node = self.links.get(&link).and_then(|link| link.node);
+        if let Some(fetch) = self.fetches.get_mut(&id) {
+            fetch.stage = Stage::Waiting;
+            fetch.tried.extend(node);
+            self.fetch_from(id, holders);
+        }
     }
 
     /// Nobody has it. If somebody had it and was lost on the way, that is the answer.
@@ -397,8 +463,18 @@ impl Engine {
 
     pub(super) fn answer_all(&mut self, waiters: Vec<FetchWaiter>, why: &StoreError) {
         for waiter in waiters {
-            self.counters.failed += 1;
-            self.reply(waiter.client, waiter.request, Err(why.clone()));
+            self.answer_waiter(&waiter.who, why.clone());
+        }
+    }
+
+    /// Tells one who waited that it has come to nothing.
+    fn answer_waiter(&mut self, who: &FetchFor, why: StoreError) {
+        match who {
+            FetchFor::Client { client, request } => {
+                self.counters.failed += 1;
+                self.reply(*client, *request, Err(why));
+            }
+            FetchFor::Replica(asked) => self.replica_answer(asked, Err(why)),
         }
     }
 
@@ -419,8 +495,10 @@ impl Engine {
         self.leave_stage(fetch.stage);
         if fetch.want == Want::Existence && why.kind() == ErrorKind::NotFound {
             for waiter in fetch.waiters {
-                let error = StoreError::timed_out("wait", &fetch.key, 0);
-                self.reply(waiter.client, waiter.request, Err(error));
+                if let FetchFor::Client { client, request } = waiter.who {
+                    let error = StoreError::timed_out("wait", &fetch.key, 0);
+                    self.reply(client, request, Err(error));
+                }
             }
             return;
         }
@@ -429,24 +507,20 @@ impl Engine {
 
     /// Something passing is in the way: tries again until the deadline, and remembers why it could not.
     pub(super) fn fetch_obstacle(&mut self, id: FetchId, why: StoreError) {
-        let passing = matches!(
-            why.kind(),
-            ErrorKind::PeerLost
-                | ErrorKind::Busy
-                | ErrorKind::Stale
-                | ErrorKind::TimedOut
-                | ErrorKind::Unavailable
-                | ErrorKind::Os
-        );
-        let alone = self.directory.is_some() && self.peers.is_empty();
-        if !passing || (alone && why.kind() != ErrorKind::Stale) {
+        let alone = self.directory.is_some() && self.peers.is_empty() && !self.is_settling();
+        if !is_passing(&why) || (alone && why.kind() != ErrorKind::Stale) {
             return self.fetch_failed(id, &why);
         }
         let Some(fetch) = self.fetches.get_mut(&id) else {
             return;
         };
-        self.hints.forget(&fetch.key);
+        self.hints.forget_key(&fetch.key);
         fetch.obstacle = Some(why);
+        fetch.asked_directory = false;
+        if self.directory.is_some() || self.directory_link.is_some() {
+            // Who has it then, the directory knows better.
+            fetch.holders.clear();
+        }
         fetch.stage = Stage::Waiting;
         let pause = (RETRY_MS << fetch.obstacles.min(8)).min(RETRY_MS_MAX);
         fetch.obstacles = fetch.obstacles.saturating_add(1);
@@ -455,12 +529,28 @@ impl Engine {
 
     /// A node did not give it; others may.
     pub(super) fn fetch_tried(&mut self, id: FetchId, link: LinkId) {
+        let directory = self.directory_node();
         if let Some(node) = self.links.get(&link).and_then(|link| link.node)
             && let Some(fetch) = self.fetches.get_mut(&id)
         {
+            // It may still know who else has it.
+            fetch.asked_directory &= Some(node) != directory || fetch.tried.contains(&node);
             fetch.tried.push(node);
             fetch.failed_by = Some(node);
         }
+    }
+
+    /// A node did not give it. Another one is asked at once, as long as one is known or may become known.
+    pub(super) fn fetch_moves_on(&mut self, id: FetchId, why: StoreError) {
+        let Some(fetch) = self.fetches.get_mut(&id) else {
+            return;
+        };
+        if !is_passing(&why) {
+            return self.fetch_failed(id, &why);
+        }
+        fetch.obstacle = Some(why);
+        fetch.stage = Stage::Waiting;
+        self.fetch_start(id);
     }
 
     /// Asks again from the start, now.
@@ -468,6 +558,7 @@ impl Engine {
         if let Some(fetch) = self.fetches.get_mut(&id) {
             fetch.stage = Stage::Waiting;
             fetch.tried.clear();
+            fetch.asked_directory = false;
             self.fetch_start(id);
         }
     }
@@ -546,14 +637,13 @@ impl Engine {
             };
             fetch.tried.extend(node);
             fetch.failed_by = node;
-            fetch.stage = Stage::Waiting;
             let why = StoreError::PeerLost {
                 operation: "get".into(),
                 subject: fetch.key.to_string(),
                 peer: address.to_owned(),
                 why: why.to_string().into(),
             };
-            self.fetch_obstacle(id, why);
+            self.fetch_moves_on(id, why);
         }
     }
 
@@ -575,8 +665,7 @@ impl Engine {
             let operation = if want == Want::Existence { "wait" } else { "get" };
             let error =
                 obstacle.clone().unwrap_or_else(|| StoreError::timed_out(operation, &key, waiter.timeout_ms));
-            self.counters.failed += 1;
-            self.reply(waiter.client, waiter.request, Err(error));
+            self.answer_waiter(&waiter.who, error);
         }
         self.drop_fetch_without_waiters(id);
     }
@@ -585,7 +674,9 @@ impl Engine {
         let ids: Vec<FetchId> = self.fetches.keys().copied().collect();
         for id in ids {
             if let Some(fetch) = self.fetches.get_mut(&id) {
-                fetch.waiters.retain(|waiter| waiter.client != client);
+                let of_it =
+                    |who: &FetchFor| matches!(who, FetchFor::Client { client: of, .. } if *of == client);
+                fetch.waiters.retain(|waiter| !of_it(&waiter.who));
             }
             self.drop_fetch_without_waiters(id);
         }

@@ -15,6 +15,9 @@ use crate::wire::{ClientMessage, Member, PeerMessage, PutHints};
 /// trip of 2 to 5 us costs as much as copying 16 to 59 KiB at 8 to 12 GB/s).
 pub const THRESHOLD_DEFAULT: u64 = 32 * 1024;
 
+/// The least time that a request waits for a directory, in milliseconds.
+const AWAIT_MS_MIN: u64 = 5_000;
+
 /// Which of the node's fabrics; the node numbers them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FabricId(pub u8);
@@ -24,8 +27,9 @@ pub struct FabricId(pub u8);
 pub struct EngineConfig {
     /// This node.
     pub member: Member,
-    /// The node that keeps the directory; none if it is this one.
-    pub join: Option<String>,
+    /// Where the nodes listen that may keep the directory, in order, this one included if it is one of them; none if
+    /// this one keeps it alone.
+    pub join: Vec<String>,
     /// Bytes of the host tier.
     pub capacity_bytes: u64,
     /// The most bytes of it in segments granted to one client.
@@ -44,6 +48,20 @@ pub struct EngineConfig {
     pub lease_ms: u32,
     /// How often nodes say that they are alive, in milliseconds; five missed ones are a death.
     pub heartbeat_ms: u64,
+}
+
+impl EngineConfig {
+    /// How long a node of the list is missed before the next one takes its place, in milliseconds.
+    pub(super) const fn missed_ms(&self) -> u64 {
+        self.heartbeat_ms.saturating_mul(super::links::MISSED_MAX)
+    }
+
+    /// How long a request waits for a directory, in milliseconds: so long that one is there again after the node that
+    /// kept it has died.
+    pub(super) const fn await_ms(&self) -> u64 {
+        let several = self.missed_ms().saturating_mul(4);
+        if several > AWAIT_MS_MIN { several } else { AWAIT_MS_MIN }
+    }
 }
 
 /// An object that a client has put without asking: it wrote the bytes into memory granted ahead, and said so in its

@@ -2,8 +2,10 @@
 //! (`directory`). Invariant: "no such object" is said only after everyone who is linked was asked.
 
 use super::Engine;
+use super::awaiting::Listing;
 use super::cluster::{Ask, AskFor, Pending};
 use super::directory::Verdict;
+use super::keeper::Keeper;
 use super::timer::Time;
 use super::timer::Timer;
 use super::waiting::{Waiter, WaitingKey};
@@ -17,15 +19,27 @@ const ASK_MS: u64 = 5_000;
 /// Bytes of a list's entries, and a bound on one entry beside its key (a holder's name among them).
 const LIST_BYTES_MAX: usize = 48 * 1024;
 const LIST_ENTRY_LEN: usize = 80;
+/// Holders that one answer names.
+const LOCATED_MAX: usize = 16;
 /// Keys that may be watched at once: a bound on what peers can make this node remember.
 const WATCHED_MAX: usize = 1 << 20;
+
+/// LOCATED: of many holders some, and different ones to different askers.
+fn located(asker: NodeId, mut holders: Vec<Holder>) -> PeerMessage {
+    if holders.len() > LOCATED_MAX {
+        let first = usize::try_from(asker.0 % holders.len() as u64).unwrap_or(0);
+        holders.rotate_left(first);
+        holders.truncate(LOCATED_MAX);
+    }
+    PeerMessage::Located { holders }
+}
 
 impl Engine {
     /// Tells the directory that an object is here.
     pub(super) fn announce(&mut self, announced: Announced) {
-        let own = self.config.member.node;
+        let (own, now) = (self.config.member.node, self.now);
         if let Some(directory) = &mut self.directory {
-            if directory.announce(own, &announced, false) == Verdict::Refused {
+            if directory.announce(own, &announced, false, now) == Verdict::Refused {
                 self.drop_local(&announced.key, Some(announced.object));
             }
         } else if let Some(link) = self.directory_link {
@@ -39,7 +53,8 @@ impl Engine {
     }
 
     pub(super) fn announce_all(&mut self, link: LinkId) {
-        let all: Vec<Announced> = self.objects.iter_sealed().map(|(_, object)| object.announced()).collect();
+        let sealed = self.objects.iter_sealed();
+        let all: Vec<Announced> = sealed.map(|(_, object)| object.announced(self.now)).collect();
         for objects in all.chunks(KEYS_PER_MESSAGE_MAX) {
             self.announce_objects(link, objects.to_vec());
         }
@@ -76,14 +91,22 @@ impl Engine {
         objects: &[Announced],
         exclusive: bool,
     ) {
-        let Some(directory) = &mut self.directory else {
-            let error = StoreError::unavailable("the directory", "this node does not keep it");
+        let joined = self.links.get(&link).is_some_and(|link| link.joined);
+        // Until everyone has announced, it is not known here which keys are taken.
+        let settling = exclusive && self.is_settling();
+        let now = self.now;
+        let Some(directory) = self.directory.as_mut().filter(|_| joined && !settling) else {
+            let error = if settling {
+                self.no_directory("announce")
+            } else {
+                StoreError::unavailable("the directory", "this node does not keep it, or was not joined")
+            };
             return self.answer_peer(link, request, PeerMessage::Failed { error });
         };
         let mut refused = Vec::new();
         let mut kept = Vec::new();
         for announced in objects {
-            match directory.announce(node, announced, exclusive) {
+            match directory.announce(node, announced, exclusive, now) {
                 Verdict::Kept => kept.push(announced.key.clone()),
                 Verdict::Refused => refused.push(announced.key.clone()),
             }
@@ -105,7 +128,23 @@ impl Engine {
         if holders.is_empty() {
             return self.ask_everyone(key, AskFor::Get { link, request, asker });
         }
-        self.answer_peer(link, request, PeerMessage::Located { holders });
+        self.answer_peer(link, request, located(asker, holders));
+    }
+
+    /// A GET for what is here and is going to be granted: the asker is told who else has it, for it cannot ask any more
+    /// if this node is lost while it reads.
+    pub(super) fn tell_others(&mut self, link: LinkId, asker: NodeId, key: &Key, inline_max: u64) {
+        let own = self.config.member.node;
+        let granted = self.objects.sealed(key).is_some_and(|(_, object)| object.meta.len_bytes > inline_max);
+        if self.directory.is_none() || !granted {
+            return;
+        }
+        let mut holders = self.live_holders(key, asker);
+        holders.retain(|holder| holder.node != own);
+        holders.truncate(LOCATED_MAX);
+        if !holders.is_empty() {
+            self.tell_peer(link, PeerMessage::Exists { key: key.clone(), holders });
+        }
     }
 
     /// Nodes that hold a key and live, but not `except`.
@@ -135,7 +174,7 @@ impl Engine {
         let operation = self.next_operation;
         self.next_operation += 1;
         let deadline = self.now.after_ms(ASK_MS);
-        let ask = Ask { key: key.clone(), why, left: links.len(), deadline };
+        let ask = Ask { key: key.clone(), why, left: links.len(), strangers: Vec::new(), deadline };
         self.asks.insert(operation, ask);
         if links.is_empty() {
             return self.ask_over(operation);
@@ -148,8 +187,13 @@ impl Engine {
 
     pub(super) fn asked(&mut self, operation: u64, node: Option<NodeId>, object: Option<Announced>) {
         let object_id = object.as_ref().map(|announced| announced.object);
+        let (joined, now) = (node.is_some_and(|node| self.keeping.has_joined(node)), self.now);
         if let (Some(node), Some(announced), Some(directory)) = (node, object, &mut self.directory) {
-            directory.announce(node, &announced, false);
+            if joined {
+                directory.announce(node, &announced, false, now);
+            } else if let Some(ask) = self.asks.get_mut(&operation) {
+                ask.strangers.push(node);
+            }
         }
         let Some(ask) = self.asks.get_mut(&operation) else {
             return;
@@ -162,11 +206,21 @@ impl Engine {
             return;
         };
         // A delete is about every object of the key, a get about any.
-        let found = !matches!(ask.why, AskFor::Delete(_))
-            && !self.live_holders(&ask.key, self.asker_of(&ask.why)).is_empty();
+        let found = !matches!(ask.why, AskFor::Delete(_)) && !self.holders_asked(ask).is_empty();
         if ask.left == 0 || found {
             self.ask_over(operation);
         }
+    }
+
+    /// Who has what everyone was asked for.
+    fn holders_asked(&self, ask: &Ask) -> Vec<Holder> {
+        let mut holders = self.live_holders(&ask.key, self.asker_of(&ask.why));
+        let stranger = |node: &NodeId| {
+            let address = self.peers.get(node)?.member.address.clone();
+            Some(Holder { node: *node, address })
+        };
+        holders.extend(ask.strangers.iter().filter_map(stranger));
+        holders
     }
 
     fn asker_of(&self, why: &AskFor) -> NodeId {
@@ -181,23 +235,25 @@ impl Engine {
             return;
         };
         self.timers.unset(ask.deadline, Timer::Operation(operation));
-        let holders = self.live_holders(&ask.key, self.asker_of(&ask.why));
-        let unsure = holders.is_empty() && ask.left > 0;
+        let holders = self.holders_asked(&ask);
+        let unsure = if !holders.is_empty() {
+            None
+        } else if ask.left > 0 {
+            Some(StoreError::timed_out("get", &ask.key, ASK_MS))
+        } else {
+            self.is_settling().then(|| self.no_directory(&format!("get {:?}", ask.key)))
+        };
         match ask.why {
-            AskFor::Fetch(fetch) if unsure => {
-                self.fetch_obstacle(fetch, StoreError::timed_out("get", &ask.key, ASK_MS));
-            }
-            AskFor::Fetch(fetch) => self.fetch_asked_all(fetch, &holders),
+            AskFor::Fetch(fetch) => match unsure {
+                Some(why) => self.fetch_obstacle(fetch, why),
+                None => self.fetch_asked_all(fetch, holders),
+            },
             AskFor::Get { link, request, .. } if holders.is_empty() => {
-                let error = if unsure {
-                    StoreError::timed_out("get", &ask.key, ASK_MS)
-                } else {
-                    StoreError::not_found("get", &ask.key)
-                };
+                let error = unsure.unwrap_or_else(|| StoreError::not_found("get", &ask.key));
                 self.answer_peer(link, request, PeerMessage::Failed { error });
             }
-            AskFor::Get { link, request, .. } => {
-                self.answer_peer(link, request, PeerMessage::Located { holders });
+            AskFor::Get { link, request, asker } => {
+                self.answer_peer(link, request, located(asker, holders));
             }
             AskFor::Delete(operation) => self.delete_from_holders(operation),
         }
@@ -244,7 +300,7 @@ impl Engine {
             Some(directory) => directory.list(prefix, after).take(limit + 1).collect(),
             None => {
                 let own = self.config.member.node;
-                let here = self.objects.list(prefix, after).map(|o| (o.announced(), vec![own]));
+                let here = self.objects.list(prefix, after).map(|o| (o.announced(self.now), vec![own]));
                 here.take(limit + 1).collect()
             }
         };
@@ -260,21 +316,56 @@ impl Engine {
         (listed, more)
     }
 
-    pub(super) fn list(
+    /// LIST: only the directory knows what there is.
+    pub(super) fn list_for_peer(
         &mut self,
-        client: ClientId,
+        link: LinkId,
         request: u64,
         prefix: &str,
         after: Option<&Key>,
         limit: u32,
-    ) -> Result<Option<ClientReply>, StoreError> {
-        if self.directory.is_none()
-            && let Some(link) = self.directory_link
-        {
-            let message = PeerMessage::List { prefix: prefix.to_owned(), after: after.cloned(), limit };
-            self.ask_peer(link, message, Pending::List { client, request });
-            return Ok(None);
+    ) {
+        if self.keeper() != Keeper::Here {
+            let error = self.no_directory("list");
+            return self.answer_peer(link, request, PeerMessage::Failed { error });
         }
+        let (listed, more) = self.list_known(prefix, after, limit);
+        let objects = listed.into_iter().map(|(announced, _)| announced).collect();
+        self.answer_peer(link, request, PeerMessage::Listed { objects, more });
+    }
+
+    pub(super) fn list(
+        &mut self,
+        client: ClientId,
+        request: u64,
+        prefix: String,
+        after: Option<Key>,
+        limit: u32,
+    ) {
+        let deadline = self.now.after_ms(self.config.await_ms());
+        self.ask_list(Listing { client, request, prefix, after, limit, deadline });
+    }
+
+    pub(super) fn ask_list(&mut self, listing: Listing) {
+        match self.keeper() {
+            Keeper::At(link) => {
+                let Listing { prefix, after, limit, .. } = listing.clone();
+                let message = PeerMessage::List { prefix, after, limit };
+                self.ask_peer(link, message, Pending::List(Box::new(listing)));
+            }
+            Keeper::Awaited if self.now < listing.deadline => self.await_list(listing),
+            Keeper::Awaited => {
+                let error = self.no_directory(&format!("list {:?}", listing.prefix));
+                self.reply(listing.client, listing.request, Err(error));
+            }
+            Keeper::Here | Keeper::Unreachable => {
+                let reply = self.listed(&listing.prefix, listing.after.as_ref(), listing.limit);
+                self.reply(listing.client, listing.request, Ok(reply));
+            }
+        }
+    }
+
+    fn listed(&self, prefix: &str, after: Option<&Key>, limit: u32) -> ClientReply {
         let (listed, more) = self.list_known(prefix, after, limit);
         let objects = listed
             .into_iter()
@@ -284,7 +375,7 @@ impl Engine {
                 holders: nodes.into_iter().map(|node| self.name_of(node)).collect(),
             })
             .collect();
-        Ok(Some(ClientReply::Listed { objects, more }))
+        ClientReply::Listed { objects, more }
     }
 
     pub(super) fn name_of(&self, node: NodeId) -> String {

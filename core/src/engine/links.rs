@@ -3,14 +3,17 @@
 
 use super::Engine;
 use super::action::{Action, Event};
+use super::cluster::Pending;
 use super::input::FabricId;
 use super::timer::{Time, Timer};
 use crate::error::StoreError;
 use crate::tier::{Epoch, LinkId, NodeId};
-use crate::wire::{KEYS_PER_MESSAGE_MAX, Member, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage, negotiate};
+use crate::wire::{
+    KEYS_PER_MESSAGE_MAX, Member, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage, Present, negotiate,
+};
 
 /// Heartbeats that may be missed before a peer is held to be dead.
-const MISSED_MAX: u64 = 5;
+pub(super) const MISSED_MAX: u64 = 5;
 /// The longest pause between two attempts to reach the directory, in milliseconds.
 const RECONNECT_MS_MAX: u64 = 2_000;
 
@@ -22,7 +25,7 @@ pub(super) struct Link {
     /// Who is at the other end, once it has said so.
     pub(super) node: Option<NodeId>,
     /// Whether the peer announces to this node's directory through it.
-    join: bool,
+    pub(super) joined: bool,
     pub(super) heard: Time,
 }
 
@@ -30,6 +33,20 @@ pub(super) struct Link {
 pub(super) struct Peer {
     pub(super) member: Member,
     pub(super) link: Option<LinkId>,
+    /// Whether it says that it keeps the directory.
+    pub(super) keeps: bool,
+    /// Bytes that it has room for, as it last said.
+    pub(super) room_bytes: Option<u64>,
+    /// How long an answer from it takes, in nanoseconds, lately.
+    pub(super) round_trip_ns: Option<u64>,
+    /// The room that others were last told of.
+    told_bytes: u64,
+}
+
+impl Peer {
+    pub(super) const fn new(member: Member, room_bytes: Option<u64>) -> Self {
+        Self { member, link: None, keeps: false, room_bytes, round_trip_ns: None, told_bytes: 0 }
+    }
 }
 
 impl Engine {
@@ -37,9 +54,10 @@ impl Engine {
         self.peers.get(&node)?.link
     }
 
-    /// Whether a node, in this incarnation, is known to live. Without the directory, only of linked ones.
+    /// Whether a node, in this incarnation, is known to live. Of nodes that are not linked only where another one, which
+    /// keeps the directory, has told of them.
     pub(super) fn is_alive(&self, node: NodeId, epoch: Epoch) -> bool {
-        let told = self.directory.is_some() || self.directory_link.is_some();
+        let told = self.directory_link.is_some();
         self.peers.get(&node).is_some_and(|peer| peer.member.epoch == epoch && (told || peer.link.is_some()))
     }
 
@@ -61,13 +79,13 @@ impl Engine {
             self.dialling.remove(&address);
             self.dialled_up(&address);
         }
-        let join = !inbound && self.config.join.as_deref() == Some(address.as_str());
-        self.links.insert(link, Link { fabric, address, inbound, node: None, join: false, heard: self.now });
+        let state = Link { fabric, address, inbound, node: None, joined: false, heard: self.now };
+        self.links.insert(link, state);
         let hello = PeerMessage::Hello {
             member: self.config.member.clone(),
             version_min: PROTOCOL_MIN,
             version_max: PROTOCOL_MAX,
-            join,
+            keeps: self.directory.is_some(),
         };
         self.tell_peer(link, hello);
     }
@@ -75,31 +93,19 @@ impl Engine {
     pub(super) fn connect_failed(&mut self, address: &str, why: &StoreError) {
         self.dialling.remove(address);
         self.dialled_down(address);
-        if self.config.join.as_deref() == Some(address) {
-            self.directory_lost(why);
-            return;
-        }
+        self.listed_lost(address, why);
         self.fetches_undialled(address, why);
+        self.replications_undialled(address);
         self.peers.retain(|_, peer| peer.link.is_some() || peer.member.address != address);
     }
 
-    fn directory_lost(&mut self, why: &StoreError) {
-        if self.reconnect_attempts == 0 {
-            self.out.push(Action::Note(Event::DirectoryLost { why: why.to_string() }));
-        }
+    /// Dials nodes of the list again after a pause.
+    pub(super) fn set_reconnect(&mut self) {
         let pause = (50 << self.reconnect_attempts.min(6)).min(RECONNECT_MS_MAX);
         self.reconnect_attempts = self.reconnect_attempts.saturating_add(1);
         // A share of the pause that differs from node to node keeps a cluster from dialling in step.
         let spread = self.config.member.node.0 % (pause / 2).max(1);
         self.timers.set(self.now.after_ms(pause + spread), Timer::Reconnect);
-    }
-
-    pub(super) fn reconnect(&mut self) {
-        if self.directory_link.is_none()
-            && let Some(address) = self.config.join.clone()
-        {
-            self.dial(&address);
-        }
     }
 
     pub(super) fn link_down(&mut self, link: LinkId, why: &StoreError) {
@@ -110,10 +116,11 @@ impl Engine {
             self.dialled_down(&state.address);
         }
         // From here on nothing new is asked over it, so what was asked is answered below, once.
-        let was_directory = self.directory_link == Some(link);
-        if was_directory {
+        if self.directory_link == Some(link) {
             self.directory_link = None;
         }
+        let peer = state.node.and_then(|node| self.peers.get(&node)).filter(|_| state.inbound);
+        let listens_at = peer.map(|peer| peer.member.address.clone());
         self.leases_lost(link);
         self.locations.forget_link(link);
         if let Some(node) = state.node {
@@ -127,10 +134,7 @@ impl Engine {
                 self.question_lost(pending, &state.address, why);
             }
         }
-        let was_to_be = !state.inbound && self.config.join.as_deref() == Some(state.address.as_str());
-        if was_directory || (was_to_be && self.directory_link.is_none()) {
-            self.directory_lost(why);
-        }
+        self.listed_lost(&listens_at.unwrap_or(state.address), why);
     }
 
     /// One of a peer's links has gone; if it was the last, so has the peer.
@@ -161,10 +165,7 @@ impl Engine {
         self.forget_watches_of(node);
         let (name, why) = (peer.member.name, why.to_string());
         self.out.push(Action::Note(Event::PeerDown { node, name, why }));
-        if let Some(directory) = &mut self.directory {
-            directory.node_lost(node);
-            self.tell_members();
-        }
+        self.member_lost(node);
     }
 
     pub(super) fn peer_refused(&mut self, link: LinkId, why: &StoreError) {
@@ -174,17 +175,52 @@ impl Engine {
     }
 
     pub(super) fn heartbeat(&mut self) {
-        let (now, silence_ms) = (self.now, self.config.heartbeat_ms * MISSED_MAX);
+        let (now, silence_ms) = (self.now, self.config.missed_ms());
+        let room_bytes = self.room_bytes();
+        let under_replicated = if self.directory.is_some() { self.repair.count() } else { 0 };
         let links: Vec<(LinkId, bool)> =
             self.links.iter().map(|(&id, link)| (id, now.ms_since(link.heard) > silence_ms)).collect();
         for (link, silent) in links {
             if silent {
                 self.out.push(Action::Disconnect { link });
             } else {
-                self.tell_peer(link, PeerMessage::Heartbeat);
+                let message = PeerMessage::Heartbeat { room_bytes, under_replicated };
+                self.ask_peer(link, message, Pending::Heartbeat { at: now });
             }
         }
         self.timers.set(now.after_ms(self.config.heartbeat_ms), Timer::Heartbeat);
+        if self.directory.is_some() && self.room_has_changed() {
+            self.tell_members();
+        }
+        self.consider_keeping();
+        self.ask_again();
+    }
+
+    /// HEARTBEAT.
+    pub(super) fn heard_heartbeat(
+        &mut self,
+        link: LinkId,
+        node: NodeId,
+        request: u64,
+        (room_bytes, under_replicated): (u64, u64),
+    ) {
+        if let Some(peer) = self.peers.get_mut(&node) {
+            peer.room_bytes = Some(room_bytes);
+        }
+        if self.directory_node() == Some(node) {
+            self.under_replicated = under_replicated;
+        }
+        if request != 0 {
+            self.answer_peer(link, request, PeerMessage::Alive);
+        }
+    }
+
+    /// Whether some node's room is not any more what others were told, by more than an eighth.
+    fn room_has_changed(&self) -> bool {
+        self.peers.values().any(|peer| {
+            let (told, now) = (peer.told_bytes, peer.room_bytes.unwrap_or(peer.told_bytes));
+            told.abs_diff(now) > told / 8
+        })
     }
 
     pub(super) fn hello(
@@ -193,16 +229,17 @@ impl Engine {
         member: Member,
         version_min: u16,
         version_max: u16,
-        join: bool,
+        keeps: bool,
     ) {
+        let own = &self.config.member;
+        if (member.node, member.epoch) == (own.node, own.epoch) {
+            return self.met_itself(link);
+        }
         let refusal = if let Err(error) = negotiate(version_min, version_max) {
             Some(error)
         } else if member.node == self.config.member.node {
             let why =
                 format!("a node named {:?} is already in this cluster: give each its own name", member.name);
-            Some(StoreError::denied("join", why))
-        } else if join && self.directory.is_none() {
-            let why = "this node does not keep the directory: join the node that does".to_owned();
             Some(StoreError::denied("join", why))
         } else {
             match self.peers.get(&member.node) {
@@ -225,83 +262,91 @@ impl Engine {
             self.tell_peer(link, PeerMessage::Failed { error: error.clone() });
             return self.peer_refused(link, &error);
         }
-        self.welcome(link, member, join);
+        self.welcome(link, member, keeps);
     }
 
-    fn welcome(&mut self, link: LinkId, member: Member, join: bool) {
+    fn welcome(&mut self, link: LinkId, member: Member, keeps: bool) {
         let node = member.node;
         if self.peers.get(&node).is_some_and(|peer| peer.member.epoch < member.epoch) {
             let why = StoreError::stale("link", &member.name, "the node has started again");
-            self.disown_links(node, |_| true);
+            self.disown_links(node, |_, _| true);
             self.peer_lost(node, &why);
-        }
-        if join {
-            // It announces everything again. What came through an older link must not be mixed with that.
-            self.disown_links(node, |link| link.join);
-            if let Some(directory) = &mut self.directory {
-                directory.node_lost(node);
-            }
         }
         let Some(state) = self.links.get_mut(&link) else {
             return;
         };
         state.node = Some(node);
-        state.join = join;
-        let is_directory = !state.inbound && self.config.join.as_deref() == Some(state.address.as_str());
-        let (name, address) = (member.name.clone(), member.address.clone());
-        let links = &self.links;
-        let peer = self.peers.entry(node).or_insert_with(|| Peer { member: member.clone(), link: None });
-        let linked = |link: LinkId| links.get(&link).is_some_and(|link| link.node == Some(node));
-        let fresh = !peer.link.is_some_and(linked);
+        let peer = self.peers.entry(node).or_insert_with(|| Peer::new(member.clone(), None));
         peer.member = member;
-        if fresh {
-            peer.link = Some(link);
-            self.out.push(Action::Note(Event::PeerUp { node, name, address }));
-        }
-        if is_directory {
-            self.directory_link = Some(link);
-            self.reconnect_attempts = 0;
-            self.out.push(Action::Note(Event::DirectoryFound));
-            self.announce_all(link);
-            self.watch_all(link);
-        }
-        if join {
-            self.tell_members();
-        }
+        peer.keeps = keeps;
+        self.relink(node, link);
+        self.listed_reached(link);
         self.fetches_waiting_start();
+        self.replications_linked(node);
+    }
+
+    /// A peer is reached through this link from now on, unless there is another one.
+    pub(super) fn relink(&mut self, node: NodeId, link: LinkId) {
+        let links = &self.links;
+        let linked = |link: LinkId| links.get(&link).is_some_and(|link| link.node == Some(node));
+        let Some(peer) = self.peers.get_mut(&node).filter(|peer| !peer.link.is_some_and(linked)) else {
+            return;
+        };
+        peer.link = Some(link);
+        let (name, address) = (peer.member.name.clone(), peer.member.address.clone());
+        self.out.push(Action::Note(Event::PeerUp { node, name, address }));
     }
 
     /// Closes other links of a node, and believes nothing that still comes through them.
-    fn disown_links(&mut self, node: NodeId, which: impl Fn(&Link) -> bool) {
+    pub(super) fn disown_links(&mut self, node: NodeId, which: impl Fn(LinkId, &Link) -> bool) {
         for (&id, link) in &mut self.links {
-            if link.node == Some(node) && which(link) {
+            if link.node == Some(node) && which(id, link) {
                 link.node = None;
+                link.joined = false;
                 self.out.push(Action::Disconnect { link: id });
             }
         }
     }
 
     /// Tells every peer who is there.
-    fn tell_members(&mut self) {
-        let mut members: Vec<Member> = self.peers.values().map(|peer| peer.member.clone()).collect();
-        members.push(self.config.member.clone());
-        members.truncate(KEYS_PER_MESSAGE_MAX);
+    pub(super) fn tell_members(&mut self) {
+        let members = self.members_now();
+        for peer in self.peers.values_mut() {
+            peer.told_bytes = peer.room_bytes.unwrap_or_default();
+        }
         let links: Vec<LinkId> = self.peers.values().filter_map(|peer| peer.link).collect();
         for link in links {
             self.tell_peer(link, PeerMessage::Members { members: members.clone() });
         }
     }
 
-    pub(super) fn members(&mut self, from: NodeId, members: &[Member]) {
+    /// Who is there, and how much room each has.
+    pub(super) fn members_now(&self) -> Vec<Present> {
+        let own = Present { member: self.config.member.clone(), room_bytes: self.room_bytes() };
+        let present = |peer: &Peer| {
+            let room_bytes = peer.room_bytes.unwrap_or_default();
+            Present { member: peer.member.clone(), room_bytes }
+        };
+        let others = self.peers.values().map(present);
+        std::iter::once(own).chain(others).take(KEYS_PER_MESSAGE_MAX).collect()
+    }
+
+    /// MEMBERS.
+    pub(super) fn members(&mut self, from: NodeId, members: &[Present]) {
         if self.directory_node() != Some(from) {
-            return;
+            return self.members_before(members);
         }
         let own = self.config.member.node;
-        self.peers.retain(|node, peer| peer.link.is_some() || members.iter().any(|m| m.node == *node));
-        for member in members.iter().filter(|member| member.node != own) {
-            let peer =
-                self.peers.entry(member.node).or_insert_with(|| Peer { member: member.clone(), link: None });
-            if peer.link.is_none() && peer.member.epoch < member.epoch {
+        self.peers.retain(|node, peer| peer.link.is_some() || members.iter().any(|m| m.member.node == *node));
+        for Present { member, room_bytes } in members.iter().filter(|present| present.member.node != own) {
+            let room_bytes = Some(*room_bytes);
+            let peer = self.peers.entry(member.node);
+            let peer = peer.or_insert_with(|| Peer::new(member.clone(), room_bytes));
+            if peer.link.is_some() {
+                continue;
+            }
+            peer.room_bytes = room_bytes;
+            if peer.member.epoch < member.epoch {
                 peer.member = member.clone();
             }
         }

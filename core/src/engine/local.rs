@@ -14,7 +14,7 @@ use crate::error::StoreError;
 use crate::key::Key;
 use crate::receipt::{Carried, Path};
 use crate::tier::{ClientId, Extent, Generation, SegmentId, Tier};
-use crate::wire::{ClientMessage, ClientReply, Located, Range, negotiate};
+use crate::wire::{ClientMessage, ClientReply, Located, Range, Role, negotiate};
 
 /// Retired segments that one answer names; more are named by the next.
 const RETIRED_MAX: usize = 1024;
@@ -57,6 +57,8 @@ impl Engine {
         }
         self.forget_waits_of(client);
         self.ahead_of_gone(state.ahead);
+        self.forget_awaiting_of(client);
+        self.forget_deletes_of(client);
         self.space.client_left(client);
         if state.trusted {
             self.adopt_segments_of(client);
@@ -148,7 +150,8 @@ impl Engine {
                 return Ok(None);
             }
             ClientMessage::List { prefix, after, limit } => {
-                return self.list(client, request, &prefix, after.as_ref(), limit);
+                self.list(client, request, prefix, after, limit);
+                return Ok(None);
             }
             ClientMessage::Delete { key } => {
                 self.delete_request(client, request, key);
@@ -319,9 +322,12 @@ impl Engine {
         let Some((generation, object)) = self.objects.sealed(key) else {
             return Err(StoreError::not_found("evict", key));
         };
-        let elsewhere = object.copied_here && self.is_alive(object.id.origin, object.id.epoch);
-        if !force && !elsewhere {
-            return Err(StoreError::denied("evict", format!("{key:?}: no other node is known to hold it")));
+        if !force && !self.is_elsewhere(object) {
+            let why = match object.role {
+                Role::Replica => format!("{key:?}: this is one of its {} replicas", object.replicas),
+                Role::Original | Role::Copy => format!("{key:?}: no other node is known to hold it for good"),
+            };
+            return Err(StoreError::denied("evict", why));
         }
         self.withdraw(generation);
         Ok(())
@@ -331,7 +337,7 @@ impl Engine {
         let Some(object) = self.objects.get(generation) else {
             return;
         };
-        if object.state == State::Sealed && object.hints.ttl_ms.is_some() {
+        if object.state == State::Sealed && object.expires.is_some_and(|at| at <= self.now) {
             let (key, id) = (object.key.clone(), object.id);
             self.delete_expired(key, id);
         }

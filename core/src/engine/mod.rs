@@ -7,11 +7,15 @@
 mod action;
 mod ahead;
 mod arrival;
+mod awaiting;
+mod choice;
 mod cluster;
 mod delete;
 mod directory;
 mod fetch;
+mod hints;
 mod input;
+mod keeper;
 mod known;
 mod lifecycle;
 mod links;
@@ -22,6 +26,8 @@ mod owner;
 mod paths;
 mod puts;
 mod redial;
+mod repair;
+mod replicas;
 mod room;
 mod space;
 mod status;
@@ -43,7 +49,9 @@ use crate::evict::S3Fifo;
 use crate::tier::{ClientId, Generation, LeaseId, LinkId, NodeId, SegmentId, TransferId};
 use crate::wire::NodeStatus;
 use directory::Deleted;
-use fetch::{Fetch, FetchId, Hints};
+use fetch::{Fetch, FetchId};
+use hints::Hints;
+use keeper::Keeping;
 use links::{Link, Peer};
 use local::Client;
 use locations::Locations;
@@ -51,6 +59,8 @@ use objects::Objects;
 use owner::Lease;
 use paths::Paths;
 use redial::Redial;
+use repair::Repair;
+use replicas::Replication;
 use room::SpaceRequest;
 use space::Space;
 use timer::{Timer, Timers};
@@ -99,6 +109,10 @@ pub struct Engine {
     directory_link: Option<LinkId>,
     reconnect_attempts: u32,
     directory: Option<Directory>,
+    keeping: Keeping,
+    repair: Repair,
+    /// Objects that are on too few nodes, as the node that keeps the directory last said.
+    under_replicated: u64,
     /// Objects that this node was told to drop: a copy that was under way meanwhile does not bring one back.
     deleted: Deleted,
 
@@ -120,6 +134,7 @@ pub struct Engine {
     next_request: u64,
     deletes: BTreeMap<u64, delete::Delete>,
     asks: BTreeMap<u64, cluster::Ask>,
+    replications: BTreeMap<u64, Replication>,
     next_operation: u64,
 }
 
@@ -127,7 +142,7 @@ impl Engine {
     /// An engine that has done nothing yet. Feed [`Input::Start`] first.
     #[must_use]
     pub fn new(config: EngineConfig) -> Self {
-        let directory = config.join.is_none().then(Directory::default);
+        let directory = config.join.is_empty().then(Directory::default);
         Self {
             now: Time::default(),
             out: Vec::new(),
@@ -155,6 +170,9 @@ impl Engine {
             directory_link: None,
             reconnect_attempts: 0,
             directory,
+            keeping: Keeping::new(&config.join, &config.member.address),
+            repair: Repair::default(),
+            under_replicated: 0,
             deleted: Deleted::default(),
             fetches: BTreeMap::new(),
             next_fetch: 1,
@@ -169,6 +187,7 @@ impl Engine {
             next_request: 1,
             deletes: BTreeMap::new(),
             asks: BTreeMap::new(),
+            replications: BTreeMap::new(),
             next_operation: 1,
             config,
         }
@@ -207,6 +226,7 @@ impl Engine {
             Input::CopyDone { generation, result } => self.copy_done(generation, result),
         }
         self.run_timers();
+        self.look_at_changed_keys();
         if self.scan_wanted {
             self.scan_wanted = false;
             self.out.push(Action::ScanPins);
@@ -226,17 +246,21 @@ impl Engine {
             self.out.push(Action::CreateSegment { segment, len_bytes, owner: None });
         }
         self.timers.set(self.now.after_ms(self.config.heartbeat_ms), Timer::Heartbeat);
-        if let Some(address) = self.config.join.clone() {
-            self.dial(&address);
-        }
+        self.dial_list();
+        self.consider_keeping();
     }
 
     fn run_timers(&mut self) {
         while let Some(timer) = self.timers.due(self.now) {
             match timer {
                 Timer::Heartbeat => self.heartbeat(),
-                Timer::Reconnect => self.reconnect(),
+                Timer::Reconnect => self.dial_list(),
                 Timer::Redial => self.redial_due(),
+                Timer::Keep => {
+                    self.consider_keeping();
+                    self.ask_again();
+                }
+                Timer::Repair => self.repair_due(),
                 Timer::Lease(lease) => self.lease_over(lease),
                 Timer::Ttl(generation) => self.ttl_over(generation),
                 Timer::Fetch(fetch) => self.fetch_deadline(fetch),

@@ -12,8 +12,8 @@ use crate::error::StoreError;
 use crate::key::Key;
 use crate::meta::ObjectMeta;
 use crate::receipt::Path;
-use crate::tier::{ClientId, Extent, Generation, ObjectId, SlotId, Tier};
-use crate::wire::{Announced, IfExists, PutHints};
+use crate::tier::{ClientId, Epoch, Extent, Generation, NodeId, ObjectId, SlotId, Tier};
+use crate::wire::{Announced, IfExists, PutHints, Role};
 
 #[derive(Debug)]
 pub(super) struct Object {
@@ -29,8 +29,15 @@ pub(super) struct Object {
     pub(super) writer: Option<ClientId>,
     /// Whether that client writes it through its own mapping.
     pub(super) in_place: bool,
-    /// Whether the bytes came from a peer.
-    pub(super) copied_here: bool,
+    /// What this node's bytes are to the object.
+    pub(super) role: Role,
+    /// On how many nodes it is to be, as this node says; 0 if it does not know. An original says so only once its put
+    /// is through with the others.
+    pub(super) replicas: u8,
+    /// When its time to live is over.
+    pub(super) expires: Option<Time>,
+    /// Of a copy: who holds the object for good, if this node was told. If not, its origin does.
+    pub(super) lasting: Vec<(NodeId, Epoch)>,
     pub(super) leases: u32,
     pub(super) sends: u32,
     /// A read, landing or copy into the extent is under way.
@@ -42,8 +49,15 @@ pub(super) struct Object {
 }
 
 impl Object {
-    pub(super) fn announced(&self) -> Announced {
-        Announced { key: self.key.clone(), object: self.id, len_bytes: self.meta.len_bytes }
+    pub(super) fn announced(&self, now: Time) -> Announced {
+        Announced {
+            key: self.key.clone(),
+            object: self.id,
+            len_bytes: self.meta.len_bytes,
+            role: if self.hints.cache { Role::Copy } else { self.role },
+            replicas: self.replicas,
+            ttl_ms: self.expires.map(|at| at.ms_since(now)),
+        }
     }
 
     /// Whether only pins can still hold it.

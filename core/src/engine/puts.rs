@@ -4,8 +4,7 @@
 use bytes::Bytes;
 
 use super::action::{Action, Attachment};
-use super::cluster::Pending;
-use super::directory::Verdict;
+use super::awaiting::Exclusive;
 use super::objects::Object;
 use super::room::{NewObject, Purpose};
 use super::space::Owner;
@@ -15,17 +14,18 @@ use crate::checksum::Checksum;
 use crate::error::StoreError;
 use crate::receipt::Path;
 use crate::tier::{ClientId, Extent, Generation, ObjectId, SegmentId, SlotId};
-use crate::wire::{ClientReply, IfExists, PeerMessage};
+use crate::wire::{ClientReply, IfExists, Role};
 
 /// An object that was there is the answer to a put.
 fn kept(object: ObjectId, slot: Option<SlotId>) -> ClientReply {
-    ClientReply::Sealed { object, kept: true, slot, path: Path::Kept, staged_bytes: 0 }
+    ClientReply::Sealed { object, kept: true, slot, path: Path::Kept, staged_bytes: 0, replicas: 1 }
 }
 
 impl Engine {
     /// Checks a put, and answers at once if the object that is there is kept.
     fn check_new(&self, object: &NewObject) -> Result<Option<ClientReply>, StoreError> {
         object.meta.check()?;
+        object.hints.check(&object.key)?;
         if object.meta.len_bytes > self.space.capacity_bytes() {
             let operation = format!("put {:?}", object.key);
             let limit = self.space.capacity_bytes();
@@ -72,7 +72,8 @@ impl Engine {
             ));
         }
         if let Some(kept) = self.check_new(&object)? {
-            return Ok(Some(kept));
+            self.answer_put(client, request, &object.key, object.hints.replicas, Ok(kept));
+            return Ok(None);
         }
         self.want_space(Purpose::Put { client, request, object, payload }, Owner::Node, len_bytes);
         Ok(None)
@@ -87,10 +88,9 @@ impl Engine {
         extent: Extent,
     ) {
         let checksum = object.meta.checksum;
-        let generation = self.insert_new(object, extent, client, false);
+        let generation = self.insert_new(object, extent, Some(client), Path::Inline);
         if let Some(object) = self.objects.get_mut(generation) {
             object.staged_bytes = payload.len() as u64;
-            object.path = Path::Inline;
         }
         if !payload.is_empty() {
             self.out.push(Action::Fill { extent, bytes: payload });
@@ -98,7 +98,13 @@ impl Engine {
         self.seal(client, request, generation, checksum);
     }
 
-    fn insert_new(&mut self, new: NewObject, extent: Extent, client: ClientId, in_place: bool) -> Generation {
+    pub(super) fn insert_new(
+        &mut self,
+        new: NewObject,
+        extent: Extent,
+        writer: Option<ClientId>,
+        path: Path,
+    ) -> Generation {
         let id = self.new_object_id();
         self.objects.insert(Object {
             key: new.key,
@@ -109,14 +115,17 @@ impl Engine {
             slot: None,
             hints: new.hints,
             if_exists: new.if_exists,
-            writer: Some(client),
-            in_place,
-            copied_here: false,
+            writer,
+            in_place: matches!(path, Path::InPlace | Path::Ahead),
+            role: Role::Original,
+            replicas: 1,
+            expires: None,
+            lasting: Vec::new(),
             leases: 0,
             sends: 0,
             filling: false,
             staged_bytes: 0,
-            path: if in_place { Path::InPlace } else { Path::Written },
+            path,
         })
     }
 
@@ -132,7 +141,8 @@ impl Engine {
         object: NewObject,
     ) -> Result<Option<ClientReply>, StoreError> {
         if let Some(kept) = self.check_new(&object)? {
-            return Ok(Some(kept));
+            self.answer_put(client, request, &object.key, object.hints.replicas, Ok(kept));
+            return Ok(None);
         }
         let len_bytes = object.meta.len_bytes;
         self.want_space(Purpose::Reserve { client, request, object }, Owner::Client(client), len_bytes);
@@ -147,7 +157,8 @@ impl Engine {
         extent: Extent,
         in_place: bool,
     ) {
-        let reservation = self.insert_new(object, extent, client, in_place);
+        let path = if in_place { Path::InPlace } else { Path::Written };
+        let reservation = self.insert_new(object, extent, Some(client), path);
         let Some(state) = self.clients.get_mut(&client) else {
             self.abort(reservation);
             return;
@@ -295,29 +306,8 @@ impl Engine {
         if object.if_exists == IfExists::Keep || self.objects.sealed(&object.key).is_some() {
             return self.seal_now(client, request, generation, checksum);
         }
-        let announced = object.announced();
-        if let Some(directory) = &mut self.directory {
-            let verdict = directory.announce(self.config.member.node, &announced, true);
-            let refused = (verdict == Verdict::Refused).then_some(announced.key);
-            return self.exclusive_answer(
-                client,
-                request,
-                generation,
-                checksum,
-                refused.into_iter().collect(),
-            );
-        }
-        let Some(link) = self.directory_link else {
-            let why = format!(
-                "put {:?}: if_exists = error has to ask the node that keeps it, and there is no link to that; it is being dialled",
-                announced.key
-            );
-            self.free_object(generation);
-            return self.reply(client, request, Err(StoreError::unavailable("the directory", why)));
-        };
-        let pending = Pending::Exclusive { client, request, generation, checksum };
-        let message = PeerMessage::Announce { objects: vec![announced], exclusive: true };
-        self.ask_peer(link, message, pending);
+        let deadline = self.now.after_ms(self.config.await_ms());
+        self.ask_exclusive(Exclusive { client, request, generation, checksum, deadline });
     }
 
     /// Makes an object visible here and answers its client.
@@ -328,8 +318,12 @@ impl Engine {
         generation: Generation,
         checksum: Checksum,
     ) {
+        let put = self.objects.get(generation).map(|object| (object.key.clone(), object.hints.replicas));
         let reply = self.publish(generation, checksum);
-        self.reply(client, request, reply);
+        match put {
+            Some((key, replicas)) => self.answer_put(client, request, &key, replicas, reply),
+            None => self.reply(client, request, reply),
+        }
     }
 
     /// Seals, shows and announces an object. If its key was taken meanwhile, the put gives way as its caller wished.
@@ -354,26 +348,27 @@ impl Engine {
                 return Ok(kept(object, slot));
             }
         };
-        let Some(object) = self.objects.get(generation) else {
+        let Some(object) = self.objects.get_mut(generation) else {
             return Err(StoreError::stale("seal", generation, "there is no such reservation"));
         };
+        object.expires =
+            object.expires.or_else(|| object.hints.ttl_ms.map(|ttl_ms| self.now.after_ms(ttl_ms)));
         let (id, key, hints) = (object.id, object.key.clone(), object.hints);
         let (path, staged_bytes) = (object.path, object.staged_bytes);
-        let (announced, copied_here, len_bytes) =
-            (object.announced(), object.copied_here, object.extent.len_bytes);
+        let (announced, role, len_bytes) = (object.announced(self.now), object.role, object.extent.len_bytes);
         self.out.push(Action::Publish { slot, object: object.published(generation) });
-        if copied_here || hints.cache {
+        if role == Role::Copy || hints.cache {
             self.eviction.insert(generation, key.fingerprint(), len_bytes);
         }
-        if !copied_here {
+        if role == Role::Original {
             self.counters.puts += 1;
         }
-        if let Some(ttl_ms) = hints.ttl_ms {
-            self.timers.set(self.now.after_ms(ttl_ms), Timer::Ttl(generation));
+        if let Some(at) = object.expires {
+            self.timers.set(at, Timer::Ttl(generation));
         }
         self.announce(announced);
         self.key_exists(&key);
-        Ok(ClientReply::Sealed { object: id, kept: false, slot: Some(slot), path, staged_bytes })
+        Ok(ClientReply::Sealed { object: id, kept: false, slot: Some(slot), path, staged_bytes, replicas: 1 })
     }
 
     /// Sees to it that the index has a free slot for an object, if another may go for that. Not the one of its own key:

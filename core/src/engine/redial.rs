@@ -40,6 +40,11 @@ impl Redial {
         Some(book.not_before)
     }
 
+    /// Whether an address may not be dialled yet.
+    pub(super) fn is_paused(&self, address: &str, now: Time) -> bool {
+        self.0.get(address).is_some_and(|book| book.not_before > now)
+    }
+
     fn make_room(&mut self, now: Time) {
         if self.0.len() >= ADDRESSES_MAX {
             self.0.retain(|_, book| book.up_since.is_some() || book.not_before > now);
@@ -106,9 +111,7 @@ impl Engine {
         for address in self.redial.due(self.now) {
             let waits =
                 |stage: &Stage| matches!(stage, Stage::Dialling { holder, .. } if holder.address == address);
-            let joins =
-                self.directory_link.is_none() && self.config.join.as_deref() == Some(address.as_str());
-            if joins || self.fetches.values().any(|fetch| waits(&fetch.stage)) {
+            if self.wants_listed(&address) || self.fetches.values().any(|fetch| waits(&fetch.stage)) {
                 self.dial(&address);
             }
         }

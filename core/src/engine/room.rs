@@ -242,13 +242,12 @@ impl Engine {
         true
     }
 
-    /// Whether an object may be dropped to make room: a copy whose origin lives, or one that was put as cache; without
-    /// a reader that would hold its extent anyway.
-    fn may_evict(&self, object: &Object) -> bool {
-        let elsewhere = object.copied_here && self.is_alive(object.id.origin, object.id.epoch);
+    /// Whether an object may be dropped to make room: a copy of what others hold for good, or one that was put as cache;
+    /// without a reader that would hold its extent anyway.
+    pub(super) fn may_evict(&self, object: &Object) -> bool {
         object.state == State::Sealed
             && !object.hints.pin
-            && (object.hints.cache || elsewhere)
+            && (object.hints.cache || self.is_elsewhere(object))
             && object.only_pins_hold()
     }
 
@@ -373,7 +372,7 @@ impl Engine {
             return;
         };
         let was_sealed = object.state == State::Sealed;
-        let announced = object.announced();
+        let announced = object.announced(self.now);
         if let Some(slot) = self.objects.drain(generation, self.now) {
             self.out.push(Action::Withdraw { slot });
         }

@@ -5,6 +5,11 @@ use crate::tier::Tier;
 use crate::wire::{PeerStatus, Status, TierStatus};
 
 impl Engine {
+    fn directory_name(&self) -> Option<String> {
+        let keeper = self.directory.is_some().then_some(self.config.member.node);
+        keeper.or_else(|| self.directory_node()).map(|node| self.name_of(node))
+    }
+
     /// What users see of this node. The caller adds what only it knows (pages, hits, fabrics' names).
     #[must_use]
     pub fn status(&self) -> Status {
@@ -31,6 +36,8 @@ impl Engine {
                 threshold_why: answers.why,
                 known_from_bytes: places.bytes,
                 known_from_why: places.why,
+                round_trip_ns: peer.round_trip_ns,
+                room_bytes: peer.room_bytes,
             }
         };
         Status {
@@ -39,6 +46,12 @@ impl Engine {
             epoch: self.config.member.epoch,
             address: self.config.member.address.clone(),
             keeps_directory: self.directory.is_some(),
+            directory: self.directory_name(),
+            under_replicated: match self.directory {
+                Some(_) => self.repair.count(),
+                None => self.under_replicated,
+            },
+            under_replicated_keys: self.repair.first_keys(),
             objects: self.objects.sealed_count() as u64,
             draining: self.objects.draining_count() as u64,
             reservations: self.objects.unsealed_count() as u64,

@@ -29,6 +29,8 @@ pub(super) enum Timer {
     Heartbeat,
     Reconnect,
     Redial,
+    Keep,
+    Repair,
     Lease(LeaseId),
     Ttl(Generation),
     Fetch(FetchId),

@@ -9,6 +9,9 @@ use crate::key::Key;
 use crate::tier::{ClientId, NodeId};
 use crate::wire::{ClientReply, PeerMessage};
 
+/// How long it is tried to find out whether an object exists now, in milliseconds.
+const EXISTS_MS: u64 = 5_000;
+
 /// Someone who waits for an object to exist.
 #[derive(Debug)]
 pub(super) struct WaitingKey {
@@ -32,6 +35,11 @@ impl Engine {
         self.forget_waiters(|who| matches!(who, Waiter::Peer { node: of } if *of == node));
     }
 
+    /// Peers ask the next directory.
+    pub(super) fn forget_watches(&mut self) {
+        self.forget_waiters(|who| matches!(who, Waiter::Peer { .. }));
+    }
+
     fn forget_waiters(&mut self, gone: impl Fn(&Waiter) -> bool) {
         for waiting in self.waiting_keys.values_mut() {
             waiting.retain(|waiting| !gone(&waiting.who));
@@ -45,7 +53,8 @@ impl Engine {
         }
         if timeout_ms == 0 {
             let scope = Scope { range: None, want: Want::Existence, threshold_bytes: None };
-            return self.fetch(client, request, key, scope, 5_000);
+            let timeout_ms = if self.keeping.has_successors() { self.config.await_ms() } else { EXISTS_MS };
+            return self.fetch(client, request, key, scope, timeout_ms);
         }
         if self.known_elsewhere(&key) {
             return self.reply(client, request, Ok(ClientReply::Exists));

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::checksum::Checksum;
+use crate::error::StoreError;
 use crate::key::Key;
 use crate::meta::ObjectMeta;
 use crate::receipt::{Carried, Path};
@@ -21,8 +22,11 @@ pub enum IfExists {
     Error,
 }
 
+/// The most nodes that one object can be put on.
+pub const REPLICAS_MAX: u8 = 16;
+
 /// What the producer knows about an object's future.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PutHints {
     /// Never evict it.
     pub pin: bool,
@@ -33,6 +37,34 @@ pub struct PutHints {
     pub ttl_ms: Option<u64>,
     /// Move the bytes to memory that the producer cannot write, at seal.
     pub seal_copy: bool,
+    /// On how many nodes it is to be, from 1 (this one) to [`REPLICAS_MAX`].
+    pub replicas: u8,
+}
+
+impl Default for PutHints {
+    fn default() -> Self {
+        Self { pin: false, cache: false, ttl_ms: None, seal_copy: false, replicas: 1 }
+    }
+}
+
+impl PutHints {
+    /// Checks that the hints can be met together.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Invalid`] with the values.
+    pub fn check(&self, key: &Key) -> Result<(), StoreError> {
+        let replicas = self.replicas;
+        if !(1..=REPLICAS_MAX).contains(&replicas) {
+            let why = format!("put {key:?}: {replicas}, from 1 to {REPLICAS_MAX} are accepted");
+            return Err(StoreError::invalid("replicas", why));
+        }
+        if self.cache && replicas > 1 {
+            let why =
+                format!("put {key:?}: {replicas} for a cache: what may be evicted is kept on no other node");
+            return Err(StoreError::invalid("replicas", why));
+        }
+        Ok(())
+    }
 }
 
 /// From a client to its node.
@@ -259,6 +291,10 @@ pub struct PeerStatus {
     pub address: String,
     /// Whether there is a link to it now.
     pub linked: bool,
+    /// How long an answer from it takes, in nanoseconds, lately; none if it was not measured.
+    pub round_trip_ns: Option<u64>,
+    /// Bytes that it has room for, as it last said; none if it did not.
+    pub room_bytes: Option<u64>,
     /// Which fabric carries that link.
     pub fabric: String,
     /// Objects up to this many bytes come inside the answer.
@@ -300,6 +336,8 @@ pub struct NodeStatus {
     pub known: u64,
     /// Places that were tried so and had been given up by then: the object was asked for after all.
     pub outdated: u64,
+    /// Objects of which this node was made to hold a replica.
+    pub replicas: u64,
 }
 
 /// A node's view of itself and its cluster.
@@ -315,6 +353,13 @@ pub struct Status {
     pub address: String,
     /// Whether it keeps the directory.
     pub keeps_directory: bool,
+    /// The name of the node that keeps it, if there is one and it can be reached.
+    pub directory: Option<String>,
+    /// Objects that are on fewer nodes than they are to be; elsewhere than where the directory is kept, as that node
+    /// last said.
+    pub under_replicated: u64,
+    /// The first few of them, in order of keys; only where the directory is kept.
+    pub under_replicated_keys: Vec<Key>,
     /// Objects in its index.
     pub objects: u64,
     /// Objects withdrawn but still read by someone.
@@ -371,6 +416,8 @@ pub enum ClientReply {
         path: Path,
         /// Bytes of it that passed through a buffer that is neither source nor target.
         staged_bytes: u64,
+        /// On how many nodes it is for good, as far as this one knows.
+        replicas: u32,
     },
     /// Nothing to say.
     Done,

@@ -7,11 +7,14 @@ mod frame;
 mod peer;
 
 pub use client::{
-    ClientMessage, ClientReply, IfExists, Listed, Located, NodeStatus, PeerStatus, PutHints, Status,
-    TierStatus,
+    ClientMessage, ClientReply, IfExists, Listed, Located, NodeStatus, PeerStatus, PutHints, REPLICAS_MAX,
+    Status, TierStatus,
 };
 pub use frame::{
     BODY_LEN_MAX, Frame, FrameHeader, FrameKind, HEADER_LEN, MAGIC, PROTOCOL_MAX, PROTOCOL_MIN, decode,
     encode, negotiate,
 };
-pub use peer::{Announced, Granted, Holder, KEYS_PER_MESSAGE_MAX, Member, PeerMessage, Range};
+pub use peer::{
+    Announced, Granted, Holder, KEYS_PER_MESSAGE_MAX, Member, NODE_TEXT_LEN_MAX, PeerMessage, Present, Range,
+    Role,
+};

@@ -6,9 +6,12 @@ use crate::error::StoreError;
 use crate::key::Key;
 use crate::meta::ObjectMeta;
 use crate::tier::{Epoch, Generation, LeaseId, NodeId, ObjectId, RemoteExtent};
+use crate::wire::REPLICAS_MAX;
 
 /// The most keys that one message carries.
 pub const KEYS_PER_MESSAGE_MAX: usize = 1024;
+/// The longest name of a node, and the longest address, in bytes.
+pub const NODE_TEXT_LEN_MAX: usize = 255;
 
 /// A part of an object's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -38,6 +41,26 @@ impl Range {
     }
 }
 
+/// What a node's bytes of an object are to the object.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Role {
+    /// It was put there, and stays.
+    Original,
+    /// They were fetched so that one more node has them, and stay.
+    Replica,
+    /// They may go when room is needed: fetched by a reader, or put as a cache.
+    #[default]
+    Copy,
+}
+
+impl Role {
+    /// Whether only a delete, a time to live or force takes them from their node.
+    #[must_use]
+    pub const fn is_lasting(self) -> bool {
+        !matches!(self, Self::Copy)
+    }
+}
+
 /// One object in an announcement.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Announced {
@@ -47,6 +70,24 @@ pub struct Announced {
     pub object: ObjectId,
     /// Its length in bytes.
     pub len_bytes: u64,
+    /// What the announcing node's bytes are.
+    pub role: Role,
+    /// How many nodes are to hold it for good, at most [`REPLICAS_MAX`]; 0 if the announcing node does not know.
+    pub replicas: u8,
+    /// How much of its time to live is left, in milliseconds; none if it has no end.
+    pub ttl_ms: Option<u64>,
+}
+
+impl Announced {
+    fn check(&self) -> Result<(), StoreError> {
+        if self.replicas <= REPLICAS_MAX {
+            return Ok(());
+        }
+        Err(StoreError::protocol(format!(
+            "{:?} is to be on {} nodes, at most {REPLICAS_MAX} are accepted",
+            self.key, self.replicas
+        )))
+    }
 }
 
 /// A node that holds an object.
@@ -69,6 +110,38 @@ pub struct Member {
     pub name: String,
     /// Where its fabric listens.
     pub address: String,
+}
+
+impl Member {
+    fn check(&self) -> Result<(), StoreError> {
+        check_text("a node's name", &self.name)?;
+        check_text("a node's address", &self.address)
+    }
+}
+
+fn check_holders(holders: &[Holder]) -> Result<usize, StoreError> {
+    if holders.is_empty() {
+        return Err(StoreError::protocol("a list of holders is empty"));
+    }
+    holders.iter().try_for_each(|holder| check_text("a holder's address", &holder.address))?;
+    Ok(holders.len())
+}
+
+fn check_text(what: &str, text: &str) -> Result<(), StoreError> {
+    if text.len() <= NODE_TEXT_LEN_MAX {
+        return Ok(());
+    }
+    let len = text.len();
+    Err(StoreError::protocol(format!("{what} of {len} bytes, at most {NODE_TEXT_LEN_MAX} are accepted")))
+}
+
+/// A node of the cluster that is there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Present {
+    /// Which.
+    pub member: Member,
+    /// Bytes that it has room for, as it last said.
+    pub room_bytes: u64,
 }
 
 /// An owner's permission to read an extent for a time.
@@ -97,16 +170,21 @@ pub enum PeerMessage {
         version_min: u16,
         /// The newest.
         version_max: u16,
-        /// Whether it wants to be in the cluster of the node it calls; that node keeps the directory.
-        join: bool,
+        /// Whether it keeps the directory.
+        keeps: bool,
     },
     /// The directory's nodes, sent by the one that keeps it whenever they change.
     Members {
         /// All live nodes.
-        members: Vec<Member>,
+        members: Vec<Present>,
     },
-    /// "I am alive", both ways on every link, for when nothing else is said.
-    Heartbeat,
+    /// "I am alive", both ways on every link. Answered by `Alive`, which also tells how far away the other is.
+    Heartbeat {
+        /// Bytes that the sender has room for: free, or held by what may go.
+        room_bytes: u64,
+        /// From the node that keeps the directory: how many objects are on fewer nodes than they are to be.
+        under_replicated: u64,
+    },
 
     /// Asks for an object, or for who holds it.
     Get {
@@ -181,7 +259,7 @@ pub enum PeerMessage {
         /// Which.
         key: Key,
     },
-    /// From the directory: an object of a watched key exists.
+    /// From the directory: an object of a key that is watched, or granted by the directory's node, exists.
     Exists {
         /// Which.
         key: Key,
@@ -221,6 +299,51 @@ pub enum PeerMessage {
         /// Whether there are more.
         more: bool,
     },
+
+    /// The answer to `Heartbeat`.
+    Alive,
+    /// To everyone who is linked: the sender keeps the directory from now on, or no longer.
+    Keeps {
+        /// Which.
+        keeps: bool,
+    },
+    /// To the directory: the sender is in its cluster and announces what it holds from now on, beginning with all.
+    Join {
+        /// Whether it may keep the directory later, and so is told of deletions.
+        heir: bool,
+    },
+    /// To the directory: the sender announces to another one from now on.
+    Leave,
+    /// Between nodes that may keep the directory: these objects were deleted.
+    Deletions {
+        /// At most [`KEYS_PER_MESSAGE_MAX`].
+        objects: Vec<ObjectId>,
+    },
+    /// Hold this object for good. Answered by `Replicated` when it does.
+    Replicate {
+        /// Which, and on how many nodes it is to be. The role is what it is to have at the asked node.
+        object: Announced,
+        /// Who has it; never empty, at most [`REPLICAS_MAX`].
+        holders: Vec<Holder>,
+    },
+    /// The answer.
+    Replicated,
+    /// From the directory: others hold this object for good, as many as are to. What the asked node holds of it may go
+    /// when room is needed, while they live.
+    Surplus {
+        /// Which.
+        key: Key,
+        /// The object meant.
+        object: ObjectId,
+        /// The others; never empty, at most [`REPLICAS_MAX`].
+        lasting: Vec<(NodeId, Epoch)>,
+    },
+    /// To the directory, whose node could not give an object itself: who else has it? Answered as `Get` where the
+    /// asked node does not hold it.
+    Locate {
+        /// Which.
+        key: Key,
+    },
 }
 
 impl PeerMessage {
@@ -229,27 +352,48 @@ impl PeerMessage {
     /// # Errors
     /// [`crate::ErrorKind::Protocol`] or the metadata's own error.
     pub fn check(&self) -> Result<(), StoreError> {
-        let count = match self {
+        let (count, most) = match self {
             Self::Data { meta, .. } | Self::Grant { meta, .. } => {
                 meta.check()?;
-                0
+                (0, 0)
+            }
+            Self::Hello { member, .. } => {
+                member.check()?;
+                (0, 0)
             }
             Self::Announce { objects, .. } | Self::Withdraw { objects } | Self::Listed { objects, .. } => {
-                objects.len()
+                objects.iter().try_for_each(Announced::check)?;
+                (objects.len(), KEYS_PER_MESSAGE_MAX)
             }
-            Self::Announced { refused } => refused.len(),
-            Self::Members { members } => members.len(),
+            Self::Asked { object: Some(object) } => {
+                object.check()?;
+                (0, 0)
+            }
+            Self::Announced { refused } => (refused.len(), KEYS_PER_MESSAGE_MAX),
+            Self::Deletions { objects } => (objects.len(), KEYS_PER_MESSAGE_MAX),
+            Self::Members { members } => {
+                members.iter().try_for_each(|present| present.member.check())?;
+                (members.len(), KEYS_PER_MESSAGE_MAX)
+            }
             Self::Located { holders } | Self::Exists { holders, .. } => {
-                if holders.is_empty() {
+                (check_holders(holders)?, KEYS_PER_MESSAGE_MAX)
+            }
+            Self::Replicate { object, holders } => {
+                object.check()?;
+                (check_holders(holders)?, REPLICAS_MAX.into())
+            }
+            Self::Surplus { lasting, .. } => {
+                if lasting.is_empty() {
                     return Err(StoreError::protocol("a list of holders is empty"));
                 }
-                holders.len()
+                (lasting.len(), REPLICAS_MAX.into())
             }
-            _ => 0,
+            _ => (0, 0),
         };
-        if count > KEYS_PER_MESSAGE_MAX {
+        if count > most {
             return Err(StoreError::protocol(format!(
-                "a list of {count} entries, at most {KEYS_PER_MESSAGE_MAX} are accepted"
+                "a list of {count} entries in {}, at most {most} are accepted",
+                self.name()
             )));
         }
         Ok(())
@@ -261,7 +405,7 @@ impl PeerMessage {
         match self {
             Self::Hello { .. } => "HELLO",
             Self::Members { .. } => "MEMBERS",
-            Self::Heartbeat => "HEARTBEAT",
+            Self::Heartbeat { .. } => "HEARTBEAT",
             Self::Get { .. } => "GET",
             Self::Data { .. } => "DATA",
             Self::Grant { .. } => "GRANT",
@@ -280,6 +424,15 @@ impl PeerMessage {
             Self::Dropped { .. } => "DROPPED",
             Self::List { .. } => "LIST",
             Self::Listed { .. } => "LISTED",
+            Self::Alive => "ALIVE",
+            Self::Keeps { .. } => "KEEPS",
+            Self::Join { .. } => "JOIN",
+            Self::Leave => "LEAVE",
+            Self::Deletions { .. } => "DELETIONS",
+            Self::Replicate { .. } => "REPLICATE",
+            Self::Replicated => "REPLICATED",
+            Self::Surplus { .. } => "SURPLUS",
+            Self::Locate { .. } => "LOCATE",
         }
     }
 }

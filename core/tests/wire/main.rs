@@ -9,8 +9,9 @@ use std::collections::BTreeSet;
 use std::fmt::Debug;
 
 use hetmem_core::wire::{
-    Announced, BODY_LEN_MAX, ClientMessage, ClientReply, FrameHeader, FrameKind, HEADER_LEN,
-    KEYS_PER_MESSAGE_MAX, Listed, MAGIC, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage, decode, encode,
+    Announced, BODY_LEN_MAX, ClientMessage, ClientReply, FrameHeader, FrameKind, HEADER_LEN, Holder,
+    KEYS_PER_MESSAGE_MAX, Listed, MAGIC, Member, NODE_TEXT_LEN_MAX, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage,
+    Present, REPLICAS_MAX, Role, decode, encode,
 };
 use hetmem_core::{Epoch, ErrorKind, KEY_LEN_MAX, Key, NodeId, OBJECT_LEN_MAX, ObjectId, StoreError};
 use proptest::collection::vec;
@@ -218,7 +219,7 @@ fn every_variant_is_generated() {
     for_samples(&peer_message(), 2_000, |message| {
         seen.insert(peer_variant(&message));
     });
-    assert_eq!(seen, (0..21).collect());
+    assert_eq!(seen, (0..30).collect());
     seen.clear();
     for_samples(&client_message(), 2_000, |message| {
         seen.insert(client_variant(&message));
@@ -253,15 +254,18 @@ fn full_bodies_of_the_smallest_entries_stay_within_bounds() {
         body.extend(entry.repeat(count));
         body
     };
-    let object = [1, b'k', 0, 0, 0, 0];
+    let object = [1, b'k', 0, 0, 0, 0, 0, 0, 0];
     // Variant numbers as in `peer_variant` and `reply_variant`; a reply follows a 0 (it is no error).
     let bodies = [
-        ("MEMBERS", filled(&[1], &[0, 0, 0, 0])),
+        ("MEMBERS", filled(&[1], &[0, 0, 0, 0, 0])),
         ("LOCATED", filled(&[6], &[0, 0])),
         ("ANNOUNCE", [filled(&[9], &object), vec![0]].concat()),
         ("ANNOUNCED", filled(&[10], &[1, b'k'])),
         ("WITHDRAW", filled(&[11], &object)),
         ("LISTED", [filled(&[20], &object), vec![0]].concat()),
+        ("DELETIONS", filled(&[25], &[0, 0, 0])),
+        ("REPLICATE", filled(&[&[26][..], &object].concat(), &[0, 0])),
+        ("SURPLUS", filled(&[28, 1, b'k', 0, 0, 0], &[0, 0])),
         ("reply: listed", [filled(&[0, 8], &[1, b'k', 0, 0]), vec![0]].concat()),
         ("reply: listed, one object, many holders", [filled(&[0, 8, 1, 1, b'k', 0], &[0]), vec![0]].concat()),
         // Dimensions: refused after all of them were read.
@@ -280,14 +284,72 @@ fn full_bodies_of_the_smallest_entries_stay_within_bounds() {
     }
 }
 
+/// What decoding alone lets through.
+#[test]
+fn absurd_counts_and_lengths_are_refused() {
+    let key = Key::new("k").expect("a key");
+    let object = ObjectId { origin: NodeId(1), epoch: Epoch(1), number: 1 };
+    let announced =
+        Announced { key: key.clone(), object, len_bytes: 1, role: Role::Replica, replicas: 2, ttl_ms: None };
+    let absurd = Announced { replicas: REPLICAS_MAX + 1, ..announced.clone() };
+    let text = "n".repeat(NODE_TEXT_LEN_MAX + 1);
+    let holder = |address: &str| Holder { node: NodeId(1), address: address.to_owned() };
+    let member = |name: &str, address: &str| Member {
+        node: NodeId(1),
+        epoch: Epoch(1),
+        name: name.to_owned(),
+        address: address.to_owned(),
+    };
+    let hello = |member| PeerMessage::Hello { member, version_min: 1, version_max: 1, keeps: true };
+    let members = |member| PeerMessage::Members { members: vec![Present { member, room_bytes: 1 }] };
+    let many = vec![holder("a"); usize::from(REPLICAS_MAX) + 1];
+    for message in [
+        PeerMessage::Announce { objects: vec![announced.clone(), absurd.clone()], exclusive: false },
+        PeerMessage::Asked { object: Some(absurd.clone()) },
+        PeerMessage::Listed { objects: vec![absurd.clone()], more: false },
+        PeerMessage::Replicate { object: absurd, holders: vec![holder("a")] },
+        PeerMessage::Replicate { object: announced.clone(), holders: Vec::new() },
+        PeerMessage::Replicate { object: announced.clone(), holders: many },
+        PeerMessage::Replicate { object: announced, holders: vec![holder(&text)] },
+        PeerMessage::Surplus { key: key.clone(), object, lasting: Vec::new() },
+        PeerMessage::Surplus { key, object, lasting: vec![(NodeId(1), Epoch(1)); 17] },
+        hello(member(&text, "a")),
+        hello(member("n", &text)),
+        members(member(&text, "a")),
+        members(member("n", &text)),
+    ] {
+        let error = message.check().expect_err("refused");
+        assert_eq!(error.kind(), ErrorKind::Protocol, "{}: {error}", message.name());
+    }
+}
+
 /// A list that is as long as is accepted, with the longest keys, fits a frame or is refused when it is encoded.
 #[test]
 fn full_lists_fit_or_are_refused() {
     let key = Key::new(&"k".repeat(KEY_LEN_MAX)).expect("the longest");
     let object = ObjectId { origin: NodeId(u64::MAX), epoch: Epoch(u64::MAX), number: u64::MAX };
-    let objects =
-        vec![Announced { key: key.clone(), object, len_bytes: OBJECT_LEN_MAX }; KEYS_PER_MESSAGE_MAX];
+    let announced = Announced {
+        key: key.clone(),
+        object,
+        len_bytes: OBJECT_LEN_MAX,
+        role: Role::Copy,
+        replicas: REPLICAS_MAX,
+        ttl_ms: Some(u64::MAX),
+    };
+    let objects = vec![announced.clone(); KEYS_PER_MESSAGE_MAX];
     let message = PeerMessage::Announce { objects, exclusive: false };
+    assert_eq!(message.check(), Ok(()));
+    returns(FrameKind::Peer, &message);
+    let text = "n".repeat(NODE_TEXT_LEN_MAX);
+    let member =
+        Member { node: NodeId(u64::MAX), epoch: Epoch(u64::MAX), name: text.clone(), address: text.clone() };
+    let members = vec![Present { member, room_bytes: u64::MAX }; KEYS_PER_MESSAGE_MAX];
+    let message = PeerMessage::Members { members };
+    assert_eq!(message.check(), Ok(()));
+    returns(FrameKind::Peer, &message);
+    let holder = Holder { node: NodeId(u64::MAX), address: text };
+    let holders = vec![holder; usize::from(REPLICAS_MAX)];
+    let message = PeerMessage::Replicate { object: announced, holders };
     assert_eq!(message.check(), Ok(()));
     returns(FrameKind::Peer, &message);
     let objects =

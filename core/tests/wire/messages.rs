@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use hetmem_core::receipt::{Carried, Moved, Path};
 use hetmem_core::wire::{
     Announced, ClientMessage, ClientReply, Granted, Holder, IfExists, Listed, Located, Member, NodeStatus,
-    PeerMessage, PeerStatus, PutHints, Range, Status, TierStatus,
+    PeerMessage, PeerStatus, Present, PutHints, REPLICAS_MAX, Range, Role, Status, TierStatus,
 };
 use hetmem_core::{
     Checksum, ClientId, DType, Epoch, Extent, Generation, KEY_LEN_MAX, Key, LeaseId, NodeId, ObjectId,
@@ -70,8 +70,9 @@ fn range() -> impl Strategy<Value = Option<Range>> {
 }
 
 fn hints() -> impl Strategy<Value = PutHints> {
-    (any::<bool>(), any::<bool>(), prop::option::of(number()), any::<bool>())
-        .prop_map(|(pin, cache, ttl_ms, seal_copy)| PutHints { pin, cache, ttl_ms, seal_copy })
+    (any::<bool>(), any::<bool>(), prop::option::of(number()), any::<bool>(), any::<u8>()).prop_map(
+        |(pin, cache, ttl_ms, seal_copy, replicas)| PutHints { pin, cache, ttl_ms, seal_copy, replicas },
+    )
 }
 
 fn if_exists() -> impl Strategy<Value = IfExists> {
@@ -79,7 +80,17 @@ fn if_exists() -> impl Strategy<Value = IfExists> {
 }
 
 fn announced() -> impl Strategy<Value = Announced> {
-    (key(), object(), number()).prop_map(|(key, object, len_bytes)| Announced { key, object, len_bytes })
+    let role = select(vec![Role::Original, Role::Replica, Role::Copy]);
+    (key(), object(), number(), role, 0..=REPLICAS_MAX, prop::option::of(number())).prop_map(
+        |(key, object, len_bytes, role, replicas, ttl_ms)| Announced {
+            key,
+            object,
+            len_bytes,
+            role,
+            replicas,
+            ttl_ms,
+        },
+    )
 }
 
 fn holders() -> impl Strategy<Value = Vec<Holder>> {
@@ -93,6 +104,10 @@ fn member() -> impl Strategy<Value = Member> {
         name,
         address,
     })
+}
+
+fn present() -> impl Strategy<Value = Present> {
+    (member(), number()).prop_map(|(member, room_bytes)| Present { member, room_bytes })
 }
 
 fn extent() -> impl Strategy<Value = Extent> {
@@ -181,12 +196,16 @@ fn tier_status() -> impl Strategy<Value = TierStatus> {
 }
 
 fn peer_status() -> impl Strategy<Value = PeerStatus> {
-    (number(), [text(), text(), text(), text(), text()], any::<bool>(), (number(), number())).prop_map(
+    let measured = || prop::option::of(number());
+    let names = [text(), text(), text(), text(), text()];
+    (number(), names, any::<bool>(), (number(), number()), measured(), measured()).prop_map(
         |(
             node,
             [name, address, fabric, threshold_why, known_from_why],
             linked,
             (threshold_bytes, known_from_bytes),
+            round_trip_ns,
+            room_bytes,
         )| PeerStatus {
             node: NodeId(node),
             name,
@@ -197,12 +216,14 @@ fn peer_status() -> impl Strategy<Value = PeerStatus> {
             threshold_why,
             known_from_bytes,
             known_from_why,
+            round_trip_ns,
+            room_bytes,
         },
     )
 }
 
 fn status() -> impl Strategy<Value = Status> {
-    let counters = any::<[u64; 13]>().prop_map(|n| NodeStatus {
+    let counters = any::<[u64; 14]>().prop_map(|n| NodeStatus {
         puts: n[0],
         hits: n[1],
         gets: n[2],
@@ -216,15 +237,20 @@ fn status() -> impl Strategy<Value = Status> {
         known: n[10],
         outdated: n[11],
         ahead: n[12],
+        replicas: n[13],
     });
     let lists = (vec(tier_status(), 0..3), vec(peer_status(), 0..3));
-    (any::<[u64; 6]>(), text(), text(), any::<bool>(), any::<u32>(), lists, counters).prop_map(
-        |(n, name, address, keeps_directory, clients, (tiers, peers), counters)| Status {
+    let lacking = (prop::option::of(text()), vec(key(), 0..4));
+    (any::<[u64; 7]>(), text(), text(), any::<bool>(), any::<u32>(), lists, counters, lacking).prop_map(
+        |(n, name, address, keeps_directory, clients, (tiers, peers), counters, (directory, keys))| Status {
             node: NodeId(n[0]),
             name,
             epoch: Epoch(n[1]),
             address,
             keeps_directory,
+            directory,
+            under_replicated: n[6],
+            under_replicated_keys: keys,
             objects: n[2],
             draining: n[3],
             reservations: n[4],
@@ -281,12 +307,13 @@ pub(crate) fn peer_message() -> BoxedStrategy<PeerMessage> {
     use PeerMessage as M;
     prop_oneof![
         (member(), any::<[u16; 2]>(), any::<bool>()).prop_map(
-            |(member, [version_min, version_max], join)| {
-                M::Hello { member, version_min, version_max, join }
+            |(member, [version_min, version_max], keeps)| {
+                M::Hello { member, version_min, version_max, keeps }
             }
         ),
-        vec(member(), 0..4).prop_map(|members| M::Members { members }),
-        Just(M::Heartbeat),
+        vec(present(), 0..4).prop_map(|members| M::Members { members }),
+        (number(), number())
+            .prop_map(|(room_bytes, under_replicated)| M::Heartbeat { room_bytes, under_replicated }),
         (key(), range(), number()).prop_map(|(key, range, inline_max)| M::Get { key, range, inline_max }),
         (object(), meta()).prop_map(|(object, meta)| M::Data { object, meta }),
         (object(), meta(), granted()).prop_map(|(object, meta, granted)| M::Grant { object, meta, granted }),
@@ -310,6 +337,18 @@ pub(crate) fn peer_message() -> BoxedStrategy<PeerMessage> {
             limit
         }),
         (vec(announced(), 0..5), any::<bool>()).prop_map(|(objects, more)| M::Listed { objects, more }),
+        Just(M::Alive),
+        any::<bool>().prop_map(|keeps| M::Keeps { keeps }),
+        any::<bool>().prop_map(|heir| M::Join { heir }),
+        Just(M::Leave),
+        vec(object(), 0..5).prop_map(|objects| M::Deletions { objects }),
+        (announced(), holders()).prop_map(|(object, holders)| M::Replicate { object, holders }),
+        Just(M::Replicated),
+        (key(), object(), vec((number(), number()), 1..4)).prop_map(|(key, object, lasting)| {
+            let lasting = lasting.into_iter().map(|(node, epoch)| (NodeId(node), Epoch(epoch))).collect();
+            M::Surplus { key, object, lasting }
+        }),
+        key().prop_map(|key| M::Locate { key }),
     ]
     .boxed()
 }
@@ -320,7 +359,7 @@ pub(crate) const fn peer_variant(message: &PeerMessage) -> usize {
     match message {
         M::Hello { .. } => 0,
         M::Members { .. } => 1,
-        M::Heartbeat => 2,
+        M::Heartbeat { .. } => 2,
         M::Get { .. } => 3,
         M::Data { .. } => 4,
         M::Grant { .. } => 5,
@@ -339,6 +378,15 @@ pub(crate) const fn peer_variant(message: &PeerMessage) -> usize {
         M::Dropped { .. } => 18,
         M::List { .. } => 19,
         M::Listed { .. } => 20,
+        M::Alive => 21,
+        M::Keeps { .. } => 22,
+        M::Join { .. } => 23,
+        M::Leave => 24,
+        M::Deletions { .. } => 25,
+        M::Replicate { .. } => 26,
+        M::Replicated => 27,
+        M::Surplus { .. } => 28,
+        M::Locate { .. } => 29,
     }
 }
 
@@ -433,13 +481,14 @@ pub(crate) fn client_reply() -> BoxedStrategy<ClientReply> {
             extent,
             map
         }),
-        (object(), any::<bool>(), prop::option::of(any::<u32>()), path(), number()).prop_map(
-            |(object, kept, slot, path, staged_bytes)| R::Sealed {
+        (object(), any::<bool>(), prop::option::of(any::<u32>()), path(), number(), any::<u32>()).prop_map(
+            |(object, kept, slot, path, staged_bytes, replicas)| R::Sealed {
                 object,
                 kept,
                 slot: slot.map(SlotId),
                 path,
-                staged_bytes
+                staged_bytes,
+                replicas
             }
         ),
         Just(R::Done),

@@ -125,7 +125,7 @@ fn parse(words: &[u64; RECORD_WORDS]) -> Result<PutAhead, StoreError> {
             pin: flags & PIN != 0,
             cache: flags & CACHE != 0,
             ttl_ms: (flags & TTL != 0).then_some(words[TTL_MS]),
-            seal_copy: false,
+            ..PutHints::default()
         },
     })
 }

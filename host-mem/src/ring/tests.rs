@@ -118,7 +118,7 @@ fn records_say_everything_that_a_put_can() {
     let mut pair = Pair::new();
     let chunk = pair.grant(1, 0, 65_536, 100);
     let meta = ObjectMeta::tensor(DType::BF16, &[3, 0, 5, 1, 1, 1, 1, 7]).expect("a shape");
-    let hints = PutHints { pin: true, cache: true, ttl_ms: Some(u64::MAX), seal_copy: false };
+    let hints = PutHints { pin: true, cache: true, ttl_ms: Some(u64::MAX), ..PutHints::default() };
     let longest = "k".repeat(8 * (24 - 8));
     for name in ["a", "exactly8", "nine byte", "schlüssel", &longest] {
         assert!(ProducerRing::fits(&key(name), &meta));

@@ -151,7 +151,8 @@ impl World {
             }
             (Kind::Delete { deletion }, Ok(ClientReply::Deleted { .. })) => {
                 let certain = self.is_calm(asked.began, now);
-                self.history.end_delete(deletion, now, certain);
+                let for_good = self.is_for_good(self.history.delete_began(deletion));
+                self.history.end_delete(deletion, now, certain, for_good);
             }
             // It may still happen.
             (Kind::Delete { .. }, Err(_)) => {}
@@ -201,9 +202,11 @@ impl World {
         now: u64,
     ) -> Result<(), String> {
         match result {
-            Ok(ClientReply::Sealed { kept: false, .. }) => {
+            Ok(ClientReply::Sealed { kept: false, object, replicas, .. }) => {
                 self.tally.sealed += 1;
                 self.history.end_put(attempt, Outcome::Sealed(now))?;
+                self.history.became(attempt, *object, *replicas);
+                self.check_told(attempt)?;
                 let put = &self.history.attempts[attempt];
                 let settled = put.invoked.saturating_sub(GRACE_NS);
                 if put.exclusive && self.is_calm(settled, now) {

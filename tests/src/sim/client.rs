@@ -16,6 +16,9 @@ use super::plan::MS;
 use super::ring::PuttingAhead;
 use super::world::{Due, World};
 
+/// How long a node waits for a directory, in milliseconds.
+const AWAIT_MS: u64 = 5_000;
+
 /// A question that waits for its answer.
 #[derive(Clone, Debug)]
 pub(super) struct Asked {
@@ -154,18 +157,29 @@ impl Client {
     }
 }
 
-/// How long an answer may take, in true time: what the node allows itself, with room for slow clocks.
-fn patience(kind: &Kind, timeout_ms: u64) -> u64 {
-    let own_ms = match kind {
-        Kind::Put { .. } | Kind::Reserve { .. } | Kind::Seal { .. } => 12_000,
-        Kind::Get { .. } | Kind::Wait { .. } | Kind::Stat { .. } => timeout_ms,
-        Kind::Delete { .. } => 5_000,
-        _ => 1_500,
-    };
-    (own_ms + own_ms / 10 + 1_000) * MS
-}
-
 impl World {
+    /// How long an answer may take, in true time: what the node allows itself, with room for slow clocks.
+    fn patience(&self, kind: &Kind, timeout_ms: u64) -> u64 {
+        // The next node of a list is waited for.
+        let list_ms = if self.plan.heirs > 1 { AWAIT_MS } else { 0 };
+        let put_ms = |attempt: usize| {
+            let attempt = &self.history.attempts[attempt];
+            let asks_ms = if attempt.exclusive { list_ms } else { 0 };
+            12_000 + asks_ms + if attempt.wanted > 1 { 10_000 } else { 0 }
+        };
+        let own_ms = match kind {
+            Kind::Put { attempt } | Kind::Reserve { attempt } | Kind::Seal { attempt, .. } => {
+                put_ms(*attempt)
+            }
+            Kind::Get { .. } | Kind::Stat { .. } => timeout_ms,
+            Kind::Wait { .. } => timeout_ms.max(list_ms),
+            Kind::Delete { .. } => 5_000 + list_ms,
+            Kind::List { .. } => 1_500 + list_ms,
+            _ => 1_500,
+        };
+        (own_ms + own_ms / 10 + 1_000) * MS
+    }
+
     pub(super) fn client(&mut self, id: ClientId) -> &mut Client {
         self.clients.get_mut(&id).expect("a client that is there")
     }
@@ -173,17 +187,12 @@ impl World {
     fn ask(&mut self, id: ClientId, kind: Kind, timeout_ms: u64, message: ClientMessage, payload: Bytes) {
         let now = self.now();
         let delay = self.rng.between(5_000, 100_000);
+        let deadline = now + self.patience(&kind, timeout_ms);
         let client = self.client(id);
         let request = client.next_request;
         client.next_request += 1;
         client.doing = Doing::Asking;
-        client.asked = Some(Asked {
-            request,
-            began: now,
-            deadline: now + patience(&kind, timeout_ms),
-            answered: false,
-            kind,
-        });
+        client.asked = Some(Asked { request, began: now, deadline, answered: false, kind });
         client.upward_at = client.upward_at.max(now + delay);
         let (at, node) = (client.upward_at, client.node);
         let epoch = self.nodes[node].epoch;
@@ -336,11 +345,13 @@ impl World {
             let most = if self.rng.percent(10) { 16 } else { self.plan.len_max };
             self.rng.between(0, most) / self.rng.pick(&[1, 1, 4, 16])
         };
+        let replicated = self.rng.percent(self.plan.replicated);
         let hints = PutHints {
             pin: self.rng.percent(10),
-            cache: self.rng.percent(15),
+            cache: self.rng.percent(15) && !replicated,
             ttl_ms: self.rng.percent(10).then(|| self.rng.between(20, 800)),
             seal_copy: self.rng.percent(20),
+            replicas: if replicated { self.rng.pick(&[2, 2, 3, 5]) } else { 1 },
         };
         if self.rng.percent(40) {
             let hints = PutHints { seal_copy: false, ..hints };
@@ -355,6 +366,7 @@ impl World {
         let mut attempt = History::attempt(key, tag, len, (node, self.nodes[node].epoch), now);
         attempt.exclusive = if_exists == IfExists::Error;
         attempt.fleeting = hints.cache || hints.ttl_ms.is_some();
+        attempt.wanted = hints.replicas;
         let attempt = self.history.begin_put(attempt);
         let meta = ObjectMeta::bytes(len).expect("a length");
         let key = self.key(key);
@@ -544,6 +556,7 @@ impl World {
             len: reading.object_len,
             bytes: &reading.bytes,
             began: reading.began,
+            calm: self.is_calm(reading.began, reading.began),
         };
         if let Err(why) = self.history.saw(seen) {
             return self.fail(format!("client {id} of node {at}: {why}"));

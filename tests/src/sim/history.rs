@@ -1,6 +1,10 @@
 //! What clients did and saw, and what follows from it: which bytes a get may return, and which keys must be there.
 //! Not the engine's view of anything. Invariant: every rule here holds for any correct store, whatever it does inside.
 
+use std::collections::BTreeMap;
+
+use hetmem_core::ObjectId;
+
 use super::pattern;
 use super::world::GRACE_NS;
 
@@ -30,8 +34,18 @@ pub(super) struct Attempt {
     pub(super) fleeting: bool,
     /// A get has returned it.
     seen: bool,
+    /// On how many nodes it was to be, and on how many its client was told that it is.
+    pub(super) wanted: u8,
+    pub(super) told: u32,
+    /// Which object it has become.
+    pub(super) object: Option<ObjectId>,
     /// Its node has died.
     died: bool,
+    /// It was on several nodes, and more of them have died than could be made up for.
+    gone: bool,
+    /// A delete that every node of the list knows of was acknowledged, at this time, after it had taken the object from
+    /// a node.
+    deleted_for_good: Option<u64>,
     /// When it left its node's index.
     left: Option<u64>,
 }
@@ -44,6 +58,8 @@ struct Deletion {
     ended: Option<u64>,
     /// It was acknowledged, and every node was linked all the while.
     certain: bool,
+    /// Originals that left their nodes while it was under way.
+    taken: Vec<usize>,
 }
 
 /// What a get returned.
@@ -57,6 +73,8 @@ pub(super) struct Seen<'a> {
     pub(super) bytes: &'a [u8],
     /// When the get began.
     pub(super) began: u64,
+    /// Whether every node was reached then, and had been told what it missed.
+    pub(super) calm: bool,
 }
 
 #[derive(Debug, Default)]
@@ -66,6 +84,7 @@ pub(super) struct History {
     /// Forced evictions: key and time.
     forced: Vec<(usize, u64)>,
     by_key: Vec<Vec<usize>>,
+    by_object: BTreeMap<ObjectId, usize>,
 }
 
 impl History {
@@ -97,7 +116,12 @@ impl History {
             exclusive: false,
             fleeting: false,
             seen: false,
+            wanted: 1,
+            told: 0,
+            object: None,
             died: false,
+            gone: false,
+            deleted_for_good: None,
             left: None,
         }
     }
@@ -116,15 +140,58 @@ impl History {
     }
 
     pub(super) fn begin_delete(&mut self, key: usize, invoked: u64) -> usize {
-        let deletion = Deletion { key, invoked, ended: None, certain: false };
+        let deletion = Deletion { key, invoked, ended: None, certain: false, taken: Vec::new() };
         self.deletions.push(deletion);
         self.deletions.len() - 1
     }
 
     /// A delete has ended; `certain` if it was acknowledged and nothing kept the nodes apart meanwhile.
-    pub(super) fn end_delete(&mut self, deletion: usize, ended: u64, certain: bool) {
+    pub(super) fn end_delete(&mut self, deletion: usize, ended: u64, certain: bool, for_good: bool) {
         self.deletions[deletion].ended = Some(ended);
         self.deletions[deletion].certain = certain;
+        for attempt in std::mem::take(&mut self.deletions[deletion].taken).into_iter().filter(|_| for_good) {
+            let key = self.attempts[attempt].key;
+            if !self.forced.iter().any(|(forced, _)| *forced == key) && !self.attempts[attempt].fleeting {
+                self.attempts[attempt].deleted_for_good.get_or_insert(ended);
+            }
+        }
+    }
+
+    /// When a delete began.
+    pub(super) fn delete_began(&self, deletion: usize) -> u64 {
+        self.deletions[deletion].invoked
+    }
+
+    /// The put of an object that was told of.
+    pub(super) fn put_of(&self, object: ObjectId) -> Option<usize> {
+        self.by_object.get(&object).copied()
+    }
+
+    /// A put has led to an object that is on so many nodes.
+    pub(super) fn became(&mut self, attempt: usize, object: ObjectId, told: u32) {
+        self.attempts[attempt].object = Some(object);
+        self.attempts[attempt].told = told;
+        self.by_object.insert(object, attempt);
+    }
+
+    /// Puts that were told that they are on several nodes, and that nothing but deaths can have taken from them.
+    pub(super) fn replicated(&self) -> Vec<usize> {
+        let numbers = 0..self.attempts.len();
+        numbers.filter(|&index| self.is_replicated(&self.attempts[index])).collect()
+    }
+
+    pub(super) fn is_replicated(&self, attempt: &Attempt) -> bool {
+        attempt.told > 1 && self.is_durable(attempt, u64::MAX)
+    }
+
+    /// On how many nodes an object of this key may have to be.
+    pub(super) fn wanted(&self, key: usize) -> u8 {
+        self.by_key[key].iter().map(|&index| self.attempts[index].wanted).max().unwrap_or(0)
+    }
+
+    /// Too many of the nodes that had an object have died.
+    pub(super) fn is_gone(&mut self, attempt: usize) {
+        self.attempts[attempt].gone = true;
     }
 
     pub(super) fn force_evict(&mut self, key: usize, now: u64) {
@@ -165,6 +232,10 @@ impl History {
             let attempt = &mut self.attempts[index];
             if (attempt.node, attempt.epoch) == (node, epoch) && matches!(attempt.outcome, Outcome::Sealed(_))
             {
+                if attempt.left.is_none() {
+                    let open = |deletion: &&mut Deletion| deletion.key == key && deletion.ended.is_none();
+                    self.deletions.iter_mut().filter(open).for_each(|deletion| deletion.taken.push(index));
+                }
                 attempt.left.get_or_insert(now);
             }
         }
@@ -181,6 +252,8 @@ impl History {
             }
             if matches!(attempt.outcome, Outcome::Never(_)) {
                 reason = Some("of a put that failed");
+            } else if seen.calm && attempt.deleted_for_good.is_some_and(|at| at <= seen.began) {
+                reason = Some("of an object that came back after its delete");
             } else if self.is_deleted(attempt, seen.began) {
                 reason = Some("of an object whose delete was acknowledged before the get began");
             } else {
@@ -251,7 +324,8 @@ impl History {
         let aimed_at = self.deletions.iter().any(|deletion| {
             deletion.key == attempt.key && deletion.ended.is_none_or(|ended| ended >= attempt.invoked)
         });
-        sealed && !attempt.fleeting && !attempt.died && !aimed_at && !self.was_forced(attempt)
+        let lost = if attempt.told > 1 { attempt.gone } else { attempt.died };
+        sealed && !attempt.fleeting && !lost && !aimed_at && !self.was_forced(attempt)
     }
 
     fn was_forced(&self, attempt: &Attempt) -> bool {

@@ -6,13 +6,16 @@
 //! one whose delete was acknowledged before it began or whose put failed; no byte that someone reads, sends, leases
 //! or lands is written by anyone else; every request of a live client is answered once, in time; an object that was
 //! put and never deleted is found from every node once links are whole; originals leave only by a delete; nothing is
-//! held once nobody is there.
+//! held once nobody is there; an object that is said to be on several nodes is, outlives any one of them, and is made
+//! anew where it was lost; one node keeps the directory in the end, and nothing comes back that it, or one that kept it
+//! before, saw deleted.
 
 mod answers;
 mod client;
 mod departures;
 mod guards;
 mod history;
+mod losses;
 mod node;
 mod outbox;
 mod pattern;
@@ -64,6 +67,17 @@ pub struct Tally {
     pub evicted: u64,
     /// Keys that every node had to find at the end.
     pub durable: u64,
+    /// Objects whose clients were told that they are on several nodes.
+    pub replicated: u64,
+    /// Of them, those that have outlived the node that they were put on, counted at each death.
+    pub outlived: u64,
+    /// Objects of which a node was made to hold a replica, on nodes that lived to the end.
+    pub replicas: u64,
+    /// How often a directory was taken over or handed on.
+    pub successions: u64,
+    /// Deletes that were acknowledged while a node was away that had the object, and known to all that may keep the
+    /// directory.
+    pub deleted_for_good: u64,
 }
 
 impl Tally {
@@ -88,6 +102,11 @@ impl Tally {
         self.outdated += other.outdated;
         self.evicted += other.evicted;
         self.durable += other.durable;
+        self.replicated += other.replicated;
+        self.outlived += other.outlived;
+        self.replicas += other.replicas;
+        self.successions += other.successions;
+        self.deleted_for_good += other.deleted_for_good;
     }
 }
 
@@ -96,7 +115,8 @@ impl fmt::Display for Tally {
         write!(
             f,
             "{} operations, {} faults, {} deaths of clients, {} engine inputs, {} gets compared ({} bytes; {} in place, {} raced a withdrawal), \
-             {} objects sealed ({} puts that asked nobody), {} fetched eagerly, {} by read ({} too late; {} at a known place in {} reads, {} places given up), {} completions repeated, {} evicted, {} keys found everywhere at the end",
+             {} objects sealed ({} puts that asked nobody), {} fetched eagerly, {} by read ({} too late; {} at a known place in {} reads, {} places given up), {} completions repeated, {} evicted, {} keys found everywhere at the end, \
+             {} objects on several nodes, {} outlived their node, {} replicas held, the directory changed hands {} times, {} deletes known for good",
             self.operations,
             self.faults,
             self.deaths,
@@ -115,7 +135,12 @@ impl fmt::Display for Tally {
             self.outdated,
             self.repeats,
             self.evicted,
-            self.durable
+            self.durable,
+            self.replicated,
+            self.outlived,
+            self.replicas,
+            self.successions,
+            self.deleted_for_good
         )
     }
 }

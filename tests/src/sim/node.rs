@@ -217,7 +217,10 @@ fn config(plan: &Plan, number: usize, epoch: u64, key: RemoteKey) -> EngineConfi
     let name = format!("n{number}");
     EngineConfig {
         member: Member { node: NodeId(number as u64 + 1), epoch: Epoch(epoch), address: name.clone(), name },
-        join: (number > 0).then(|| "n0".to_owned()),
+        join: match plan.heirs {
+            1 => (number > 0).then(|| "n0".to_owned()).into_iter().collect(),
+            heirs => (0..heirs).map(|heir| format!("n{heir}")).collect(),
+        },
         capacity_bytes: plan.capacity_bytes,
         client_quota_bytes: plan.quota_bytes,
         objects_max: plan.objects_max,
@@ -545,6 +548,7 @@ impl World {
         node.guards.remove(object.extent.segment, Hold::Published(slot));
         let epoch = node.epoch;
         let own = object.object.origin == NodeId(at as u64 + 1) && object.object.epoch == Epoch(epoch);
+        self.replica_left(at, &object);
         if !own {
             return self.copy_left(at, &object);
         }
@@ -649,6 +653,14 @@ impl World {
                 self.disturbed();
             }
             Event::PeerUp { .. } | Event::DirectoryFound => self.disturbed(),
+            Event::DirectoryTaken | Event::DirectoryHandedOver { .. } => {
+                let joined = self.now() > super::world::JOINED_NS;
+                self.tally.successions += u64::from(joined);
+                if joined && !self.plan.breaks_links() {
+                    self.fail(format!("node {at}: the directory changes hands in calm weather: {event:?}"));
+                }
+                self.disturbed();
+            }
             Event::Evicted { objects, .. } => self.tally.evicted += objects,
             Event::PeerRefused { .. } if !self.plan.breaks_links() => {
                 self.fail(format!("node {at}: a peer was refused in calm weather: {event:?}"));

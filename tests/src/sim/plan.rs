@@ -22,6 +22,8 @@ pub(super) enum Weather {
     Partitions,
     /// Nodes die and start again.
     Deaths,
+    /// Nodes die one at a time, each when what the one before took along was made anew; others are away for a while.
+    Losses,
     /// All of it.
     Storm,
 }
@@ -30,6 +32,10 @@ pub(super) enum Weather {
 pub(super) struct Plan {
     pub(super) weather: Weather,
     pub(super) nodes: usize,
+    /// How many of them may keep the directory; if one alone, it is not named in its own list.
+    pub(super) heirs: usize,
+    /// Of a hundred puts, how many are to be on several nodes.
+    pub(super) replicated: u64,
     pub(super) clients_per_node: u64,
     pub(super) keys: usize,
     pub(super) capacity_bytes: u64,
@@ -71,16 +77,21 @@ impl Plan {
             (10, Weather::Cuts),
             (10, Weather::Partitions),
             (10, Weather::Deaths),
+            (7, Weather::Losses),
             (10, Weather::Storm),
         ]);
         let network = network(&mut rng, weather);
         let one_way_ms = (network.delay_ns.1 + network.jitter_ns).div_ceil(MS);
         let lease = rng.pick(&[15, 40, 300, 2_000]).max(6 * one_way_ms);
         let capacity_bytes = rng.pick(&[512_u64, 768, 1_024, 2_048, 4_096]) << 10;
+        let losses = weather == Weather::Losses;
+        let nodes = rng.weighted(&[(45, 3), (25, 4), (15, 5), (10, 6), (5, 7)]) + if losses { 1 } else { 0 };
         Self {
             weather,
-            nodes: rng.weighted(&[(45, 3), (25, 4), (15, 5), (10, 6), (5, 7)]),
-            clients_per_node: rng.between(1, 4),
+            nodes,
+            heirs: rng.weighted(&[(55, 1), (25, 2), (20, 3)]),
+            replicated: rng.pick(&[0, 10, 40]).max(if losses { 30 } else { 0 }),
+            clients_per_node: if losses { 1 } else { rng.between(1, 4) },
             keys: rng.pick(&[3, 8, 16, 40]),
             capacity_bytes,
             quota_bytes: rng.pick(&[0, capacity_bytes / 4, capacity_bytes / 2]),
@@ -91,8 +102,12 @@ impl Plan {
             len_max: rng
                 .weighted(&[(35, 200), (35, 2_000), (25, 20_000), (5, 100_000)])
                 .min(capacity_bytes / 4),
-            busy_ns: rng.weighted(&[(60, 500), (30, 1_500), (10, 6_000)]) * MS / 100 * rng.between(50, 100),
-            pause_ns: rng.pick(&[MS / 2, 3 * MS, 10 * MS]),
+            busy_ns: if losses {
+                rng.between(8_000, 20_000) * MS
+            } else {
+                rng.weighted(&[(60, 500), (30, 1_500), (10, 6_000)]) * MS / 100 * rng.between(50, 100)
+            },
+            pause_ns: if losses { 200 * MS } else { rng.pick(&[MS / 2, 3 * MS, 10 * MS]) },
             fault_pause_ns: if weather == Weather::Stalls {
                 100 * MS
             } else {

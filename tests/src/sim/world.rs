@@ -14,6 +14,7 @@ use hetmem_transport::SimNet;
 use super::Tally;
 use super::client::{Asked, Client, Tour};
 use super::history::History;
+use super::losses::Losses;
 use super::node::{Clock, Node};
 use super::plan::{MS, Plan, Weather};
 use super::rng::{Rng, mix};
@@ -132,7 +133,8 @@ pub(super) struct World {
     pub(super) tally: Tally,
     pub(super) failure: Option<String>,
     phase: Phase,
-    partitions: Vec<(usize, usize)>,
+    pub(super) partitions: Vec<(usize, usize)>,
+    pub(super) losses: Losses,
     /// When nodes were, or may have been, apart.
     unrest: Vec<(u64, u64)>,
     pub(super) trace: u64,
@@ -179,6 +181,7 @@ impl World {
                 failure: None,
                 phase: Phase::Busy,
                 partitions: Vec::new(),
+                losses: Losses::default(),
                 unrest: vec![(0, JOINED_NS)],
                 trace: seed,
                 verbose,
@@ -272,8 +275,11 @@ impl World {
             _ => ("", 0),
         };
         self.fold(at, (std::mem::discriminant(input), detail));
-        let chatter =
-            matches!(input, Input::Tick | Input::PeerMessage { message: PeerMessage::Heartbeat, .. });
+        let chatter = matches!(
+            input,
+            Input::Tick
+                | Input::PeerMessage { message: PeerMessage::Heartbeat { .. } | PeerMessage::Alive, .. }
+        );
         if self.verbose && !chatter {
             self.say(&format!("node {at} <- {input:?}"));
         }
@@ -288,7 +294,10 @@ impl World {
             _ => None,
         };
         self.fold(at, (std::mem::discriminant(action), extent));
-        let chatter = matches!(action, Action::Send { message: PeerMessage::Heartbeat, .. });
+        let chatter = matches!(
+            action,
+            Action::Send { message: PeerMessage::Heartbeat { .. } | PeerMessage::Alive, .. }
+        );
         if self.verbose && !chatter {
             self.say(&format!("node {at} -> {action:?}"));
         }
@@ -312,17 +321,33 @@ impl World {
 
     /// Whether every live node has a link to the directory's node and the other way round.
     fn is_whole(&self) -> bool {
+        self.partitions.is_empty() && self.is_whole_without(None)
+    }
+
+    /// The first node of those that may keep the directory that is alive.
+    pub(super) fn heir(&self) -> Option<usize> {
+        (0..self.plan.heirs).find(|&at| self.nodes[at].alive)
+    }
+
+    /// The same but for one node.
+    pub(super) fn is_whole_without(&self, except: Option<usize>) -> bool {
+        let Some(keeper) = self.heir() else { return false };
+        let statuses: Vec<_> = self.nodes.iter().map(|node| node.engine.status()).collect();
         let linked = |at: usize, to: usize| {
             let epoch = self.nodes[to].epoch;
-            let status = self.nodes[at].engine.status();
-            let mut peers = status.peers.iter();
+            let mut peers = statuses[at].peers.iter();
             epoch > 0 && peers.any(|peer| peer.node == NodeId(to as u64 + 1) && peer.linked)
         };
-        self.partitions.is_empty()
-            && self.nodes[0].alive
-            && (1..self.nodes.len()).all(|at| !self.nodes[at].alive || (linked(at, 0) && linked(0, at)))
+        let follows = |at: usize| {
+            let name = statuses[at].directory.as_ref();
+            statuses[at].keeps_directory == (at == keeper) && name == Some(&self.nodes[keeper].name)
+        };
+        let there = |at: &usize| self.nodes[*at].alive && Some(*at) != except;
+        (0..self.nodes.len())
+            .filter(there)
+            .all(|at| follows(at) && (at == keeper || (linked(at, keeper) && linked(keeper, at))))
             // A node that died and was not noticed yet.
-            && self.nodes[0].engine.status().peers.iter().all(|peer| {
+            && statuses[keeper].peers.iter().all(|peer| {
                 self.nodes.iter().any(|node| node.alive && node.name == peer.name)
             })
     }
@@ -370,7 +395,13 @@ impl World {
                 }
             }
             Phase::Touring if self.clients.is_empty() => {
-                self.phase = Phase::Settling { until: now + u64::from(self.plan.lease_ms) * MS + SETTLE_NS };
+                // Repair may be in a long pause.
+                let repair = if self.plan.replicated > 0 { super::losses::HEAL_NS } else { 0 };
+                let rest = u64::from(self.plan.lease_ms) * MS + SETTLE_NS;
+                self.phase = Phase::Settling { until: now + rest.max(repair) };
+            }
+            Phase::Settling { until } if now >= until && self.repairs() => {
+                self.phase = Phase::Settling { until: now + 50 * MS };
             }
             Phase::Settling { until } if now >= until => {
                 self.phase = Phase::Over;
@@ -386,7 +417,8 @@ impl World {
             self.net.heal(&format!("n{one}"), &format!("n{other}"));
         }
         for at in 0..self.nodes.len() {
-            if !self.nodes[at].alive && (at == 0 || self.rng.percent(50)) {
+            let needed = at == 0 && (self.plan.heirs == 1 || self.heir().is_none());
+            if !self.nodes[at].alive && (self.rng.percent(50) || needed) {
                 self.restart(at);
             }
         }
@@ -394,6 +426,7 @@ impl World {
 
     /// Nobody uses anything any more, so nothing may be held.
     fn check_rest(&mut self) {
+        self.check_replicas_at_rest();
         for at in 0..self.nodes.len() {
             if !self.nodes[at].alive {
                 continue;
@@ -430,6 +463,9 @@ impl World {
         if self.is_ending() {
             return;
         }
+        if self.plan.weather == Weather::Losses {
+            return self.loss();
+        }
         self.tally.faults += 1;
         let kind = match self.plan.weather {
             Weather::Cuts => 0,
@@ -461,7 +497,13 @@ impl World {
                     self.part(one, other, time);
                 }
             }
-            _ if one > 0 || self.rng.percent(50) => self.kill(one),
+            _ if one > 0 || self.plan.heirs > 1 || self.rng.percent(50) => {
+                self.kill(one);
+                let time = self.rng.between(MS, 900 * MS);
+                if (one == 0 && self.plan.heirs == 1) || self.rng.percent(80) {
+                    self.later(time, Due::Restart { at: one });
+                }
+            }
             _ => {}
         }
         let most = self.plan.fault_pause_ns;
@@ -469,16 +511,17 @@ impl World {
         self.later(pause, Due::Fault);
     }
 
-    fn part(&mut self, one: usize, other: usize, time: u64) {
+    pub(super) fn part(&mut self, one: usize, other: usize, time: u64) {
         self.net.partition(&format!("n{one}"), &format!("n{other}"));
         self.partitions.push((one, other));
         self.later(time, Due::Heal { one, other });
     }
 
-    fn kill(&mut self, at: usize) {
+    pub(super) fn kill(&mut self, at: usize) {
         if !self.nodes[at].alive {
             return;
         }
+        self.node_dies(at);
         self.disturbed();
         self.net.kill(&format!("n{at}"));
         let node = &mut self.nodes[at];
@@ -486,10 +529,6 @@ impl World {
         let epoch = node.epoch;
         self.history.node_died(at, epoch);
         self.clients.retain(|_, client| client.node != at);
-        let time = self.rng.between(MS, 900 * MS);
-        if at == 0 || self.rng.percent(80) {
-            self.later(time, Due::Restart { at });
-        }
     }
 
     fn restart(&mut self, at: usize) {
@@ -522,6 +561,9 @@ impl World {
                 if let ClientMessage::Evict { key, force: true } = &message {
                     let (key, now) = (self.key_number(key), self.now());
                     self.history.force_evict(key, now);
+                }
+                if let ClientMessage::Seal { reservation, .. } = &message {
+                    self.written_for_several(at, client, *reservation);
                 }
                 self.feed(at, Input::ClientRequest { client, request, message, payload });
             }

@@ -185,7 +185,7 @@ fn a_link_that_goes_down_takes_its_places_along() {
 #[test]
 fn a_node_that_started_again_is_asked() {
     let (mut world, _, away, _) = seen();
-    let config = super::world::config(0, 2, None, &reading());
+    let config = super::world::config(0, 2, Vec::new(), &reading());
     world.restart(0, config);
     world.advance(500);
     let home = world.client(0, 1);

@@ -302,7 +302,7 @@ fn mooncake_3299_nor_is_the_directory() {
     // A node that was there for long and starts again is found again at once.
     world.advance(10 * HEARTBEAT_MS + 5_000);
     let before = world.now;
-    world.restart(0, config(0, 2, None, &Shape::default()));
+    world.restart(0, config(0, 2, Vec::new(), &Shape::default()));
     world.advance(300);
     assert!(world.link_between(1, 0).is_some(), "{} ms after {before:?}", world.now.ms_since(before));
 }

@@ -344,7 +344,7 @@ fn answers_that_do_not_fit_the_question_are_errors() {
     World::assert_kind(world.answer(1, away, request).expect("an answer"), ErrorKind::Protocol);
     let stray = PeerMessage::Announced { refused: vec![key("k")] };
     world.feed(1, Input::PeerMessage { link, request: 999, message: stray, payload_len: 0 });
-    let heavy = PeerMessage::Heartbeat;
+    let heavy = PeerMessage::Alive;
     world.feed(1, Input::PeerMessage { link, request: 0, message: heavy, payload_len: 9 });
     assert_eq!(world.status(1).counters.refused, 1);
     world.feed(1, Input::Refused { link, why: StoreError::protocol("garbage") });

@@ -11,8 +11,8 @@ fn member(name: &str, node: u64, epoch: u64) -> Member {
     Member { node: NodeId(node), epoch: Epoch(epoch), name: name.to_owned(), address: name.to_owned() }
 }
 
-fn hello(member: Member, version: u16, join: bool) -> PeerMessage {
-    PeerMessage::Hello { member, version_min: version, version_max: version, join }
+fn hello(member: Member, version: u16) -> PeerMessage {
+    PeerMessage::Hello { member, version_min: version, version_max: version, keeps: false }
 }
 
 /// A link to a peer that is played by the test, and what the node thinks of its HELLO.
@@ -32,23 +32,30 @@ fn greet(world: &mut World, node: usize, link: u64, message: PeerMessage) -> Opt
 fn hellos_are_refused_for_a_reason() {
     let mut world = World::new(2);
     let version = PROTOCOL_MAX + 1;
-    let error = greet(&mut world, 0, 100, hello(member("x", 50, 1), version, true)).expect("refused");
+    let error = greet(&mut world, 0, 100, hello(member("x", 50, 1), version)).expect("refused");
     assert_eq!(error.kind(), ErrorKind::Protocol);
     assert!(error.to_string().contains(&version.to_string()), "{error}");
-    let error = greet(&mut world, 0, 101, hello(member("n0", 1, 9), PROTOCOL_MIN, true)).expect("refused");
+    let error = greet(&mut world, 0, 101, hello(member("n0", 1, 9), PROTOCOL_MIN)).expect("refused");
     assert_eq!(error.kind(), ErrorKind::Denied);
     assert!(error.to_string().contains("n0"), "{error}");
-    let error = greet(&mut world, 1, 102, hello(member("x", 50, 1), PROTOCOL_MIN, true)).expect("refused");
-    assert_eq!(error.kind(), ErrorKind::Denied);
-    let error = greet(&mut world, 0, 103, hello(member("n1", 2, 0), PROTOCOL_MIN, true)).expect("refused");
+    let error = greet(&mut world, 0, 103, hello(member("n1", 2, 0), PROTOCOL_MIN)).expect("refused");
     assert_eq!(error.kind(), ErrorKind::Stale, "an older incarnation of a node that is there");
     assert_eq!(world.status(0).counters.refused, 3);
-    assert_eq!(greet(&mut world, 0, 104, hello(member("x", 50, 1), PROTOCOL_MIN, false)), None);
-    let early = PeerMessage::Heartbeat;
+    assert_eq!(greet(&mut world, 0, 104, hello(member("x", 50, 1), PROTOCOL_MIN)), None);
+    let early = PeerMessage::Alive;
     world
         .feed(0, Input::LinkUp { link: LinkId(105), fabric: FABRIC, address: "e".to_owned(), inbound: true });
     world.feed(0, Input::PeerMessage { link: LinkId(105), request: 0, message: early, payload_len: 0 });
     assert_eq!(world.status(0).counters.refused, 4, "something came before HELLO");
+}
+
+#[test]
+fn joining_a_node_that_keeps_no_directory_is_answered() {
+    let mut world = World::new(2);
+    assert_eq!(greet(&mut world, 1, 100, hello(member("x", 50, 1), PROTOCOL_MIN)), None);
+    let message = PeerMessage::Join { heir: true };
+    world.feed(1, Input::PeerMessage { link: LinkId(100), request: 0, message, payload_len: 0 });
+    assert_eq!(world.nodes[1].sent.last(), Some(&PeerMessage::Keeps { keeps: false }));
 }
 
 #[test]
@@ -73,11 +80,7 @@ fn everyone_is_asked_before_not_found() {
     world.put(1, one, "k", &[1, 2]);
     // The announcement is still under way: the directory does not know the key.
     let unknown = PeerMessage::Withdraw {
-        objects: vec![crate::wire::Announced {
-            key: key("k"),
-            object: crate::ObjectId { origin: NodeId(2), epoch: Epoch(1), number: 1 },
-            len_bytes: 2,
-        }],
+        objects: vec![announced("k", crate::ObjectId { origin: NodeId(2), epoch: Epoch(1), number: 1 }, 2)],
     };
     let link = world.link_between(0, 1).expect("a link");
     world.feed(0, Input::PeerMessage { link, request: 0, message: unknown, payload_len: 0 });
@@ -152,7 +155,7 @@ fn the_only_holder_lost_on_the_way_is_peer_lost_and_then_not_found() {
 #[test]
 fn a_silent_peer_is_lost_after_five_heartbeats() {
     let mut world = World::new(1);
-    assert_eq!(greet(&mut world, 0, 100, hello(member("mute", 50, 1), PROTOCOL_MIN, true)), None);
+    assert_eq!(greet(&mut world, 0, 100, hello(member("mute", 50, 1), PROTOCOL_MIN)), None);
     assert_eq!(world.status(0).peers.len(), 1);
     world.advance(5 * HEARTBEAT_MS);
     assert_eq!(world.status(0).peers.len(), 1);
@@ -172,7 +175,7 @@ fn a_restarted_node_has_lost_its_objects() {
     world.put(1, clients[1], "copied", &[2]);
     world.fetch(2, clients[2], "copied", &[2]);
     let shape = Shape::default();
-    world.restart(1, config(1, 2, Some("a0".to_owned()), &shape));
+    world.restart(1, config(1, 2, vec!["a0".to_owned()], &shape));
     world.advance(500);
     World::assert_kind(world.get(2, clients[2], "lost"), ErrorKind::NotFound);
     World::assert_kind(world.get(0, clients[0], "lost"), ErrorKind::NotFound);
@@ -188,16 +191,21 @@ fn a_restarted_node_has_lost_its_objects() {
 fn an_incarnation_that_is_still_linked_gives_way_to_the_next() {
     let mut world = World::new(1);
     let client = world.client(0, 1);
-    assert_eq!(greet(&mut world, 0, 100, hello(member("x", 50, 1), PROTOCOL_MIN, true)), None);
+    assert_eq!(greet(&mut world, 0, 100, hello(member("x", 50, 1), PROTOCOL_MIN)), None);
     let object = |epoch| crate::ObjectId { origin: NodeId(50), epoch: Epoch(epoch), number: 1 };
     let announce = |name: &str, epoch| PeerMessage::Announce {
-        objects: vec![crate::wire::Announced { key: key(name), object: object(epoch), len_bytes: 1 }],
+        objects: vec![announced(name, object(epoch), 1)],
         exclusive: false,
     };
     let says =
         |link: u64, message| Input::PeerMessage { link: LinkId(link), request: 5, message, payload_len: 0 };
+    world.feed(0, says(100, PeerMessage::Join { heir: false }));
     world.feed(0, says(100, announce("old", 1)));
-    assert_eq!(greet(&mut world, 0, 101, hello(member("x", 50, 2), PROTOCOL_MIN, true)), None);
+    assert_eq!(greet(&mut world, 0, 101, hello(member("x", 50, 2), PROTOCOL_MIN)), None);
+    world.feed(0, says(101, announce("early", 2)));
+    let refused = |message: &PeerMessage| matches!(message, PeerMessage::Failed { error } if error.kind() == ErrorKind::Unavailable);
+    assert!(world.nodes[0].sent.iter().any(refused), "announced before it has joined");
+    world.feed(0, says(101, PeerMessage::Join { heir: false }));
     world.feed(0, says(101, announce("new", 2)));
     // What the old incarnation still says is not believed, and its link going down does not hurt the new one.
     world.feed(0, says(100, announce("ghost", 1)));
@@ -216,7 +224,7 @@ fn a_directory_that_starts_again_is_told_everything() {
     let wait = world.ask(2, clients[2], ClientMessage::Wait { key: key("later"), timeout_ms: 60_000 });
     world.settle();
     let shape = Shape::default();
-    world.restart(0, config(0, 2, None, &shape));
+    world.restart(0, config(0, 2, Vec::new(), &shape));
     world.advance(5_000);
     assert_eq!(world.fetch(2, clients[2], "k", &[1]), Path::Eager);
     let list = ClientMessage::List { prefix: String::new(), after: None, limit: 10 };
@@ -250,8 +258,8 @@ fn a_node_alone_waits_for_the_directory_and_says_what_it_waits_for() {
     let mut world = World::default();
     world.unreachable.insert("a0".to_owned());
     let shape = Shape::default();
-    world.add(config(0, 1, None, &shape));
-    world.add(config(1, 1, Some("a0".to_owned()), &shape));
+    world.add(config(0, 1, Vec::new(), &shape));
+    world.add(config(1, 1, vec!["a0".to_owned()], &shape));
     let (home, away) = (world.client(0, 1), world.client(1, 1));
     world.put(0, home, "k", &[1]);
     let request = world.ask_get(1, away, "k", true);
@@ -268,9 +276,9 @@ fn a_node_alone_waits_for_the_directory_and_says_what_it_waits_for() {
 fn a_link_that_breaks_before_hello_is_dialled_again() {
     let mut world = World::default();
     let shape = Shape::default();
-    world.add(config(0, 1, None, &shape));
+    world.add(config(0, 1, Vec::new(), &shape));
     world.unreachable.insert("a0".to_owned());
-    world.add(config(1, 1, Some("a0".to_owned()), &shape));
+    world.add(config(1, 1, vec!["a0".to_owned()], &shape));
     let link = LinkId(77);
     world.feed(1, Input::LinkUp { link, fabric: FABRIC, address: "a0".to_owned(), inbound: false });
     world.feed(1, Input::LinkDown { link, why: StoreError::unavailable("it", "gone") });

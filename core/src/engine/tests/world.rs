@@ -16,8 +16,8 @@ use crate::tier::{
     TransferId,
 };
 use crate::wire::{
-    ClientMessage, ClientReply, IfExists, Located, Member, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage, PutHints,
-    Status,
+    Announced, ClientMessage, ClientReply, IfExists, Located, Member, PROTOCOL_MAX, PROTOCOL_MIN,
+    PeerMessage, PutHints, Role, Status,
 };
 use crate::{Checksum, ObjectId};
 
@@ -39,6 +39,16 @@ pub(super) fn pattern(seed: u8, len_bytes: usize) -> Vec<u8> {
         value.to_be_bytes()[0]
     };
     (0..len_bytes).map(next).collect()
+}
+
+/// The list of nodes that may keep the directory.
+pub(super) fn list(heirs: usize) -> Vec<String> {
+    (0..heirs).map(|node| format!("a{node}")).collect()
+}
+
+/// What a node says of an original that it holds.
+pub(super) fn announced(name: &str, object: ObjectId, len_bytes: u64) -> Announced {
+    Announced { key: key(name), object, len_bytes, role: Role::Original, replicas: 1, ttl_ms: None }
 }
 
 pub(super) type Answer = Result<ClientReply, StoreError>;
@@ -94,6 +104,11 @@ pub(super) struct World {
     pub(super) fail_segments: usize,
     /// Addresses that cannot be dialled.
     pub(super) unreachable: BTreeSet<String>,
+    /// Other addresses of nodes.
+    pub(super) aliases: BTreeMap<String, usize>,
+    /// Pairs of nodes that cannot reach each other, and nodes that nobody reaches any more.
+    parted: BTreeSet<(usize, usize)>,
+    dead: BTreeSet<usize>,
     /// Who dialled whom, and when.
     pub(super) dials: Vec<(usize, String, Time)>,
 }
@@ -113,7 +128,7 @@ impl Default for Shape {
     }
 }
 
-pub(super) fn config(name: usize, epoch: u64, join: Option<String>, shape: &Shape) -> EngineConfig {
+pub(super) fn config(name: usize, epoch: u64, join: Vec<String>, shape: &Shape) -> EngineConfig {
     EngineConfig {
         member: Member {
             node: NodeId(name as u64 + 1),
@@ -186,10 +201,21 @@ impl World {
     pub(super) fn shaped(count: usize, shape: &Shape) -> Self {
         let mut world = Self::default();
         for node in 0..count {
-            let join = (node > 0).then(|| "a0".to_owned());
+            let join = (node > 0).then(|| "a0".to_owned()).into_iter().collect();
             world.add(config(node, 1, join, shape));
         }
         world.settle();
+        world
+    }
+
+    /// `count` nodes, of which the first `heirs` may keep the directory.
+    pub(super) fn listed(count: usize, heirs: usize) -> Self {
+        let mut world = Self::default();
+        for node in 0..count {
+            world.add(config(node, 1, list(heirs), &Shape::default()));
+        }
+        // A node that is there sooner than the first one waits before it dials again.
+        world.advance(1_000);
         world
     }
 
@@ -208,8 +234,35 @@ impl World {
             self.cut(node, link);
         }
         self.queue.retain(|(to, ..)| *to != node);
+        self.dead.remove(&node);
         self.nodes[node] = Node::new(config);
         self.feed(node, Input::Start);
+        self.settle();
+    }
+
+    /// A node dies, and all others learn that their links to it are down.
+    pub(super) fn kill(&mut self, node: usize) {
+        self.dead.insert(node);
+        let links: Vec<LinkId> = self.nodes[node].links.keys().copied().collect();
+        for link in links {
+            self.cut(node, link);
+        }
+        self.queue.retain(|(to, ..)| *to != node);
+        self.settle();
+    }
+
+    /// Two nodes do not reach each other any more, or do again.
+    pub(super) fn part(&mut self, node: usize, peer: usize, apart: bool) {
+        for pair in [(node, peer), (peer, node)] {
+            if apart {
+                self.parted.insert(pair);
+            } else {
+                self.parted.remove(&pair);
+            }
+        }
+        while let Some(link) = self.link_between(node, peer).filter(|_| apart) {
+            self.cut(node, link);
+        }
         self.settle();
     }
 
@@ -240,7 +293,9 @@ impl World {
     }
 
     fn push(&mut self, node: usize, input: Input) {
-        self.queue.push_back((node, input, None));
+        if !self.dead.contains(&node) {
+            self.queue.push_back((node, input, None));
+        }
     }
 
     /// Hands an input in and carries out what follows from it.
@@ -396,7 +451,10 @@ impl World {
     fn connect(&mut self, node: usize, address: String) {
         self.dials.push((node, address.clone(), self.now));
         let peer = self.nodes.iter().position(|peer| peer.address == address);
-        let Some(peer) = peer.filter(|_| !self.unreachable.contains(&address)) else {
+        let peer =
+            peer.or_else(|| self.aliases.get(&address).copied()).filter(|peer| *peer < self.nodes.len());
+        let open = |peer: &usize| !self.parted.contains(&(node, *peer)) && !self.dead.contains(peer);
+        let Some(peer) = peer.filter(open).filter(|_| !self.unreachable.contains(&address)) else {
             let why = StoreError::unavailable(address.clone(), "nobody listens");
             return self.push(node, Input::ConnectFailed { address, why });
         };
@@ -413,6 +471,12 @@ impl World {
         let at = &mut self.nodes[node];
         at.next_link += 1;
         LinkId(at.next_link - 1)
+    }
+
+    /// Lets a read that was held back fail, though its link stands.
+    pub(super) fn fail_held(&mut self, read: Held) {
+        self.held.retain(|held| (held.node, held.transfer) != (read.node, read.transfer));
+        self.push(read.node, Input::ReadDone { transfer: read.transfer, result: Err(lost()) });
     }
 
     /// Lets a word that was held back be read now.
@@ -493,13 +557,16 @@ impl World {
         let end = self.now.after_ms(ms);
         self.settle();
         loop {
-            let timers = self.nodes.iter().filter_map(|node| node.engine.next_timer());
+            let alive = (0..self.nodes.len()).filter(|node| !self.dead.contains(node));
+            let timers = alive.filter_map(|node| self.nodes[node].engine.next_timer());
             let Some(next) = timers.min().filter(|next| *next <= end) else {
                 break;
             };
             self.now = self.now.max(next);
             for node in 0..self.nodes.len() {
-                self.feed(node, Input::Tick);
+                if !self.dead.contains(&node) {
+                    self.feed(node, Input::Tick);
+                }
             }
             self.settle();
         }
@@ -645,10 +712,17 @@ impl World {
         self.status(node).tiers[0].used_bytes
     }
 
+    /// Live nodes that have an object of this key, in order.
+    pub(super) fn holders(&self, name: &str) -> Vec<usize> {
+        let name = key(name);
+        let has = |node: &usize| self.nodes[*node].index.values().any(|object| object.key == name);
+        (0..self.nodes.len()).filter(|node| !self.dead.contains(node)).filter(has).collect()
+    }
+
     /// Nothing is held by anyone.
     pub(super) fn assert_drained(&mut self) {
         self.advance(200);
-        for node in 0..self.nodes.len() {
+        for node in (0..self.nodes.len()).filter(|node| !self.dead.contains(node)) {
             let status = self.status(node);
             assert_eq!(
                 (status.draining, status.reservations, status.leases),
