@@ -14,4 +14,6 @@ mod locations;
 mod public_defects;
 mod readers;
 mod receipts;
+mod replicas;
 mod stop;
+mod succession;
