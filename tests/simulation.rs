@@ -43,6 +43,11 @@ fn the_seeds_reach_what_they_are_for() {
         ("evictions", tally.evicted),
         ("objects sealed", tally.sealed),
         ("keys found everywhere", tally.durable),
+        ("objects on several nodes", tally.replicated),
+        ("objects that outlived their node", tally.outlived),
+        ("replicas", tally.replicas),
+        ("directories that changed hands", tally.successions),
+        ("deletes while a node was away", tally.deleted_for_good),
     ];
     for (what, count) in reached {
         assert!(count > 0, "no {what} in 150 seeds: {tally}");

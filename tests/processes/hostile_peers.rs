@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::time::Duration;
 
 use hetmem_client::{ErrorKind, GetOptions, ObjectMeta, Store};
-use hetmem_core::wire::{Announced, FrameKind, Granted, PeerMessage, Role, encode};
+use hetmem_core::wire::{Announced, FrameKind, Granted, Holder, PeerMessage, Role, encode};
 use hetmem_core::{Epoch, Generation, LeaseId, NodeId, ObjectId, RemoteExtent, RemoteKey, fingerprint};
 use hetmem_tests::content::{bytes_of, key, next};
 use hetmem_tests::daemon::{Daemon, Serve, descriptors_of, eventually};
@@ -179,6 +179,51 @@ fn more_connections_than_handshakes_at_once_are_refused_and_a_member_gets_in_aft
     scene.is_unharmed();
 }
 
+fn holder(address: &str) -> Holder {
+    Holder { node: NodeId(fingerprint(b"liar")), address: address.to_owned() }
+}
+
+fn replicate(replicas: u8, holders: Vec<Holder>) -> PeerMessage {
+    let (object, role) = (object("liar"), Role::Replica);
+    let object =
+        Announced { key: key("asked"), object, len_bytes: 1 << 20, role, replicas, ttl_ms: Some(u64::MAX) };
+    PeerMessage::Replicate { object, holders }
+}
+
+#[test]
+fn a_peer_that_asks_for_replicas_of_nothing_costs_no_memory() {
+    let mut scene = Scene::new("replicas");
+    let mut liar = RawPeer::join(&scene.node.address, "liar");
+    // Of what only it has, and does not give; of what nobody has; of what cannot fit; of another node's claims.
+    for number in 1..200 {
+        let mut message = replicate(16, vec![holder("127.0.0.1:9")]);
+        if let PeerMessage::Replicate { object, holders } = &mut message {
+            object.key = key(&format!("asked/{number}"));
+            object.len_bytes = if number % 3 == 0 { u64::MAX } else { 1 << 20 };
+            if number % 5 == 0 {
+                holders[0].node = NodeId(77);
+            }
+        }
+        liar.say(number, &message, 0);
+    }
+    for number in 0..50 {
+        let object = object("liar");
+        let lasting = vec![(NodeId(number), Epoch(1))];
+        liar.say(0, &PeerMessage::Surplus { key: key("check"), object, lasting }, 0);
+        liar.say(0, &PeerMessage::Deletions { objects: vec![object; 100] }, 0);
+        liar.say(0, &PeerMessage::Keeps { keeps: number % 2 == 0 }, 0);
+        liar.say(0, &PeerMessage::Members { members: Vec::new() }, 0);
+        liar.say(0, &PeerMessage::Leave, 0);
+        liar.say(0, &PeerMessage::Join { heir: true }, 0);
+    }
+    let refused = liar.hears(|message| matches!(message, PeerMessage::Failed { .. }));
+    assert!(refused.is_some(), "some of it at once");
+    scene.is_unharmed();
+    drop(liar);
+    scene.is_unharmed();
+    scene.settles();
+}
+
 #[test]
 fn frames_that_are_none_close_their_link_and_are_counted() {
     let mut scene = Scene::new("frames");
@@ -199,6 +244,10 @@ fn frames_that_are_none_close_their_link_and_are_counted() {
         ("a payload where none belongs", true, with(heartbeat.clone(), 24, 9)),
         ("another name", true, peer_frame(&other)),
         ("an empty list of holders", true, peer_frame(&PeerMessage::Located { holders: Vec::new() })),
+        ("a list of replicas without holders", true, peer_frame(&replicate(2, Vec::new()))),
+        ("more replicas than there may be", true, peer_frame(&replicate(17, vec![holder("127.0.0.1:9")]))),
+        ("more holders than there may be", true, peer_frame(&replicate(2, vec![holder("127.0.0.1:9"); 17]))),
+        ("an endless address", true, peer_frame(&replicate(2, vec![holder(&"9".repeat(300))]))),
     ] {
         let before = scene.refused();
         let mut peer = if greeted {
@@ -332,10 +381,7 @@ fn a_peer_that_lies_about_an_object_costs_an_error_and_no_memory() {
             liar.say(request, &PeerMessage::Dropped { existed: true }, 0);
         }),
         ("itself as the holder, again and again", 1000, |liar, request| {
-            let holders = vec![hetmem_core::wire::Holder {
-                node: object("liar").origin,
-                address: "127.0.0.1:9".to_owned(),
-            }];
+            let holders = vec![Holder { node: object("liar").origin, address: "127.0.0.1:9".to_owned() }];
             let mut request = request;
             loop {
                 liar.say(request, &PeerMessage::Located { holders: holders.clone() }, 0);

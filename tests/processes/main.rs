@@ -15,4 +15,6 @@ mod locations;
 mod public_defects;
 mod readers;
 mod receipts;
+mod replicas;
 mod stop;
+mod succession;

@@ -99,9 +99,9 @@ const MUTANTS: &[Mutant] = &[
     },
     Mutant {
         what: "a copy is evicted though the node that had the original is gone",
-        file: "core/src/engine/room.rs",
-        find: "object.copied_here && self.is_alive(object.id.origin, object.id.epoch);\n        object.state",
-        replace: "object.copied_here;\n        object.state",
+        file: "core/src/engine/replicas.rs",
+        find: "object.role == Role::Copy && lasting.iter().all(|(node, epoch)| self.is_alive(*node, *epoch))",
+        replace: "object.role == Role::Copy && !lasting.is_empty()",
     },
     Mutant {
         what: "a client that dies leaves its reservations behind",
@@ -129,8 +129,8 @@ const MUTANTS: &[Mutant] = &[
     },
     Mutant {
         what: "a node announces nothing to a directory that has started again",
-        file: "core/src/engine/links.rs",
-        find: "            self.announce_all(link);",
+        file: "core/src/engine/keeper.rs",
+        find: "        self.announce_all(link);",
         replace: "",
     },
     Mutant {
@@ -138,6 +138,48 @@ const MUTANTS: &[Mutant] = &[
         file: "core/src/engine/known.rs",
         find: "        if links.is_empty() {\n            return self.ask_over(operation);",
         replace: "        if links.len() < usize::MAX {\n            return self.ask_over(operation);",
+    },
+    Mutant {
+        what: "a replica may go like a copy",
+        file: "core/src/engine/replicas.rs",
+        find: "object.role == Role::Copy && lasting.iter()",
+        replace: "object.role != Role::Original && lasting.iter()",
+    },
+    Mutant {
+        what: "a replica counts as held before it is fetched",
+        file: "core/src/engine/replicas.rs",
+        find: "        self.fetch_from_any(FetchFor::Replica(Box::new(asked)), key, scope, timeout_ms, holders);",
+        replace: "        self.replica_answer(&asked, Ok(()));\n        self.fetch_from_any(FetchFor::Replica(Box::new(asked)), key, scope, timeout_ms, holders);",
+    },
+    Mutant {
+        what: "announcements do not say on how many nodes an object is to be",
+        file: "core/src/engine/objects.rs",
+        find: "            replicas: self.replicas,",
+        replace: "            replicas: self.replicas.min(1),",
+    },
+    Mutant {
+        what: "one replica more than is too much may go",
+        file: "core/src/engine/repair.rs",
+        find: "lasting.split_off(wanted.max(originals))",
+        replace: "lasting.split_off((wanted - 1).max(originals))",
+    },
+    Mutant {
+        what: "what a lost node held is not made anew",
+        file: "core/src/engine/directory.rs",
+        find: "            self.changed.insert(key.clone());",
+        replace: "            let _ = key;",
+    },
+    Mutant {
+        what: "who takes the directory over forgets what was deleted",
+        file: "core/src/engine/keeper.rs",
+        find: "Directory::after(self.deleted.clone())",
+        replace: "Directory::default()",
+    },
+    Mutant {
+        what: "two nodes go on keeping a directory each",
+        file: "core/src/engine/keeper.rs",
+        find: "            self.hand_over(link);",
+        replace: "",
     },
 ];
 

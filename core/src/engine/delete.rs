@@ -253,16 +253,19 @@ impl Engine {
         }
     }
 
-    /// The directory could not be asked, or went away before it answered. A client's delete is asked again of the next
-    /// one; a peer asks again itself, and what has lived its time goes here at once.
+    /// The directory could not be asked, or went away before it answered. The next one is asked again; a peer does so
+    /// itself, and what has lived its time goes here at once.
     pub(super) fn delete_lost(&mut self, operation: u64, why: StoreError) {
         let again = self.may_ask_again(&why);
         let Some(delete) = self.deletes.get_mut(&operation) else {
             return;
         };
         let until = delete.begun.after_ms(self.config.await_ms());
-        if again && self.now < until && matches!(delete.asker, Asker::Client { .. }) {
+        if again && self.now < until && !matches!(delete.asker, Asker::Peer { .. }) {
             delete.waits = true;
+            if let (Asker::Nobody, key, only) = (&delete.asker, delete.key.clone(), delete.only) {
+                self.drop_local(&key, only);
+            }
             return self.set_delete_deadline(operation, until);
         }
         self.finish_delete(operation, Err(why));

@@ -85,9 +85,9 @@ impl Deleted {
         self.objects.contains(&object)
     }
 
-    /// All of them, the oldest first.
-    pub(super) fn all(&self) -> Vec<ObjectId> {
-        self.order.iter().copied().collect()
+    /// At most so many of them, the latest, in their order.
+    pub(super) fn latest(&self, most: usize) -> Vec<ObjectId> {
+        self.order.iter().skip(self.order.len().saturating_sub(most)).copied().collect()
     }
 }
 

@@ -456,8 +456,7 @@ impl Engine {
 
     /// Tells of the latest of them.
     fn tell_deletions(&mut self, link: LinkId, most: usize) {
-        let all = self.deleted.all();
-        for objects in all[all.len().saturating_sub(most)..].chunks(KEYS_PER_MESSAGE_MAX) {
+        for objects in self.deleted.latest(most).chunks(KEYS_PER_MESSAGE_MAX) {
             self.tell_peer(link, PeerMessage::Deletions { objects: objects.to_vec() });
         }
     }

@@ -191,6 +191,21 @@ fn without_a_directory_what_is_known_goes_on_and_the_rest_waits() {
 }
 
 #[test]
+fn a_time_to_live_that_ends_while_there_is_no_directory_ends_everywhere() {
+    let mut world = World::listed(4, 2);
+    let clients = clients(&mut world);
+    let hints = PutHints { ttl_ms: Some(200), ..PutHints::default() };
+    assert!(world.try_put(2, clients[2], "k", &[1], hints, IfExists::Keep).is_ok());
+    world.fetch(3, clients[3], "k", &[1]);
+    world.kill(0);
+    world.advance(250);
+    assert_eq!(world.holders("k"), [3], "a copy, whose node does not know of its time");
+    world.advance(TAKEN_MS);
+    assert!(world.holders("k").is_empty());
+    World::assert_kind(world.get(3, clients[3], "k"), ErrorKind::NotFound);
+}
+
+#[test]
 fn what_waits_for_a_directory_in_vain_is_told_why() {
     let mut world = World::listed(3, 2);
     let clients = clients(&mut world);
