@@ -278,7 +278,7 @@ impl World {
                 }
             }
             Input::ReadDone { transfer, result } => {
-                self.read_over(at, *transfer, result.as_ref().ok().copied())
+                self.read_over(at, *transfer, result.as_ref().ok().copied());
             }
             Input::PeerMessage { link, message: PeerMessage::Release { lease }, .. }
                 if node.leases.get(lease).is_some_and(|(of, ..)| of == link) =>
