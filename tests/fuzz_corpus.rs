@@ -6,7 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use hetmem_core::wire::{
-    ClientMessage, FrameKind, IfExists, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage, PutHints, Range, encode,
+    Batch, Batched, ClientMessage, FrameKind, IfExists, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage, PutHints,
+    Range, encode,
 };
 use hetmem_core::{Checksum, DType, Epoch, Generation, Key, NodeId, ObjectId, ObjectMeta, SegmentId};
 use hetmem_tests::fuzz;
@@ -96,13 +97,14 @@ fn what_honest_programs_send_is_in_the_corpora() {
         inputs.push(("wire", frame.into_bytes()));
     }
     let object = ObjectId { origin: NodeId(1), epoch: Epoch(2), number: 3 };
-    for message in [
+    let said = [
         PeerMessage::Get { key: key("a"), range: None, inline_max: 9 },
         PeerMessage::Data { object, meta: tensor() },
         PeerMessage::Drop { key: key("a"), object },
         PeerMessage::Heartbeat,
-    ] {
-        let frame = encode(FrameKind::Peer, 1, &message, 0).expect("a short message");
+    ];
+    for message in &said {
+        let frame = encode(FrameKind::Peer, 1, message, 0).expect("a short message");
         inputs.push(("wire", frame.into_bytes()));
     }
     for (header, data_len) in [
@@ -128,6 +130,13 @@ fn what_honest_programs_send_is_in_the_corpora() {
         let len = header.len() as u64;
         inputs.push(("safetensors", [&len.to_le_bytes(), header.as_bytes(), &vec![5; data_len]].concat()));
     }
+    let batched = |(request, message): (u64, PeerMessage)| {
+        let payload_len = if matches!(message, PeerMessage::Data { .. }) { 16 } else { 0 };
+        Batched { request, payload_len, message }
+    };
+    let batch = Batch((1..).zip(said).map(batched).collect());
+    let frame = encode(FrameKind::Batch, 0, &batch, 16).expect("a short batch");
+    inputs.push(("wire", frame.into_bytes()));
     assert_eq!((PROTOCOL_MIN, PROTOCOL_MAX), (1, 1), "the corpus is of this version");
     let write = std::env::var_os("HETMEM_WRITE_CORPUS").is_some();
     for (at, (target, bytes)) in inputs.iter().enumerate() {

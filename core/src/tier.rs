@@ -100,6 +100,10 @@ number!(
     TransferId(u64)
 );
 number!(
+    /// The payload of one frame, on its way in.
+    LandingId(u64)
+);
+number!(
     /// What names a registered segment to a peer.
     RemoteKey(u64)
 );
@@ -146,6 +150,12 @@ impl Extent {
                 ),
             )),
         }
+    }
+
+    /// Whether another one begins where this one ends.
+    #[must_use]
+    pub fn is_followed_by(self, other: Self) -> bool {
+        self.segment == other.segment && self.offset.checked_add(self.len_bytes) == Some(other.offset)
     }
 
     /// The part of this extent from `start`, `len_bytes` long.

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use hetmem_core::engine::{Action, Attachment, Engine, Input, Time};
 use hetmem_core::wire::{ClientReply, Located};
-use hetmem_core::{ClientId, Extent, Generation, SegmentId, StoreError};
+use hetmem_core::{ClientId, Extent, Generation, LandingId, SegmentId, StoreError};
 use hetmem_host_mem::{IndexEntry, IndexMemory, IndexWriter, NodePage, Segment};
 use hetmem_transport::Fabric;
 use parking_lot::Mutex;
@@ -60,8 +60,11 @@ pub(crate) struct Driver {
 #[derive(Default)]
 struct Wanted {
     later: Vec<Later>,
-    landing: Option<Extent>,
+    landing: Option<Places>,
 }
+
+/// Where parts of a payload go: each from a byte of it on.
+pub(crate) type Places = (LandingId, Vec<(u64, Extent)>);
 
 impl Driver {
     pub(crate) fn new(engine: Engine, index: IndexWriter, jobs: Sender<Job>) -> Self {
@@ -87,8 +90,8 @@ impl Driver {
         let _ = self.feed_landing(input);
     }
 
-    /// The same; where the input is a message with a payload, says where the payload goes.
-    pub(crate) fn feed_landing(&self, input: Input) -> Option<Extent> {
+    /// The same; where the input is a frame with a payload, says where that goes.
+    pub(crate) fn feed_landing(&self, input: Input) -> Option<Places> {
         let mut wanted = Wanted::default();
         {
             let mut core = self.core.lock();
@@ -185,10 +188,13 @@ impl Driver {
                 };
                 let _ = self.jobs.send(job);
             }
-            Action::Land { extent, .. } => wanted.landing = Some(extent),
+            Action::Land { landing, start, extent } => {
+                wanted.landing.get_or_insert_with(|| (landing, Vec::new())).1.push((start, extent));
+            }
             Action::Connect { .. }
             | Action::Disconnect { .. }
             | Action::Send { .. }
+            | Action::SendBatch { .. }
             | Action::Read { .. }
             | Action::ReadWord { .. }
             | Action::CancelRead { .. } => self.outbox.push(action),

@@ -5,6 +5,7 @@
 
 use super::Engine;
 use super::action::Action;
+use super::cluster::Incoming;
 use super::fetch::{Bytes, Fetch, FetchId, Source, Stage, Want};
 use super::lifecycle::State;
 use super::objects::Object;
@@ -14,8 +15,26 @@ use super::timer::Time;
 use crate::error::StoreError;
 use crate::meta::ObjectMeta;
 use crate::receipt::{Carried, Moved, Path};
-use crate::tier::{Extent, Generation, LinkId, ObjectId, Tier, TransferId};
+use crate::tier::{Extent, Generation, LandingId, LinkId, ObjectId, Tier, TransferId};
 use crate::wire::{ClientReply, Granted, IfExists, PeerMessage, PutHints};
+
+/// A part of a payload that lands in an object.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Part {
+    generation: Generation,
+    fetch: FetchId,
+    /// Where in the payload it starts.
+    start: u64,
+    len_bytes: u64,
+}
+
+impl Part {
+    /// How it came to its place, if so many bytes at the payload's start were staged.
+    fn moved(&self, staged_bytes: u64) -> Moved {
+        let staged_bytes = staged_bytes.saturating_sub(self.start).min(self.len_bytes);
+        Moved { bytes: self.len_bytes, staged_bytes }
+    }
+}
 
 impl Engine {
     /// How many bytes a fetch is for, once the object's length is known.
@@ -26,15 +45,14 @@ impl Engine {
         }
     }
 
-    /// DATA: the object is the payload of this very message.
+    /// DATA: the object is the payload of this very message, which may be a part of its frame's.
     pub(super) fn fetch_data(
         &mut self,
         link: LinkId,
         request: u64,
         id: FetchId,
-        object: ObjectId,
-        meta: ObjectMeta,
-        payload_len: u64,
+        (object, meta): (ObjectId, ObjectMeta),
+        Incoming { landing, start, len_bytes: payload_len }: Incoming,
     ) {
         if self.fetch_asked_at(id, request).is_none() {
             return;
@@ -56,8 +74,7 @@ impl Engine {
             ));
             return self.fetch_failed(id, &why);
         }
-        self.payload_at_hand = Some(request);
-        let source = Source { object, meta, bytes: Bytes::InAnswer { request } };
+        let source = Source { object, meta, bytes: Bytes::InAnswer { landing, start } };
         self.fetch_needs_room(id, link, source, payload_len);
     }
 
@@ -138,9 +155,11 @@ impl Engine {
         };
         self.fetch_has_room(id);
         match source.bytes {
-            Bytes::InAnswer { request } if self.payload_at_hand == Some(request) => {
-                self.payload_at_hand = None;
-                self.fetch_lands(id, link, request, source, extent);
+            // An object without bytes has no payload that could be gone.
+            Bytes::InAnswer { landing, start }
+                if self.payload_at_hand == Some(landing) || extent.len_bytes == 0 =>
+            {
+                self.fetch_lands(id, link, (landing, start), source, extent);
             }
             Bytes::Granted { granted, valid_until }
                 if self.now < valid_until && self.links.contains_key(&link) =>
@@ -160,18 +179,26 @@ impl Engine {
         }
     }
 
-    fn fetch_lands(&mut self, id: FetchId, link: LinkId, request: u64, source: Source, extent: Extent) {
+    fn fetch_lands(
+        &mut self,
+        id: FetchId,
+        link: LinkId,
+        (landing, start): (LandingId, u64),
+        source: Source,
+        extent: Extent,
+    ) {
         let Some(generation) = self.insert_fetched(id, source, extent) else {
             return;
         };
         if let Some(fetch) = self.fetches.get_mut(&id) {
             fetch.stage = Stage::Landing { link };
         }
-        self.landing.insert(request, (generation, id));
+        let part = Part { generation, fetch: id, start, len_bytes: extent.len_bytes };
         if extent.len_bytes == 0 {
-            return self.landed(request, Ok(Moved::default()));
+            return self.part_landed(part, Ok(Moved::default()));
         }
-        self.out.push(Action::Land { request, extent });
+        self.landing.entry(landing).or_default().push(part);
+        self.out.push(Action::Land { landing, start, extent });
     }
 
     fn fetch_reads(
@@ -242,11 +269,19 @@ impl Engine {
         waited_for
     }
 
-    /// The payload of a DATA is in its place, or never will be.
-    pub(super) fn landed(&mut self, request: u64, result: Result<Moved, StoreError>) {
-        let Some((generation, id)) = self.landing.remove(&request) else {
-            return;
-        };
+    /// What lands of a payload is in its places, or never will be.
+    pub(super) fn landed(&mut self, landing: LandingId, result: Result<Moved, StoreError>) {
+        for part in self.landing.remove(&landing).unwrap_or_default() {
+            let result = match &result {
+                Ok(Moved { staged_bytes, .. }) => Ok(part.moved(*staged_bytes)),
+                Err(why) => Err(why.clone()),
+            };
+            self.part_landed(part, result);
+        }
+    }
+
+    fn part_landed(&mut self, part: Part, result: Result<Moved, StoreError>) {
+        let Part { generation, fetch: id, .. } = part;
         let link = match self.fetches.get(&id).map(|fetch| &fetch.stage) {
             Some(&Stage::Landing { link }) => Some(link),
             _ => None,

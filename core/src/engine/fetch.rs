@@ -14,7 +14,7 @@ use crate::error::{ErrorKind, StoreError};
 use crate::key::Key;
 use crate::meta::ObjectMeta;
 use crate::receipt::Moved;
-use crate::tier::{ClientId, Generation, LinkId, NodeId, ObjectId, RemoteExtent, TransferId};
+use crate::tier::{ClientId, Generation, LandingId, LinkId, NodeId, ObjectId, RemoteExtent, TransferId};
 use crate::wire::{Granted, Holder, PeerMessage, Range};
 
 /// How soon a fetch that met a passing obstacle tries again, in milliseconds; twice as late after each further one,
@@ -85,8 +85,8 @@ pub(super) struct Source {
 /// Where the bytes are that a peer has answered with.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Bytes {
-    /// In the answer to this request, which is being handled; gone once it is not.
-    InAnswer { request: u64 },
+    /// In the payload of this frame, from this byte on, while it is being handled; gone once it is not.
+    InAnswer { landing: LandingId, start: u64 },
     /// At the peer, to be read until then.
     Granted { granted: Granted, valid_until: Time },
     /// At a peer that was not asked, where the object was found before.

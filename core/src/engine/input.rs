@@ -6,8 +6,8 @@ use bytes::Bytes;
 
 use crate::error::StoreError;
 use crate::receipt::Moved;
-use crate::tier::{ClientId, Generation, LinkId, RemoteKey, SegmentId, SlotId, TransferId};
-use crate::wire::{ClientMessage, Member, PeerMessage};
+use crate::tier::{ClientId, Generation, LandingId, LinkId, RemoteKey, SegmentId, SlotId, TransferId};
+use crate::wire::{Batch, ClientMessage, Member, PeerMessage};
 
 /// Objects up to this many bytes come inside the answer, until something better is known (one more round
 /// trip of 2 to 5 us costs as much as copying 16 to 59 KiB at 8 to 12 GB/s).
@@ -32,6 +32,8 @@ pub struct EngineConfig {
     pub objects_max: u32,
     /// The index, registered with each fabric.
     pub index_keys: Vec<(FabricId, RemoteKey)>,
+    /// How many extents one send of each fabric may gather.
+    pub gather_max: Vec<(FabricId, usize)>,
     /// Where slot 0's generation word is in the index, in bytes.
     pub generation_base: u64,
     /// Bytes from one slot's generation word to the next.
@@ -71,15 +73,18 @@ pub enum Input {
     /// A peer says something. If `payload_len` is not 0, the answer, or that to the `PinScan` that it asks for,
     /// may hold one `Action::Land` for it.
     PeerMessage { link: LinkId, request: u64, message: PeerMessage, payload_len: u64 },
+    /// The same for several in one frame, with the bytes of all their payloads. There may be many `Action::Land`.
+    PeerBatch { link: LinkId, batch: Batch, payload_len: u64 },
     /// A peer sent something that is no message.
     Refused { link: LinkId, why: StoreError },
-    /// The payload of the answer to `request` is in its place, or never will be.
-    Landed { request: u64, result: Result<Moved, StoreError> },
+    /// What `Action::Land` wanted of a payload is in its places, or never will be. `Moved` is about the payload: how
+    /// many of its bytes landed, and how many at its start passed through a third buffer, skipped ones included.
+    Landed { landing: LandingId, result: Result<Moved, StoreError> },
     /// A read has ended; no more bytes land.
     ReadDone { transfer: TransferId, result: Result<Moved, StoreError> },
     /// `Action::ReadWord` has ended: the word as the owner's memory held it after the action, as a number.
     WordRead { transfer: TransferId, result: Result<u64, StoreError> },
-    /// The payload of a send is no longer read from its extent.
+    /// The payload of a send is no longer read from its extents.
     SendDone { send: u64 },
 
     /// The answer to `Action::ScanPins`: every generation that a live client pins, and slots that were read.

@@ -29,7 +29,7 @@ impl Engine {
                 self.drop_local(&announced.key, Some(announced.object));
             }
         } else if let Some(link) = self.directory_link {
-            self.announce_objects(link, vec![announced]);
+            self.note_announced(link, announced);
         }
     }
 
@@ -64,7 +64,7 @@ impl Engine {
         if let Some(directory) = &mut self.directory {
             directory.withdraw(own, &announced.key, announced.object);
         } else if let Some(link) = self.directory_link {
-            self.tell_peer(link, PeerMessage::Withdraw { objects: vec![announced] });
+            self.note_withdrawn(link, announced);
         }
     }
 

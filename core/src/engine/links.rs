@@ -170,7 +170,7 @@ impl Engine {
     pub(super) fn peer_refused(&mut self, link: LinkId, why: &StoreError) {
         self.counters.refused += 1;
         self.out.push(Action::Note(Event::PeerRefused { link, why: why.to_string() }));
-        self.out.push(Action::Disconnect { link });
+        self.hang_up(link);
     }
 
     pub(super) fn heartbeat(&mut self) {
@@ -179,7 +179,7 @@ impl Engine {
             self.links.iter().map(|(&id, link)| (id, now.ms_since(link.heard) > silence_ms)).collect();
         for (link, silent) in links {
             if silent {
-                self.out.push(Action::Disconnect { link });
+                self.hang_up(link);
             } else {
                 self.tell_peer(link, PeerMessage::Heartbeat);
             }
@@ -273,11 +273,16 @@ impl Engine {
 
     /// Closes other links of a node, and believes nothing that still comes through them.
     fn disown_links(&mut self, node: NodeId, which: impl Fn(&Link) -> bool) {
-        for (&id, link) in &mut self.links {
-            if link.node == Some(node) && which(link) {
+        let disowned = |(&id, link): (&LinkId, &mut Link)| {
+            let disowned = link.node == Some(node) && which(link);
+            disowned.then(|| {
                 link.node = None;
-                self.out.push(Action::Disconnect { link: id });
-            }
+                id
+            })
+        };
+        let links: Vec<LinkId> = self.links.iter_mut().filter_map(disowned).collect();
+        for link in links {
+            self.hang_up(link);
         }
     }
 

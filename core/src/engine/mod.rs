@@ -17,6 +17,7 @@ mod links;
 mod local;
 mod locations;
 mod objects;
+mod outgoing;
 mod owner;
 mod paths;
 mod puts;
@@ -27,7 +28,7 @@ mod status;
 mod timer;
 mod waiting;
 
-pub use action::{Action, Attachment, Event, PublishedObject};
+pub use action::{Action, Attachment, Event, Payload, PublishedObject};
 pub use directory::{Directory, Verdict};
 pub use input::{EngineConfig, FabricId, Input, THRESHOLD_DEFAULT};
 pub use lifecycle::State;
@@ -38,14 +39,16 @@ pub use timer::Time;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::evict::S3Fifo;
-use crate::tier::{ClientId, Generation, LeaseId, LinkId, NodeId, SegmentId, TransferId};
+use crate::tier::{ClientId, Generation, LandingId, LeaseId, LinkId, NodeId, SegmentId, TransferId};
 use crate::wire::NodeStatus;
+use arrival::Part;
 use directory::Deleted;
 use fetch::{Fetch, FetchId, Hints};
 use links::{Link, Peer};
 use local::Client;
 use locations::Locations;
 use objects::Objects;
+use outgoing::Outgoing;
 use owner::Lease;
 use paths::Paths;
 use redial::Redial;
@@ -86,9 +89,10 @@ pub struct Engine {
 
     leases: BTreeMap<LeaseId, Lease>,
     next_lease: u64,
-    /// Sends that still read from an extent, by the number their completion will carry.
-    sends: BTreeMap<u64, Generation>,
+    /// Sends that still read from extents: of which objects, by the number that their completion will carry.
+    sends: BTreeMap<u64, Vec<Generation>>,
     next_send: u64,
+    outgoing: Outgoing,
 
     links: BTreeMap<LinkId, Link>,
     peers: BTreeMap<NodeId, Peer>,
@@ -104,11 +108,12 @@ pub struct Engine {
     next_fetch: u64,
     /// Reads under way: the object that is filled, and for which fetch.
     transfers: BTreeMap<TransferId, (Generation, FetchId)>,
-    /// Payloads under way, by the request that they answer.
-    landing: BTreeMap<u64, (Generation, FetchId)>,
+    /// Payloads under way, and which parts of them land.
+    landing: BTreeMap<LandingId, Vec<Part>>,
+    next_landing: u64,
     next_transfer: u64,
-    /// The answer whose payload may still be given a place: the one that is being handled.
-    payload_at_hand: Option<u64>,
+    /// The payload whose parts may still be given places: that of the frame that is being handled.
+    payload_at_hand: Option<LandingId>,
     hints: Hints,
     paths: Paths,
     locations: Locations,
@@ -146,6 +151,7 @@ impl Engine {
             next_lease: 1,
             sends: BTreeMap::new(),
             next_send: 1,
+            outgoing: Outgoing::default(),
             links: BTreeMap::new(),
             peers: BTreeMap::new(),
             dialling: BTreeSet::new(),
@@ -158,6 +164,7 @@ impl Engine {
             next_fetch: 1,
             transfers: BTreeMap::new(),
             landing: BTreeMap::new(),
+            next_landing: 1,
             next_transfer: 1,
             payload_at_hand: None,
             hints: Hints::default(),
@@ -193,8 +200,9 @@ impl Engine {
             Input::PeerMessage { link, request, message, payload_len } => {
                 self.peer_message(link, request, message, payload_len);
             }
+            Input::PeerBatch { link, batch, payload_len } => self.peer_batch(link, batch, payload_len),
             Input::Refused { link, why } => self.peer_refused(link, &why),
-            Input::Landed { request, result } => self.landed(request, result),
+            Input::Landed { landing, result } => self.landed(landing, result),
             Input::ReadDone { transfer, result } => self.read_done(transfer, result),
             Input::WordRead { transfer, result } => self.word_read(transfer, &result),
             Input::SendDone { send } => self.send_done(send),
@@ -204,6 +212,7 @@ impl Engine {
             Input::CopyDone { generation, result } => self.copy_done(generation, result),
         }
         self.run_timers();
+        self.send_noted();
         if self.scan_wanted {
             self.scan_wanted = false;
             self.out.push(Action::ScanPins);

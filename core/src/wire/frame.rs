@@ -24,7 +24,7 @@ pub const BODY_LEN_MAX: u32 = 1 << 20;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum FrameKind {
-    /// Between engines: [`super::PeerMessage`].
+    /// Between engines: one [`super::PeerMessage`].
     Peer = 1,
     /// From a client to its node: [`super::ClientMessage`].
     Client = 2,
@@ -32,6 +32,8 @@ pub enum FrameKind {
     Reply = 3,
     /// Between two ends of the TCP fabric; the engine never sees it.
     Fabric = 4,
+    /// Between engines: a [`super::Batch`] of messages.
+    Batch = 5,
 }
 
 impl FrameKind {
@@ -41,6 +43,7 @@ impl FrameKind {
             2 => Some(Self::Client),
             3 => Some(Self::Reply),
             4 => Some(Self::Fabric),
+            5 => Some(Self::Batch),
             _ => None,
         }
     }
@@ -175,6 +178,11 @@ pub fn encode<T: Serialize>(
     let header = FrameHeader { version: PROTOCOL_MAX, kind, request, body_len, payload_len };
     bytes[..HEADER_LEN].copy_from_slice(&header.to_bytes());
     Ok(Frame(bytes))
+}
+
+/// Bytes that a body takes; none if it cannot be encoded at all.
+pub fn body_len<T: Serialize>(body: &T) -> Option<usize> {
+    postcard::experimental::serialized_size(body).ok()
 }
 
 /// Reads a body. Bytes after the message are an error.

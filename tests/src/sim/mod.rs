@@ -47,6 +47,8 @@ pub struct Tally {
     pub eager: u64,
     /// Gets answered by GRANT and Read, on nodes that lived to the end.
     pub rendezvous: u64,
+    /// Frames with several messages.
+    pub batches: u64,
     /// Reads whose last byte came after their lease had run out.
     pub late_reads: u64,
     /// Completions that were reported twice.
@@ -77,6 +79,7 @@ impl Tally {
         self.sealed += other.sealed;
         self.eager += other.eager;
         self.rendezvous += other.rendezvous;
+        self.batches += other.batches;
         self.late_reads += other.late_reads;
         self.repeats += other.repeats;
         self.known_reads += other.known_reads;
@@ -92,7 +95,7 @@ impl fmt::Display for Tally {
         write!(
             f,
             "{} operations, {} faults, {} deaths of clients, {} engine inputs, {} gets compared ({} bytes; {} in place, {} raced a withdrawal), \
-             {} objects sealed, {} fetched eagerly, {} by read ({} too late; {} at a known place in {} reads, {} places given up), {} completions repeated, {} evicted, {} keys found everywhere at the end",
+             {} objects sealed, {} fetched eagerly, {} frames of several messages, {} by read ({} too late; {} at a known place in {} reads, {} places given up), {} completions repeated, {} evicted, {} keys found everywhere at the end",
             self.operations,
             self.faults,
             self.deaths,
@@ -103,6 +106,7 @@ impl fmt::Display for Tally {
             self.misses,
             self.sealed,
             self.eager,
+            self.batches,
             self.rendezvous,
             self.late_reads,
             self.known,

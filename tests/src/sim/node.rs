@@ -6,13 +6,13 @@ use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, Weak};
 
 use hetmem_core::engine::{
-    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, PublishedObject, Time,
+    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, Payload, PublishedObject, Time,
 };
 use hetmem_core::receipt::Path;
-use hetmem_core::wire::{ClientReply, FrameHeader, Member, PeerMessage, decode};
+use hetmem_core::wire::{Batch, ClientReply, FrameHeader, FrameKind, Member, PeerMessage, decode};
 use hetmem_core::{
-    ClientId, Epoch, Extent, Generation, Key, LeaseId, LinkId, NodeId, RemoteExtent, RemoteKey, SegmentId,
-    SlotId, StoreError, TransferId,
+    ClientId, Epoch, Extent, Generation, Key, LandingId, LeaseId, LinkId, NodeId, RemoteExtent, RemoteKey,
+    SegmentId, SlotId, StoreError, TransferId,
 };
 use hetmem_transport::{
     Access, Fabric, FabricEvent, FabricSink, HeapRegion, Landing, LandingToken, RegionMemory, SimFabric,
@@ -55,6 +55,9 @@ impl Clock {
         u64::try_from((since * 1_000_000).div_ceil(self.scale())).unwrap_or(u64::MAX)
     }
 }
+
+/// Where parts of a payload go: each from a byte of it on.
+pub(super) type Places = (LandingId, Vec<(u64, Extent)>);
 
 /// A read under way, the lease that it is under (whose, of which incarnation, until when of the owner's clock), and
 /// which generation was there when it began.
@@ -105,8 +108,8 @@ pub(super) struct Node {
     /// Where reads that ended after their lease, or had none, have put their bytes; and whose index would have to
     /// hold which generation still for these to be an object.
     spoiled: BTreeMap<(SegmentId, u64), Option<(RemoteKey, Generation)>>,
-    landings: BTreeMap<u64, Extent>,
-    sends: BTreeMap<u64, Extent>,
+    landings: BTreeMap<LandingId, Vec<(u64, Extent)>>,
+    sends: BTreeMap<u64, Vec<Extent>>,
     leases: BTreeMap<LeaseId, (LinkId, SegmentId, u64)>,
     copies: BTreeMap<Generation, (Extent, Extent)>,
 }
@@ -129,17 +132,22 @@ impl Sink {
 
 impl FabricSink for Sink {
     fn message(&self, link: LinkId, header: FrameHeader, body: &[u8]) -> Landing {
-        let input = match decode::<PeerMessage>(body) {
-            Ok(message) => {
-                Input::PeerMessage { link, request: header.request, message, payload_len: header.payload_len }
+        let FrameHeader { kind, request, payload_len, .. } = header;
+        let input = match kind {
+            FrameKind::Batch => {
+                decode(body).map(|batch: Batch| Input::PeerBatch { link, batch, payload_len })
             }
-            Err(why) => Input::Refused { link, why },
+            _ => decode(body).map(|message: PeerMessage| Input::PeerMessage {
+                link,
+                request,
+                message,
+                payload_len,
+            }),
         };
+        let input = input.unwrap_or_else(|why| Input::Refused { link, why });
         match self.with(|world| world.feed(self.node, input)).flatten() {
-            Some(extent) if header.payload_len > 0 => {
-                Landing::Into { extent, token: LandingToken(header.request) }
-            }
-            _ => Landing::Discard,
+            Some((landing, places)) => Landing::scattered(LandingToken(landing.0), payload_len, places),
+            None => Landing::Discard,
         }
     }
 
@@ -229,6 +237,7 @@ fn config(plan: &Plan, number: usize, epoch: u64, key: RemoteKey) -> EngineConfi
         client_quota_bytes: plan.quota_bytes,
         objects_max: plan.objects_max,
         index_keys: vec![(FABRIC, key)],
+        gather_max: vec![(FABRIC, plan.network.gather_max)],
         generation_base: 0,
         generation_stride: SLOT_LEN,
         threshold_bytes: plan.threshold_bytes,
@@ -238,8 +247,8 @@ fn config(plan: &Plan, number: usize, epoch: u64, key: RemoteKey) -> EngineConfi
 }
 
 impl World {
-    /// Hands an input to a node and carries out what follows. Says where the payload of a message goes.
-    pub(super) fn feed(&mut self, at: usize, input: Input) -> Option<Extent> {
+    /// Hands an input to a node and carries out what follows. Says where the payload of a frame goes.
+    pub(super) fn feed(&mut self, at: usize, input: Input) -> Option<Places> {
         let mut landing = None;
         let mut inputs = VecDeque::from([input]);
         while let Some(input) = inputs.pop_front() {
@@ -253,6 +262,9 @@ impl World {
                 }
             }
         }
+        if let Some((number, places)) = &landing {
+            self.nodes[at].landings.insert(*number, places.clone());
+        }
         self.empty_outbox(at);
         landing
     }
@@ -262,13 +274,13 @@ impl World {
         let node = &mut self.nodes[at];
         match input {
             Input::SendDone { send } => {
-                if let Some(extent) = node.sends.remove(send) {
+                for extent in node.sends.remove(send).unwrap_or_default() {
                     node.guards.remove(extent.segment, Hold::Sending(*send));
                 }
             }
-            Input::Landed { request, .. } => {
-                if let Some(extent) = node.landings.remove(request) {
-                    node.guards.remove(extent.segment, Hold::Landing(*request));
+            Input::Landed { landing, .. } => {
+                for (_, extent) in node.landings.remove(landing).unwrap_or_default() {
+                    node.guards.remove(extent.segment, Hold::Landing(landing.0));
                 }
             }
             Input::ReadDone { transfer, result } => self.read_over(at, *transfer, result.is_ok()),
@@ -279,14 +291,9 @@ impl World {
                     node.spoiled.retain(|_, wanted| *wanted != Some((key, Generation(*word))));
                 }
             }
-            Input::PeerMessage { link, message: PeerMessage::Release { lease }, .. }
-                if node.leases.get(lease).is_some_and(|(of, ..)| of == link) =>
-            {
-                node.end_lease(*lease);
-            }
-            Input::PeerMessage { link, message: PeerMessage::Grant { granted, .. }, .. } => {
-                let place = (granted.extent.key, granted.extent.offset);
-                node.grants.entry(place).or_default().insert((granted.lease, *link));
+            Input::PeerMessage { link, message, .. } => node.hears(*link, message),
+            Input::PeerBatch { link, batch, .. } => {
+                batch.0.iter().for_each(|batched| node.hears(*link, &batched.message));
             }
             Input::LinkDown { link, .. } => {
                 let of_link = node.leases.iter().filter(|(_, (of, ..))| of == link);
@@ -376,7 +383,7 @@ impl World {
         }
     }
 
-    fn act(&mut self, at: usize, action: Action, landing: &mut Option<Extent>) -> Option<Input> {
+    fn act(&mut self, at: usize, action: Action, landing: &mut Option<Places>) -> Option<Input> {
         match action {
             Action::Reply { client, request, reply, attachment } => {
                 let descriptor = match attachment {
@@ -444,10 +451,9 @@ impl World {
                 self.later(delay, Due::Segment { at, epoch, segment, len_bytes });
             }
             Action::RetireSegment { segment, len_bytes } => self.retire(at, segment, len_bytes),
-            Action::Land { request, extent } => {
-                self.hold(at, extent, Hold::Landing(request));
-                self.nodes[at].landings.insert(request, extent);
-                *landing = Some(extent);
+            Action::Land { landing: number, start, extent } => {
+                self.hold(at, extent, Hold::Landing(number.0));
+                landing.get_or_insert_with(|| (number, Vec::new())).1.push((start, extent));
             }
             Action::Note(event) => self.note(at, &event),
             other => {
@@ -466,17 +472,36 @@ impl World {
                 let generation = self.generation_at(*remote);
                 self.nodes[at].reads.insert(*transfer, Read { local: *local, lease, generation });
             }
-            Action::Send { link, message: PeerMessage::Release { lease }, .. } => {
+            Action::Send { link, message, payload, .. } => {
+                self.says(at, *link, message);
+                self.hold_for_send(at, payload.as_ref());
+            }
+            Action::SendBatch { link, batch, payload } => {
+                batch.0.iter().for_each(|batched| self.says(at, *link, &batched.message));
+                self.hold_for_send(at, payload.as_ref());
+            }
+            _ => {}
+        }
+    }
+
+    fn hold_for_send(&mut self, at: usize, payload: Option<&Payload>) {
+        let Some(Payload { send, extents }) = payload else { return };
+        for extent in extents {
+            self.hold(at, *extent, Hold::Sending(*send));
+        }
+        self.nodes[at].sends.insert(*send, extents.clone());
+    }
+
+    /// A node says something about leases.
+    fn says(&mut self, at: usize, link: LinkId, message: &PeerMessage) {
+        match message {
+            PeerMessage::Release { lease } => {
                 // What is read there from now on is read without it.
                 for leases in self.nodes[at].grants.values_mut() {
-                    leases.remove(&(*lease, *link));
+                    leases.remove(&(*lease, link));
                 }
             }
-            Action::Send { payload: Some((extent, send)), .. } => {
-                self.hold(at, *extent, Hold::Sending(*send));
-                self.nodes[at].sends.insert(*send, *extent);
-            }
-            Action::Send { link, message: PeerMessage::Grant { granted, .. }, .. } => {
+            PeerMessage::Grant { granted, .. } => {
                 let Some(&segment) = self.nodes[at].keys.get(&granted.extent.key) else {
                     return self.fail(format!("node {at} grants a key that it does not have: {granted:?}"));
                 };
@@ -484,7 +509,7 @@ impl World {
                     Extent { segment, offset: granted.extent.offset, len_bytes: granted.extent.len_bytes };
                 let until = self.nodes[at].clock.at(self.now()) + u64::from(granted.lease_ms) * MS;
                 self.hold(at, extent, Hold::Leased(granted.lease, until));
-                self.nodes[at].leases.insert(granted.lease, (*link, segment, until));
+                self.nodes[at].leases.insert(granted.lease, (link, segment, until));
                 self.nodes[at].granted_until.insert(granted.lease, until);
             }
             _ => {}
@@ -627,6 +652,20 @@ impl World {
 }
 
 impl Node {
+    /// It hears something about leases.
+    fn hears(&mut self, link: LinkId, message: &PeerMessage) {
+        match message {
+            PeerMessage::Release { lease } if self.leases.get(lease).is_some_and(|(of, ..)| *of == link) => {
+                self.end_lease(*lease);
+            }
+            PeerMessage::Grant { granted, .. } => {
+                let place = (granted.extent.key, granted.extent.offset);
+                self.grants.entry(place).or_default().insert((granted.lease, link));
+            }
+            _ => {}
+        }
+    }
+
     /// Where the next word of a peer lands.
     pub(super) fn begin_word(&mut self, transfer: TransferId, remote: RemoteExtent) -> Extent {
         let offset = self.next_word % WORDS_MAX * 8;

@@ -268,6 +268,7 @@ impl World {
         self.tally.inputs += 1;
         let detail = match input {
             Input::PeerMessage { request, message, .. } => (message.name(), *request),
+            Input::PeerBatch { batch, .. } => ("BATCH", batch.0.len() as u64),
             Input::ClientRequest { request, message, .. } => (message.name(), *request),
             _ => ("", 0),
         };

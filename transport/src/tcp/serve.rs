@@ -18,6 +18,7 @@ use super::sys::{Got, Socket};
 use super::turn::Turn;
 use super::wire::{ANSWER_LEN, Answer, REQUEST_LEN, Request, error_bytes};
 use crate::fabric::SendToken;
+use crate::payload::Gather;
 
 /// The most answers that wait on one stream; further requests stay in the socket until some have gone out.
 const ANSWERS_MAX: usize = 64;
@@ -148,7 +149,7 @@ fn answer_to(shared: &Shared, request: Request) -> Result<Outgoing, StoreError> 
     let piece = shared.regions.remote(request.extent)?;
     let mut head = Answer { error: None, number: request.number, len_bytes }.to_bytes().to_vec();
     if !piece.is_word() {
-        return Ok(Outgoing { head, payload: Some(piece), token: SendToken(0), sent: 0 });
+        return Ok(Outgoing { head, payload: Some(Gather::one(piece)), token: SendToken(0), sent: 0 });
     }
     let Some(word) = piece.word() else {
         return Err(StoreError::stale("read", "remote extent", "its segment was just deregistered"));

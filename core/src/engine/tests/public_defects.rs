@@ -171,7 +171,10 @@ fn plasma_3628_giving_back_what_one_does_not_hold_ends_nothing() {
     for number in [0, 1, 2, u64::MAX] {
         let transfer = TransferId(number);
         world.feed(0, Input::SendDone { send: number });
-        world.feed(0, Input::Landed { request: number, result: Ok(crate::receipt::Moved::default()) });
+        world.feed(
+            0,
+            Input::Landed { landing: crate::LandingId(number), result: Ok(crate::receipt::Moved::default()) },
+        );
         world.feed(0, Input::ReadDone { transfer, result: Ok(crate::receipt::Moved::default()) });
         world.feed(0, Input::WordRead { transfer, result: Ok(1) });
         world.feed(0, Input::CopyDone { generation: Generation(number), result: Ok(()) });

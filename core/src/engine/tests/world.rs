@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use bytes::Bytes;
 
 use crate::engine::{
-    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, PublishedObject, Time,
+    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, Payload, PublishedObject, Time,
 };
 use crate::error::{ErrorKind, StoreError};
 use crate::key::Key;
@@ -24,6 +24,8 @@ use crate::{Checksum, ObjectId};
 pub(super) const FABRIC: FabricId = FabricId(0);
 pub(super) const LEASE_MS: u32 = 1_000;
 pub(super) const HEARTBEAT_MS: u64 = 100;
+/// Extents that one send gathers.
+pub(super) const GATHER_MAX: usize = 20;
 
 pub(super) fn key(name: &str) -> Key {
     Key::new(name).expect("a key")
@@ -72,6 +74,10 @@ pub(super) struct Node {
     pub(super) events: Vec<Event>,
     pub(super) closed_clients: Vec<ClientId>,
     pub(super) sent: Vec<PeerMessage>,
+    /// Frames that it sent, inputs that it handled, payloads of which something landed.
+    pub(super) frames: usize,
+    pub(super) passes: usize,
+    pub(super) landings: usize,
     answers: BTreeMap<(ClientId, u64), Answer>,
     links: BTreeMap<LinkId, (usize, LinkId)>,
     next_link: u64,
@@ -129,6 +135,7 @@ pub(super) fn config(name: usize, epoch: u64, join: Option<String>, shape: &Shap
         client_quota_bytes: shape.quota_bytes,
         objects_max: shape.objects_max,
         index_keys: vec![(FABRIC, RemoteKey(1))],
+        gather_max: vec![(FABRIC, GATHER_MAX)],
         generation_base: 0,
         generation_stride: 64,
         threshold_bytes: shape.threshold_bytes,
@@ -151,6 +158,9 @@ impl Node {
             events: Vec::new(),
             closed_clients: Vec::new(),
             sent: Vec::new(),
+            frames: 0,
+            passes: 0,
+            landings: 0,
             answers: BTreeMap::new(),
             links: BTreeMap::new(),
             next_link: 1,
@@ -249,18 +259,30 @@ impl World {
         self.feed_with(node, input, None);
     }
 
-    fn feed_with(&mut self, node: usize, input: Input, mut payload: Option<Vec<u8>>) {
+    fn feed_with(&mut self, node: usize, input: Input, payload: Option<Vec<u8>>) {
         let mut inputs = VecDeque::from([input]);
+        let (mut landed, mut of) = (BTreeMap::new(), None);
         while let Some(input) = inputs.pop_front() {
+            self.nodes[node].passes += 1;
             for action in self.nodes[node].engine.handle(self.now, input) {
-                if let Action::Land { request, extent } = action {
-                    let bytes = payload.take().expect("a payload to land, once");
-                    self.write(node, extent, &bytes);
-                    self.push(node, Input::Landed { request, result: Ok(crate::receipt::Moved::default()) });
+                if let Action::Land { landing, start, extent } = action {
+                    let bytes = payload.as_ref().expect("a payload to land");
+                    let part = span(start, extent.len_bytes);
+                    assert!(landed.insert(part.end, part.start).is_none(), "byte {start} lands twice");
+                    self.write(node, extent, &bytes[part]);
+                    assert!(of.replace(landing).is_none_or(|of| of == landing), "one number for a payload");
                 } else if let Some(next) = self.act(node, action) {
                     inputs.push_front(next);
                 }
             }
+        }
+        let ends = landed.keys().zip(landed.values().skip(1));
+        assert!(ends.into_iter().all(|(end, start)| end <= start), "parts overlap: {landed:?}");
+        if let Some(landing) = of {
+            let bytes = landed.iter().map(|(end, start)| (end - start) as u64).sum();
+            let moved = crate::receipt::Moved { bytes, staged_bytes: 0 };
+            self.nodes[node].landings += 1;
+            self.push(node, Input::Landed { landing, result: Ok(moved) });
         }
     }
 
@@ -324,21 +346,24 @@ impl World {
             Action::Connect { address } => self.connect(node, address),
             Action::Disconnect { link } => self.cut(node, link),
             Action::Send { link, request, message, payload } => {
-                let at = &mut self.nodes[node];
-                at.sent.push(message.clone());
-                let bytes = payload.map(|(extent, _)| at.bytes(extent).to_vec());
-                let end = at.links.get(&link).copied();
-                if let Some((_, send)) = payload {
-                    if self.hold_sends {
-                        self.sends.push((node, send));
-                    } else {
-                        self.push(node, Input::SendDone { send });
-                    }
-                }
-                let Some((peer, link)) = end else { return };
-                let payload_len = bytes.as_ref().map_or(0, |bytes| bytes.len() as u64);
-                let input = Input::PeerMessage { link, request, message, payload_len };
-                self.queue.push_back((peer, input, bytes));
+                self.nodes[node].sent.push(message.clone());
+                self.deliver(node, link, payload, |link, payload_len| Input::PeerMessage {
+                    link,
+                    request,
+                    message,
+                    payload_len,
+                });
+            }
+            Action::SendBatch { link, batch, payload } => {
+                assert!(batch.0.len() > 1, "one message goes alone");
+                let payload_len = payload.as_ref().map_or(0, Payload::len_bytes);
+                assert_eq!(batch.check(payload_len), Ok(()));
+                self.nodes[node].sent.extend(batch.0.iter().map(|batched| batched.message.clone()));
+                self.deliver(node, link, payload, |link, payload_len| Input::PeerBatch {
+                    link,
+                    batch,
+                    payload_len,
+                });
             }
             Action::Read { link, transfer, remote, local } => {
                 let read = Held { node, link, transfer, remote, local };
@@ -369,6 +394,31 @@ impl World {
             }
             other => panic!("{other:?} is not for the fabric"),
         }
+    }
+
+    /// A frame goes out and, if its link is there, is on its way.
+    fn deliver(
+        &mut self,
+        node: usize,
+        link: LinkId,
+        payload: Option<Payload>,
+        input: impl FnOnce(LinkId, u64) -> Input,
+    ) {
+        let at = &mut self.nodes[node];
+        at.frames += 1;
+        let extents = payload.iter().flat_map(|payload| &payload.extents);
+        let bytes: Vec<u8> = extents.flat_map(|extent| at.bytes(*extent)).copied().collect();
+        let end = at.links.get(&link).copied();
+        if let Some(Payload { send, extents }) = payload {
+            assert!(!extents.is_empty() && extents.len() <= GATHER_MAX, "{} extents", extents.len());
+            if self.hold_sends {
+                self.sends.push((node, send));
+            } else {
+                self.push(node, Input::SendDone { send });
+            }
+        }
+        let Some((peer, link)) = end else { return };
+        self.queue.push_back((peer, input(link, bytes.len() as u64), Some(bytes)));
     }
 
     fn connect(&mut self, node: usize, address: String) {
