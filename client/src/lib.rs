@@ -19,6 +19,7 @@
 
 mod late;
 mod list;
+mod many;
 mod object;
 mod options;
 mod reservation;

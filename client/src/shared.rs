@@ -192,6 +192,7 @@ pub(crate) fn unexpected(message: &ClientMessage, reply: &ClientReply) -> StoreE
         ClientReply::Listed { .. } => "Listed",
         ClientReply::Deleted { .. } => "Deleted",
         ClientReply::Status(_) => "Status",
+        ClientReply::LocatedMany(_) => "LocatedMany",
     };
     StoreError::protocol(format!("the node answered {} with {reply}", message.name()))
 }

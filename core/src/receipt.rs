@@ -58,9 +58,9 @@ pub struct Moved {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Carried {
     /// The fabric's name.
-    pub fabric: String,
+    pub fabric: Arc<str>,
     /// The peer's name.
-    pub from: String,
+    pub from: Arc<str>,
     /// The peer's tier.
     pub from_tier: Tier,
     /// Bytes that were moved.

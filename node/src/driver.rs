@@ -31,15 +31,21 @@ pub(crate) enum Descriptors {
 /// What is done after the lock is released.
 pub(crate) enum Later {
     Reply { client: ClientId, request: u64, reply: Result<ClientReply, StoreError>, descriptors: Descriptors },
+    ReplyItems { client: ClientId, request: u64, items: Items },
     Close { client: ClientId, why: StoreError },
     Note(hetmem_core::engine::Event),
 }
+
+/// What is known of the keys of a request for many, in their order.
+pub(crate) type Items = Vec<Option<Result<Located, StoreError>>>;
 
 pub(crate) struct Core {
     pub(crate) engine: Engine,
     pub(crate) index: IndexWriter,
     pub(crate) pages: HashMap<ClientId, Arc<NodePage>>,
     pub(crate) segments: HashMap<SegmentId, Arc<Segment>>,
+    /// Requests for many keys of which some have an answer.
+    items: HashMap<(ClientId, u64), Items>,
     /// Hits of clients that are gone.
     past_hits: u64,
 }
@@ -53,6 +59,8 @@ pub(crate) struct Driver {
     pub(crate) jobs: Sender<Job>,
     /// Frames and sessions of clients that were refused for what they sent.
     pub(crate) refused: AtomicU64,
+    /// The fabric's name, for receipts.
+    fabric_name: OnceLock<Arc<str>>,
     started: Instant,
 }
 
@@ -68,7 +76,14 @@ pub(crate) type Places = (LandingId, Vec<(u64, Extent)>);
 
 impl Driver {
     pub(crate) fn new(engine: Engine, index: IndexWriter, jobs: Sender<Job>) -> Self {
-        let core = Core { engine, index, pages: HashMap::new(), segments: HashMap::new(), past_hits: 0 };
+        let core = Core {
+            engine,
+            index,
+            pages: HashMap::new(),
+            segments: HashMap::new(),
+            items: HashMap::new(),
+            past_hits: 0,
+        };
         Self {
             core: Mutex::new(core),
             fabric: OnceLock::new(),
@@ -77,6 +92,7 @@ impl Driver {
             words: Words::default(),
             jobs,
             refused: AtomicU64::new(0),
+            fabric_name: OnceLock::new(),
             started: Instant::now(),
         }
     }
@@ -140,12 +156,17 @@ impl Driver {
                 let reply = reply.map(|reply| self.complete(core, reply));
                 wanted.later.push(Later::Reply { client, request, reply, descriptors });
             }
-            Action::PinAndReply { client, request, mut located } => {
-                if let (Some(carried), Some(fabric)) = (&mut located.carried, self.fabric.get()) {
-                    carried.fabric = fabric.kind().to_string();
-                }
-                let reply = core.pin(client, located);
+            Action::PinAndReply { client, request, located } => {
+                let reply = core.pin(client, self.with_fabric(located)).map(ClientReply::Located);
                 wanted.later.push(Later::Reply { client, request, reply, descriptors: Descriptors::None });
+            }
+            Action::Item { client, request, item, located } => {
+                let located = located.and_then(|located| core.pin(client, self.with_fabric(located)));
+                core.keep_item((client, request), item, located);
+            }
+            Action::ReplyItems { client, request, count } => {
+                let items = core.take_items((client, request), count);
+                wanted.later.push(Later::ReplyItems { client, request, items });
             }
             Action::CloseClient { client, why } => wanted.later.push(Later::Close { client, why }),
             Action::Note(event) => wanted.later.push(Later::Note(event)),
@@ -202,6 +223,15 @@ impl Driver {
         None
     }
 
+    /// Adds to a receipt what the engine does not know.
+    fn with_fabric(&self, mut located: Located) -> Located {
+        if let (Some(carried), Some(fabric)) = (&mut located.carried, self.fabric.get()) {
+            let name = self.fabric_name.get_or_init(|| fabric.kind().to_string().into());
+            carried.fabric = Arc::clone(name);
+        }
+        located
+    }
+
     /// Adds to a reply what the engine does not know.
     fn complete(&self, core: &Core, mut reply: ClientReply) -> ClientReply {
         if let ClientReply::Status(status) = &mut reply {
@@ -236,15 +266,35 @@ impl Core {
         }
     }
 
-    fn pin(&self, client: ClientId, mut located: Located) -> Result<ClientReply, StoreError> {
+    fn pin(&self, client: ClientId, mut located: Located) -> Result<Located, StoreError> {
         let pin = self.pages.get(&client).and_then(|page| page.pin_for_client(located.generation));
         match pin {
             Some(pin) => {
                 located.pin = pin;
-                Ok(ClientReply::Located(located))
+                Ok(located)
             }
             None => Err(StoreError::busy("get", "this client holds as many objects as its page has pins")),
         }
+    }
+
+    fn keep_item(&mut self, of: (ClientId, u64), item: u32, located: Result<Located, StoreError>) {
+        let items = self.items.entry(of).or_default();
+        let place = item as usize;
+        if items.len() <= place {
+            items.resize_with(place + 1, || None);
+        }
+        items[place] = Some(located);
+    }
+
+    fn take_items(&mut self, of: (ClientId, u64), count: u32) -> Items {
+        let mut items = self.items.remove(&of).unwrap_or_default();
+        items.resize_with(count as usize, || None);
+        items
+    }
+
+    /// A client has left and gets no answer any more. The pins of what was kept for it are gone with its page.
+    pub(crate) fn forget_items(&mut self, client: ClientId) {
+        self.items.retain(|(of, _), _| *of != client);
     }
 
     fn fill(&self, extent: Extent, bytes: &[u8]) {

@@ -84,6 +84,11 @@ pub enum Action {
     /// Pin the generation in the client's page, put the place into `located.pin`, and answer with it; `Busy` if the
     /// page is full.
     PinAndReply { client: ClientId, request: u64, located: Located },
+    /// One key of a request for many: pin what is located, as in `PinAndReply`, and keep it, or why there is nothing,
+    /// until `ReplyItems`, or until the client has left.
+    Item { client: ClientId, request: u64, item: u32, located: Result<Located, StoreError> },
+    /// Answer with the items that were kept: all of them, `count`, in order.
+    ReplyItems { client: ClientId, request: u64, count: u32 },
     /// End a session that broke the protocol.
     CloseClient { client: ClientId, why: StoreError },
 

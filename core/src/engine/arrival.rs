@@ -3,6 +3,8 @@
 //! run at different rates, had not run out when the last byte was there, or the owner's generation word was unchanged
 //! after that (`locations`); and if its object was not deleted meanwhile.
 
+use std::sync::Arc;
+
 use super::Engine;
 use super::action::Action;
 use super::cluster::Incoming;
@@ -92,7 +94,7 @@ impl Engine {
                 Want::Existence => ClientReply::Exists,
                 _ => ClientReply::Stat { object, meta, tier: None, pinned: false, holders: holders.clone() },
             };
-            self.reply(waiter.client, waiter.request, Ok(reply));
+            self.answer_caller(waiter.caller, Ok(reply));
         }
     }
 
@@ -348,12 +350,12 @@ impl Engine {
     }
 
     /// What is known about how the bytes of a fetch came here.
-    fn carried(&self, fetch: &Fetch, link: Option<LinkId>) -> Option<Box<Carried>> {
+    fn carried(&mut self, fetch: &Fetch, link: Option<LinkId>) -> Option<Box<Carried>> {
         let node = self.links.get(&link?)?.node?;
         Some(Box::new(Carried {
             // Whoever drives the engine knows the fabrics' names.
-            fabric: String::new(),
-            from: self.name_of(node),
+            fabric: Arc::default(),
+            from: self.shared_name_of(node),
             from_tier: Tier::Host,
             moved: fetch.moved,
             round_trips: fetch.round_trips,
@@ -426,7 +428,7 @@ impl Engine {
             }
         }
         for waiter in fetch.waiters {
-            self.locate(waiter.client, waiter.request, target.0, target.1, (path, carried.clone()));
+            self.locate(waiter.caller, target.0, target.1, (path, carried.clone()));
         }
         if !kept {
             // From here on only the pins that were just made hold it.

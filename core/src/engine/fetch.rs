@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 use super::Engine;
 use super::action::Action;
 use super::cluster::{AskFor, Pending};
+use super::local::Caller;
 use super::locations::Location;
 use super::paths::Timed;
 use super::timer::{Time, Timer};
@@ -43,8 +44,7 @@ pub(super) enum Want {
 
 #[derive(Debug)]
 pub(super) struct FetchWaiter {
-    pub(super) client: ClientId,
-    pub(super) request: u64,
+    pub(super) caller: Caller,
     deadline: Time,
     timeout_ms: u64,
     /// Questions that had been asked when it came: "no such object" is an answer to it only from a later one.
@@ -167,14 +167,13 @@ impl Engine {
     /// Starts a get from other nodes, or joins one that is under way.
     pub(super) fn fetch(
         &mut self,
-        client: ClientId,
-        request: u64,
+        caller: Caller,
         key: Key,
         Scope { range, want, threshold_bytes }: Scope,
         timeout_ms: u64,
     ) {
         let deadline = self.now.after_ms(timeout_ms);
-        let mut waiter = FetchWaiter { client, request, deadline, timeout_ms, came_after: 0 };
+        let mut waiter = FetchWaiter { caller, deadline, timeout_ms, came_after: 0 };
         // Once the owner's word is being read, what it says may be older than who comes now.
         let same = |fetch: &Fetch| {
             let decided = matches!(fetch.stage, Stage::CheckingWord { .. });
@@ -222,7 +221,7 @@ impl Engine {
             // It was put here, or came with another fetch, meanwhile.
             let Some(fetch) = self.take_fetch(id) else { return };
             for waiter in fetch.waiters {
-                self.found_here(waiter.client, waiter.request, &key, fetch.range, fetch.want);
+                self.found_here(waiter.caller, &key, fetch.range, fetch.want);
             }
             return;
         }
@@ -398,7 +397,7 @@ impl Engine {
     pub(super) fn answer_all(&mut self, waiters: Vec<FetchWaiter>, why: &StoreError) {
         for waiter in waiters {
             self.counters.failed += 1;
-            self.reply(waiter.client, waiter.request, Err(why.clone()));
+            self.answer_caller(waiter.caller, Err(why.clone()));
         }
     }
 
@@ -420,7 +419,7 @@ impl Engine {
         if fetch.want == Want::Existence && why.kind() == ErrorKind::NotFound {
             for waiter in fetch.waiters {
                 let error = StoreError::timed_out("wait", &fetch.key, 0);
-                self.reply(waiter.client, waiter.request, Err(error));
+                self.answer_caller(waiter.caller, Err(error));
             }
             return;
         }
@@ -576,7 +575,7 @@ impl Engine {
             let error =
                 obstacle.clone().unwrap_or_else(|| StoreError::timed_out(operation, &key, waiter.timeout_ms));
             self.counters.failed += 1;
-            self.reply(waiter.client, waiter.request, Err(error));
+            self.answer_caller(waiter.caller, Err(error));
         }
         self.drop_fetch_without_waiters(id);
     }
@@ -585,7 +584,7 @@ impl Engine {
         let ids: Vec<FetchId> = self.fetches.keys().copied().collect();
         for id in ids {
             if let Some(fetch) = self.fetches.get_mut(&id) {
-                fetch.waiters.retain(|waiter| waiter.client != client);
+                fetch.waiters.retain(|waiter| waiter.caller.client != client);
             }
             self.drop_fetch_without_waiters(id);
         }

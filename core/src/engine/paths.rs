@@ -7,6 +7,7 @@
 //! cross is the threshold: `(a_read - a_eager) / (b_eager - b_read)`.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 use super::fetch::{Fetch, FetchId};
 use super::timer::Time;
@@ -183,18 +184,35 @@ impl Measured {
 
 /// All peers.
 #[derive(Debug, Default)]
-pub(super) struct Paths(BTreeMap<NodeId, Measured>);
+pub(super) struct Paths {
+    measured: BTreeMap<NodeId, Measured>,
+    /// Names of peers that gave something, for receipts: all of one peer share one.
+    names: BTreeMap<NodeId, Arc<str>>,
+}
 
 impl Paths {
     pub(super) fn forget_node(&mut self, node: NodeId) {
-        self.0.remove(&node);
+        self.measured.remove(&node);
+        self.names.remove(&node);
     }
 }
 
 impl Engine {
+    /// A peer's name, to be kept in many places.
+    pub(super) fn shared_name_of(&mut self, node: NodeId) -> Arc<str> {
+        if let Some(name) = self.paths.names.get(&node) {
+            return Arc::clone(name);
+        }
+        let name: Arc<str> = self.name_of(node).into();
+        if self.peers.contains_key(&node) {
+            self.paths.names.insert(node, Arc::clone(&name));
+        }
+        name
+    }
+
     /// Up to how many bytes an object comes inside a peer's answer, if nobody forces that.
     pub(super) fn threshold_of(&self, node: NodeId) -> u64 {
-        self.paths.0.get(&node).map_or(THRESHOLD_DEFAULT, Measured::threshold)
+        self.paths.measured.get(&node).map_or(THRESHOLD_DEFAULT, Measured::threshold)
     }
 
     /// The threshold towards a peer, in bytes, and why it is that.
@@ -202,7 +220,7 @@ impl Engine {
         if let Some(forced) = self.config.threshold_bytes {
             return (forced, "forced by configuration".to_owned());
         }
-        match self.paths.0.get(&node) {
+        match self.paths.measured.get(&node) {
             Some(measured) => (measured.threshold(), measured.why()),
             None => (THRESHOLD_DEFAULT, "default, not measured yet".to_owned()),
         }
@@ -214,7 +232,7 @@ impl Engine {
         let node = self.links.get(&link).and_then(|link| link.node);
         let inline_max = match (forced.or(self.config.threshold_bytes), node) {
             (Some(forced), _) => forced,
-            (None, Some(node)) => self.paths.0.entry(node).or_default().next(),
+            (None, Some(node)) => self.paths.measured.entry(node).or_default().next(),
             (None, None) => THRESHOLD_DEFAULT,
         };
         let timed = (self.fetches.len() == 1).then_some(Timed { asked: self.now, answered: None });
@@ -246,7 +264,7 @@ impl Engine {
         let node = link.and_then(|link| self.links.get(&link)).and_then(|link| link.node);
         if let (Some(timed), Some(node)) = (timed, node) {
             let ns = self.now.0.saturating_sub(timed.asked.0);
-            self.paths.0.entry(node).or_default().add(path, moved.bytes, ns);
+            self.paths.measured.entry(node).or_default().add(path, moved.bytes, ns);
         }
     }
 }

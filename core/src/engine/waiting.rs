@@ -3,6 +3,7 @@
 
 use super::Engine;
 use super::fetch::{Scope, Want};
+use super::local::Caller;
 use super::timer::{Time, Timer};
 use crate::error::StoreError;
 use crate::key::Key;
@@ -45,7 +46,7 @@ impl Engine {
         }
         if timeout_ms == 0 {
             let scope = Scope { range: None, want: Want::Existence, threshold_bytes: None };
-            return self.fetch(client, request, key, scope, 5_000);
+            return self.fetch(Caller::of(client, request), key, scope, 5_000);
         }
         if self.known_elsewhere(&key) {
             return self.reply(client, request, Ok(ClientReply::Exists));

@@ -2,11 +2,9 @@
 //! and one receive. Not what the messages mean: each counts as if it had come alone. Invariant: decoding stops at
 //! [`BATCH_MESSAGES_MAX`] messages, whatever the body has, and no batch is inside another.
 
-use std::fmt;
+use serde::{Deserialize, Serialize};
 
-use serde::de::{Error as _, SeqAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize};
-
+use super::list::at_most;
 use super::peer::PeerMessage;
 use crate::error::StoreError;
 
@@ -30,9 +28,13 @@ pub struct Batched {
 }
 
 /// Messages in the order in which they were said. The body of a frame of kind [`super::FrameKind::Batch`].
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Batch(pub Vec<Batched>);
+pub struct Batch(
+    #[serde(deserialize_with = "at_most::<_, _, BATCH_MESSAGES_MAX>")]
+    /// Each of them.
+    pub Vec<Batched>,
+);
 
 impl Batch {
     /// Checks what decoding alone does not: that it says anything, that its messages may be in a batch, and that their
@@ -59,34 +61,6 @@ impl Batch {
             return Err(StoreError::protocol(why));
         }
         Ok(())
-    }
-}
-
-impl<'de> Deserialize<'de> for Batch {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Messages;
-
-        impl<'de> Visitor<'de> for Messages {
-            type Value = Batch;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "at most {BATCH_MESSAGES_MAX} messages")
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Batch, A::Error> {
-                let expected = seq.size_hint().unwrap_or(0).min(BATCH_MESSAGES_MAX);
-                let mut messages = Vec::with_capacity(expected);
-                while let Some(message) = seq.next_element()? {
-                    if messages.len() == BATCH_MESSAGES_MAX {
-                        return Err(A::Error::invalid_length(BATCH_MESSAGES_MAX + 1, &self));
-                    }
-                    messages.push(message);
-                }
-                Ok(Batch(messages))
-            }
-        }
-
-        deserializer.deserialize_seq(Messages)
     }
 }
 

@@ -5,6 +5,8 @@
 mod batch;
 mod client;
 mod frame;
+mod list;
+mod many;
 mod peer;
 
 pub use batch::{BATCH_BODY_LEN_MAX, BATCH_MESSAGES_MAX, BATCH_PAYLOAD_LEN_MAX, Batch, Batched};
@@ -16,4 +18,5 @@ pub use frame::{
     BODY_LEN_MAX, Frame, FrameHeader, FrameKind, HEADER_LEN, MAGIC, PROTOCOL_MAX, PROTOCOL_MIN, body_len,
     decode, encode, negotiate,
 };
+pub use many::{CarriedBy, Carrier, LocatedMany, PlacedItem};
 pub use peer::{Announced, Granted, Holder, KEYS_PER_MESSAGE_MAX, Member, PeerMessage, Range};

@@ -5,8 +5,9 @@ use std::borrow::Cow;
 
 use hetmem_core::receipt::{Carried, Moved, Path};
 use hetmem_core::wire::{
-    Announced, ClientMessage, ClientReply, Granted, Holder, IfExists, Listed, Located, Member, NodeStatus,
-    PeerMessage, PeerStatus, PutHints, Range, Status, TierStatus,
+    Announced, Batch, Batched, CarriedBy, Carrier, ClientMessage, ClientReply, Granted, Holder, IfExists,
+    Listed, Located, LocatedMany, Member, NodeStatus, PeerMessage, PeerStatus, PlacedItem, PutHints, Range,
+    Status, TierStatus,
 };
 use hetmem_core::{
     Checksum, ClientId, DType, Epoch, Extent, Generation, KEY_LEN_MAX, Key, LeaseId, NodeId, ObjectId,
@@ -147,8 +148,8 @@ fn path() -> impl Strategy<Value = Path> {
 fn carried() -> impl Strategy<Value = Carried> {
     (text(), text(), tier(), (number(), number()), any::<u32>(), number()).prop_map(
         |(fabric, from, from_tier, (bytes, staged_bytes), round_trips, threshold_bytes)| Carried {
-            fabric,
-            from,
+            fabric: fabric.into(),
+            from: from.into(),
             from_tier,
             moved: Moved { bytes, staged_bytes },
             round_trips,
@@ -377,6 +378,14 @@ pub(crate) fn client_message() -> BoxedStrategy<ClientMessage> {
         (key(), any::<bool>()).prop_map(|(key, pin)| M::Pin { key, pin }),
         (key(), any::<bool>()).prop_map(|(key, force)| M::Evict { key, force }),
         Just(M::Status),
+        (vec(key(), 0..5), number(), any::<bool>(), prop::option::of(number())).prop_map(
+            |(keys, timeout_ms, keep, threshold_bytes)| M::GetMany {
+                keys,
+                timeout_ms,
+                keep,
+                threshold_bytes
+            }
+        ),
     ]
     .boxed()
 }
@@ -402,6 +411,7 @@ pub(crate) const fn client_variant(message: &ClientMessage) -> usize {
         M::Pin { .. } => 14,
         M::Evict { .. } => 15,
         M::Status => 16,
+        M::GetMany { .. } => 17,
     }
 }
 
@@ -440,8 +450,42 @@ pub(crate) fn client_reply() -> BoxedStrategy<ClientReply> {
         (vec(listed(), 0..4), any::<bool>()).prop_map(|(objects, more)| R::Listed { objects, more }),
         any::<bool>().prop_map(|existed| R::Deleted { existed }),
         status().prop_map(|status| R::Status(Box::new(status))),
+        located_many().prop_map(R::LocatedMany),
     ]
     .boxed()
+}
+
+fn located_many() -> impl Strategy<Value = LocatedMany> {
+    let carrier = (text(), text(), tier()).prop_map(|(fabric, from, from_tier)| Carrier {
+        fabric: fabric.into(),
+        from: from.into(),
+        from_tier,
+    });
+    let by = (any::<[u32; 2]>(), number(), number(), number()).prop_map(
+        |([carrier, round_trips], bytes, staged_bytes, threshold_bytes)| CarriedBy {
+            carrier,
+            moved: Moved { bytes, staged_bytes },
+            round_trips,
+            threshold_bytes,
+        },
+    );
+    let item =
+        (located(), prop::option::of(by)).prop_map(|(located, carried)| PlacedItem { located, carried });
+    let item = prop_oneof![item.prop_map(Ok), error().prop_map(Err)];
+    (vec(carrier, 0..3), vec(item, 0..4), any::<u32>()).prop_map(|(carriers, items, left)| LocatedMany {
+        carriers,
+        items,
+        left,
+    })
+}
+
+pub(crate) fn batch() -> BoxedStrategy<Batch> {
+    let batched = (number(), number(), peer_message()).prop_map(|(request, payload_len, message)| Batched {
+        request,
+        payload_len,
+        message,
+    });
+    vec(batched, 0..4).prop_map(Batch).boxed()
 }
 
 /// As [`peer_variant`].
@@ -459,6 +503,7 @@ pub(crate) const fn reply_variant(reply: &ClientReply) -> usize {
         R::Listed { .. } => 8,
         R::Deleted { .. } => 9,
         R::Status(_) => 10,
+        R::LocatedMany(_) => 11,
     }
 }
 

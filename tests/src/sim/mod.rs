@@ -47,6 +47,8 @@ pub struct Tally {
     pub eager: u64,
     /// Gets answered by GRANT and Read, on nodes that lived to the end.
     pub rendezvous: u64,
+    /// Objects that were handed over with others, in one answer.
+    pub handed: u64,
     /// Frames with several messages.
     pub batches: u64,
     /// Reads whose last byte came after their lease had run out.
@@ -79,6 +81,7 @@ impl Tally {
         self.sealed += other.sealed;
         self.eager += other.eager;
         self.rendezvous += other.rendezvous;
+        self.handed += other.handed;
         self.batches += other.batches;
         self.late_reads += other.late_reads;
         self.repeats += other.repeats;
@@ -95,7 +98,7 @@ impl fmt::Display for Tally {
         write!(
             f,
             "{} operations, {} faults, {} deaths of clients, {} engine inputs, {} gets compared ({} bytes; {} in place, {} raced a withdrawal), \
-             {} objects sealed, {} fetched eagerly, {} frames of several messages, {} by read ({} too late; {} at a known place in {} reads, {} places given up), {} completions repeated, {} evicted, {} keys found everywhere at the end",
+             {} objects handed over in batches, {} objects sealed, {} fetched eagerly, {} frames of several messages, {} by read ({} too late; {} at a known place in {} reads, {} places given up), {} completions repeated, {} evicted, {} keys found everywhere at the end",
             self.operations,
             self.faults,
             self.deaths,
@@ -104,6 +107,7 @@ impl fmt::Display for Tally {
             self.verified,
             self.hits,
             self.misses,
+            self.handed,
             self.sealed,
             self.eager,
             self.batches,

@@ -9,7 +9,9 @@ use hetmem_core::engine::{
     Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, Payload, PublishedObject, Time,
 };
 use hetmem_core::receipt::Path;
-use hetmem_core::wire::{Batch, ClientReply, FrameHeader, FrameKind, Member, PeerMessage, decode};
+use hetmem_core::wire::{
+    Batch, ClientReply, FrameHeader, FrameKind, Located, LocatedMany, Member, PeerMessage, decode,
+};
 use hetmem_core::{
     ClientId, Epoch, Extent, Generation, Key, LandingId, LeaseId, LinkId, NodeId, RemoteExtent, RemoteKey,
     SegmentId, SlotId, StoreError, TransferId,
@@ -94,6 +96,8 @@ pub(super) struct Node {
     pub(super) word_reads: BTreeMap<TransferId, (RemoteKey, u64)>,
     next_word: u64,
     pub(super) pages: BTreeMap<ClientId, Page>,
+    /// Requests for many keys of which some have an answer.
+    pub(super) items: BTreeMap<(ClientId, u64), BTreeMap<u32, Result<Located, StoreError>>>,
     pub(super) touched: Vec<SlotId>,
     pub(super) guards: Guards,
     pub(super) outbox: VecDeque<Action>,
@@ -189,6 +193,7 @@ impl Node {
             word_reads: BTreeMap::new(),
             next_word: 0,
             pages: BTreeMap::new(),
+            items: BTreeMap::new(),
             touched: Vec::new(),
             guards: Guards::default(),
             outbox: VecDeque::new(),
@@ -392,29 +397,24 @@ impl World {
                 };
                 self.replied(at, client, request, reply, descriptor);
             }
-            Action::PinAndReply { client, request, mut located } => {
-                let place = (located.extent.segment, located.extent.offset);
-                let empty = located.extent.len_bytes == 0;
-                if located.path == Path::Read && !empty && self.nodes[at].spoiled.contains_key(&place) {
-                    self.fail(format!(
-                        "node {at}: a read without a live lease was a success, and its place had been given up: {located:?}"
-                    ));
-                }
-                let page = self.nodes[at].pages.get_mut(&client);
-                let free = page.and_then(|page| {
-                    let place = page.pins.iter().position(Option::is_none)?;
-                    page.pins[place] = Some(located.generation);
-                    Some(place)
-                });
-                let reply = match free {
-                    Some(place) => {
-                        located.pin = u32::try_from(place).unwrap_or_default();
-                        self.hold(at, located.extent, Hold::Pinned(client, place));
-                        Ok(ClientReply::Located(located))
-                    }
-                    None => Err(StoreError::busy("get", "the page is full")),
-                };
+            Action::PinAndReply { client, request, located } => {
+                let reply = self.pin(at, client, located).map(ClientReply::Located);
                 self.replied(at, client, request, reply, None);
+            }
+            Action::Item { client, request, item, located } => {
+                let located = located.and_then(|located| self.pin(at, client, located));
+                let items = self.nodes[at].items.entry((client, request)).or_default();
+                if items.insert(item, located).is_some() {
+                    self.fail(format!("node {at}: item {item} of request {request} is answered again"));
+                }
+            }
+            Action::ReplyItems { client, request, count } => {
+                let items = self.nodes[at].items.remove(&(client, request)).unwrap_or_default();
+                if !items.keys().copied().eq(0..count) {
+                    self.fail(format!("node {at}: {count} items of request {request}: {items:?}"));
+                }
+                let many = LocatedMany::of(items.into_values());
+                self.replied(at, client, request, Ok(ClientReply::LocatedMany(many)), None);
             }
             Action::CloseClient { client, why } => {
                 self.fail(format!("node {at} closes client {client}, which did nothing wrong: {why}"));
@@ -462,6 +462,27 @@ impl World {
             }
         }
         None
+    }
+
+    /// Pins what is handed over to a client.
+    fn pin(&mut self, at: usize, client: ClientId, mut located: Located) -> Result<Located, StoreError> {
+        let place = (located.extent.segment, located.extent.offset);
+        let empty = located.extent.len_bytes == 0;
+        if located.path == Path::Read && !empty && self.nodes[at].spoiled.contains_key(&place) {
+            self.fail(format!(
+                "node {at}: a read without a live lease was a success, and its place had been given up: {located:?}"
+            ));
+        }
+        let page = self.nodes[at].pages.get_mut(&client);
+        let free = page.and_then(|page| {
+            let place = page.pins.iter().position(Option::is_none)?;
+            page.pins[place] = Some(located.generation);
+            Some(place)
+        });
+        let Some(place) = free else { return Err(StoreError::busy("get", "the page is full")) };
+        located.pin = u32::try_from(place).unwrap_or_default();
+        self.hold(at, located.extent, Hold::Pinned(client, place));
+        Ok(located)
     }
 
     fn hold_for_fabric(&mut self, at: usize, action: &Action) {

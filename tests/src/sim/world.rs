@@ -285,7 +285,9 @@ impl World {
             Action::Fill { extent, .. } | Action::Land { extent, .. } => Some(*extent),
             Action::Read { local, .. } => Some(*local),
             Action::Copy { to, .. } => Some(*to),
-            Action::PinAndReply { located, .. } => Some(located.extent),
+            Action::PinAndReply { located, .. } | Action::Item { located: Ok(located), .. } => {
+                Some(located.extent)
+            }
             _ => None,
         };
         self.fold(at, (std::mem::discriminant(action), extent));
@@ -409,7 +411,9 @@ impl World {
             let granules = |extent: &Extent| extent.len_bytes.max(1).div_ceil(64) * 64;
             let sealed: u64 = self.nodes[at].index.values().map(|shown| granules(&shown.object.extent)).sum();
             let (used, shown) = (status.tiers[0].used_bytes, self.nodes[at].index.len() as u64);
-            if held != (0, 0, 0, 0) {
+            if !self.nodes[at].items.is_empty() {
+                self.fail(format!("node {at}: items at rest: {:?}", self.nodes[at].items));
+            } else if held != (0, 0, 0, 0) {
                 self.fail(format!("node {at}: draining, reservations, leases, clients at rest: {held:?}"));
             } else if used != sealed || status.objects != shown {
                 self.fail(format!(

@@ -16,8 +16,8 @@ use crate::tier::{
     TransferId,
 };
 use crate::wire::{
-    ClientMessage, ClientReply, IfExists, Located, Member, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage, PutHints,
-    Status,
+    ClientMessage, ClientReply, IfExists, Located, LocatedMany, Member, PROTOCOL_MAX, PROTOCOL_MIN,
+    PeerMessage, PutHints, Status,
 };
 use crate::{Checksum, ObjectId};
 
@@ -79,6 +79,7 @@ pub(super) struct Node {
     pub(super) passes: usize,
     pub(super) landings: usize,
     answers: BTreeMap<(ClientId, u64), Answer>,
+    pub(super) items: BTreeMap<(ClientId, u64), BTreeMap<u32, Result<Located, StoreError>>>,
     links: BTreeMap<LinkId, (usize, LinkId)>,
     next_link: u64,
     next_request: u64,
@@ -162,10 +163,18 @@ impl Node {
             passes: 0,
             landings: 0,
             answers: BTreeMap::new(),
+            items: BTreeMap::new(),
             links: BTreeMap::new(),
             next_link: 1,
             next_request: 1,
         }
+    }
+
+    fn pin(&mut self, client: ClientId, mut located: Located) -> Located {
+        let pins = self.pins.entry(client).or_default();
+        located.pin = u32::try_from(pins.len()).expect("few pins");
+        pins.push(located.generation);
+        located
     }
 
     pub(super) fn bytes(&self, extent: Extent) -> &[u8] {
@@ -293,11 +302,20 @@ impl World {
                 at.attachments.extend(attachment);
                 self.answered(node, client, request, reply);
             }
-            Action::PinAndReply { client, request, mut located } => {
-                let pins = at.pins.entry(client).or_default();
-                located.pin = u32::try_from(pins.len()).expect("few pins");
-                pins.push(located.generation);
+            Action::PinAndReply { client, request, located } => {
+                let located = at.pin(client, located);
                 self.answered(node, client, request, Ok(ClientReply::Located(located)));
+            }
+            Action::Item { client, request, item, located } => {
+                let located = located.map(|located| at.pin(client, located));
+                let before = at.items.entry((client, request)).or_default().insert(item, located);
+                assert!(before.is_none(), "item {item} of request {request} was answered twice");
+            }
+            Action::ReplyItems { client, request, count } => {
+                let items = at.items.remove(&(client, request)).expect("items");
+                assert!(items.keys().copied().eq(0..count), "all items and no others: {items:?}");
+                let many = LocatedMany::of(items.into_values());
+                self.answered(node, client, request, Ok(ClientReply::LocatedMany(many)));
             }
             Action::CloseClient { client, .. } => at.closed_clients.push(client),
             Action::Fill { extent, bytes } => self.write(node, extent, &bytes),
@@ -657,6 +675,7 @@ impl World {
     pub(super) fn leave(&mut self, node: usize, client: ClientId) {
         self.nodes[node].pins.remove(&client);
         self.feed(node, Input::ClientLeft { client });
+        self.nodes[node].items.retain(|(of, _), _| *of != client);
         self.settle();
     }
 
