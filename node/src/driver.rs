@@ -2,7 +2,7 @@
 //! them is handed out and carried out after the lock is released (`carry`, `outbox`). Invariant: actions on memory
 //! are carried out in the engine's order, under the lock, before the next input.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -46,6 +46,8 @@ pub(crate) struct Core {
     pub(crate) segments: HashMap<SegmentId, Arc<Segment>>,
     /// Requests for many keys of which some have an answer.
     items: HashMap<(ClientId, u64), Items>,
+    /// Generations that the last look at the pins has found.
+    pinned: usize,
     /// Hits of clients that are gone.
     past_hits: u64,
 }
@@ -82,6 +84,7 @@ impl Driver {
             pages: HashMap::new(),
             segments: HashMap::new(),
             items: HashMap::new(),
+            pinned: 0,
             past_hits: 0,
         };
         Self {
@@ -316,14 +319,16 @@ impl Core {
         }
     }
 
-    fn scan_pins(&self) -> Input {
-        let mut pinned: HashSet<Generation> = HashSet::new();
+    fn scan_pins(&mut self) -> Input {
+        // Mostly there are as many as the last time.
+        let mut pinned: Vec<Generation> = Vec::with_capacity(self.pinned);
         let mut touched = Vec::new();
         for page in self.pages.values() {
             page.pinned(&mut pinned);
             page.drain_touches(|slot| touched.push(slot));
         }
-        Input::PinScan { pinned, touched }
+        self.pinned = pinned.len();
+        Input::PinScan { pinned: pinned.into(), touched }
     }
 
     fn hits(&self) -> u64 {

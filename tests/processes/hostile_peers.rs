@@ -290,7 +290,7 @@ fn grant(len_bytes: u64) -> PeerMessage {
     PeerMessage::Grant {
         object: object("liar"),
         meta: ObjectMeta::bytes(len_bytes).expect("a length"),
-        granted,
+        granted: Box::new(granted),
     }
 }
 

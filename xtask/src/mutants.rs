@@ -76,14 +76,14 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         what: "clients' pins are forgotten",
         file: "core/src/engine/room.rs",
-        find: ".filter(|generation| !pinned.contains(generation))",
-        replace: ".filter(|_| pinned.len() < usize::MAX)",
+        find: ".filter(|generation| !pinned.contains(*generation))",
+        replace: ".filter(|generation| !pinned.contains(*generation) || generation.0 > 0)",
     },
     Mutant {
         what: "an object is freed as soon as it is withdrawn",
         file: "core/src/engine/room.rs",
-        find: "        self.scan_wanted = true;\n        self.timers.set(self.now.after_ms(DRAIN_MS), Timer::Drain);\n    }\n\n    pub(super) fn drain_again",
-        replace: "        self.free_object(generation);\n    }\n\n    pub(super) fn drain_again",
+        find: "        self.timers.set(self.now.after_ms(DRAIN_MS), Timer::Drain);\n        true\n    }\n\n    pub(super) fn drain_again",
+        replace: "        self.free_object(generation);\n        true\n    }\n\n    pub(super) fn drain_again",
     },
     Mutant {
         what: "an extent is freed while bytes may still land in it",

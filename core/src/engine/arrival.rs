@@ -62,7 +62,7 @@ impl Engine {
         if self.deleted.contains(object) {
             return self.fetch_deleted(id);
         }
-        let Some(fetch) = self.fetches.get(&id) else {
+        let Some(fetch) = self.fetches.get(id) else {
             return;
         };
         if !matches!(fetch.want, Want::Object { .. }) {
@@ -108,7 +108,7 @@ impl Engine {
         meta: ObjectMeta,
         granted: Granted,
     ) {
-        let refused = match (self.fetch_asked_at(id, request), self.fetches.get(&id)) {
+        let refused = match (self.fetch_asked_at(id, request), self.fetches.get(id)) {
             (Some(at), Some(fetch)) if matches!(fetch.want, Want::Object { .. }) => {
                 match Self::wanted_len(fetch, &meta) {
                     _ if self.deleted.contains(object) => None,
@@ -139,7 +139,7 @@ impl Engine {
     }
 
     pub(super) fn fetch_needs_room(&mut self, id: FetchId, link: LinkId, source: Source, len_bytes: u64) {
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.stage = Stage::NeedsRoom { link, source };
         }
         self.fetch_answered(id);
@@ -148,7 +148,7 @@ impl Engine {
 
     /// There is room for what a peer holds.
     pub(super) fn fetch_into(&mut self, id: FetchId, extent: Extent) {
-        let Some((link, source)) = self.fetches.get(&id).and_then(|fetch| match fetch.stage {
+        let Some((link, source)) = self.fetches.get(id).and_then(|fetch| match fetch.stage {
             Stage::NeedsRoom { link, source } => Some((link, source)),
             _ => None,
         }) else {
@@ -192,7 +192,7 @@ impl Engine {
         let Some(generation) = self.insert_fetched(id, source, extent) else {
             return;
         };
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.stage = Stage::Landing { link };
         }
         let part = Part { generation, fetch: id, start, len_bytes: extent.len_bytes };
@@ -217,7 +217,7 @@ impl Engine {
         self.fetch_round_trip(id);
         let transfer = self.new_transfer();
         self.transfers.insert(transfer, (generation, id));
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.stage = Stage::Reading { link, transfer, granted, valid_until };
         }
         if extent.len_bytes == 0 {
@@ -237,7 +237,7 @@ impl Engine {
         source: Source,
         extent: Extent,
     ) -> Option<Generation> {
-        let fetch = self.fetches.get(&id)?;
+        let fetch = self.fetches.get(id)?;
         Some(self.objects.insert(Object {
             key: fetch.key.clone(),
             id: source.object,
@@ -263,7 +263,7 @@ impl Engine {
         if let Some(object) = self.objects.get_mut(generation) {
             object.filling = false;
         }
-        let waited_for = self.fetches.contains_key(&id);
+        let waited_for = self.fetches.contains(id);
         if !waited_for {
             self.free_object(generation);
             self.retry_space();
@@ -273,7 +273,9 @@ impl Engine {
 
     /// What lands of a payload is in its places, or never will be.
     pub(super) fn landed(&mut self, landing: LandingId, result: Result<Moved, StoreError>) {
-        for part in self.landing.remove(&landing).unwrap_or_default() {
+        let parts = self.landing.remove(&landing).unwrap_or_default();
+        self.out.reserve(parts.len());
+        for part in parts {
             let result = match &result {
                 Ok(Moved { staged_bytes, .. }) => Ok(part.moved(*staged_bytes)),
                 Err(why) => Err(why.clone()),
@@ -284,7 +286,7 @@ impl Engine {
 
     fn part_landed(&mut self, part: Part, result: Result<Moved, StoreError>) {
         let Part { generation, fetch: id, .. } = part;
-        let link = match self.fetches.get(&id).map(|fetch| &fetch.stage) {
+        let link = match self.fetches.get(id).map(|fetch| &fetch.stage) {
             Some(&Stage::Landing { link }) => Some(link),
             _ => None,
         };
@@ -315,7 +317,7 @@ impl Engine {
         if let Ok(moved) = result {
             self.fetch_moved(id, moved);
         }
-        let stage = self.fetches.get(&id).map(|fetch| &fetch.stage);
+        let stage = self.fetches.get(id).map(|fetch| &fetch.stage);
         if let Some(&Stage::ReadingKnown { location, .. }) = stage {
             self.filled(generation, id);
             return self.known_read(id, location, generation, &result);
@@ -344,7 +346,7 @@ impl Engine {
     }
 
     fn fetch_moved(&mut self, id: FetchId, moved: Moved) {
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.moved = moved;
         }
     }
@@ -368,13 +370,13 @@ impl Engine {
         id: FetchId,
         why: impl Into<std::borrow::Cow<'static, str>>,
     ) -> StoreError {
-        let key = self.fetches.get(&id).map(|fetch| fetch.key.to_string());
+        let key = self.fetches.get(id).map(|fetch| fetch.key.to_string());
         StoreError::stale("get", key.unwrap_or_default(), why)
     }
 
     /// The bytes did not come, or not in time.
     pub(super) fn fetch_unfilled(&mut self, id: FetchId, why: StoreError) {
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.stage = Stage::Waiting;
         }
         self.fetch_obstacle(id, why);
@@ -407,7 +409,9 @@ impl Engine {
             Path::Eager => self.counters.eager += 1,
             _ => self.counters.read += 1,
         }
-        if let Some(node) = link.and_then(|link| self.links.get(&link)).and_then(|link| link.node) {
+        if let Some(node) = link.and_then(|link| self.links.get(&link)).and_then(|link| link.node)
+            && fetch.hinted != Some(node)
+        {
             self.hints.remember(&fetch.key, node);
         }
         let carried = self.carried(&fetch, link);
@@ -432,7 +436,7 @@ impl Engine {
         }
         if !kept {
             // From here on only the pins that were just made hold it.
-            self.withdraw(generation);
+            self.withdraw_handed_out(generation);
         }
     }
 }

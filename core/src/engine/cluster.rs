@@ -92,7 +92,7 @@ impl Engine {
 
     /// The answer to this question does not matter any more.
     pub(super) fn abandon(&mut self, request: u64) {
-        if let Some((_, pending)) = self.pending.get_mut(&request) {
+        if let Some((_, pending)) = self.pending.get_mut(request) {
             *pending = Pending::Abandoned;
         }
     }
@@ -139,6 +139,7 @@ impl Engine {
             return self.peer_refused(link, &why);
         }
         let landing = self.new_landing(payload_len);
+        self.out.reserve(batch.0.len());
         let mut start = 0;
         for Batched { request, payload_len, message } in batch.0 {
             let payload = Incoming { landing, start, len_bytes: payload_len };
@@ -246,10 +247,10 @@ impl Engine {
         answer: PeerMessage,
         payload: Incoming,
     ) -> Result<(), StoreError> {
-        if self.pending.get(&request).is_none_or(|(of, _)| *of != link) {
+        if self.pending.get(request).is_none_or(|(of, _)| *of != link) {
             return Ok(());
         }
-        let Some((_, pending)) = self.pending.remove(&request) else {
+        let Some((_, pending)) = self.pending.remove(request) else {
             return Ok(());
         };
         match (pending, answer) {
@@ -257,7 +258,7 @@ impl Engine {
                 self.fetch_data(link, request, fetch, (object, meta), payload);
             }
             (Pending::Get { fetch }, PeerMessage::Grant { object, meta, granted }) => {
-                self.fetch_grant(link, request, fetch, object, meta, granted);
+                self.fetch_grant(link, request, fetch, object, meta, *granted);
             }
             (Pending::Abandoned, PeerMessage::Grant { granted, .. }) => {
                 self.tell_peer(link, PeerMessage::Release { lease: granted.lease });

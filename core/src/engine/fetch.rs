@@ -2,8 +2,6 @@
 //! the owner's side (`owner`). Invariant: a fetch is in one stage, and only the question, dialling or retry of that
 //! stage moves it on.
 
-use std::collections::{BTreeMap, VecDeque};
-
 use super::Engine;
 use super::action::Action;
 use super::cluster::{AskFor, Pending};
@@ -25,10 +23,8 @@ const RETRY_MS: u64 = 20;
 const RETRY_MS_MAX: u64 = 320;
 /// How long a fetch waits for a link to a holder before it looks for another, in milliseconds.
 const DIAL_MS: u64 = 200;
-/// Keys whose holder is remembered.
-const HINTS_MAX: usize = 65_536;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct FetchId(pub(super) u64);
 
 /// What a fetch is for.
@@ -107,6 +103,8 @@ pub(super) struct Fetch {
     /// What was last in the way, and how often anything was.
     obstacle: Option<StoreError>,
     obstacles: u32,
+    /// The node that its key's last object came from, where it was asked first.
+    pub(super) hinted: Option<NodeId>,
     /// The node that did not give it at last, rather than not have it.
     failed_by: Option<NodeId>,
     /// The eager threshold that its caller forces, in bytes.
@@ -130,39 +128,6 @@ pub(super) struct Scope {
     pub(super) threshold_bytes: Option<u64>,
 }
 
-/// Which node gave a key's object last.
-#[derive(Debug, Default)]
-pub(super) struct Hints {
-    nodes: BTreeMap<Key, NodeId>,
-    order: VecDeque<Key>,
-}
-
-impl Hints {
-    pub(super) fn remember(&mut self, key: &Key, node: NodeId) {
-        if self.nodes.insert(key.clone(), node).is_none() {
-            self.order.push_back(key.clone());
-        }
-        if self.order.len() > HINTS_MAX
-            && let Some(oldest) = self.order.pop_front()
-        {
-            self.nodes.remove(&oldest);
-        }
-    }
-
-    fn get(&self, key: &Key) -> Option<NodeId> {
-        self.nodes.get(key).copied()
-    }
-
-    pub(super) fn forget(&mut self, key: &Key) {
-        // Its place in `order` stays until it comes up: forgetting is rare, and the list is bounded.
-        self.nodes.remove(key);
-    }
-
-    pub(super) fn forget_node(&mut self, node: NodeId) {
-        self.nodes.retain(|_, hint| *hint != node);
-    }
-}
-
 impl Engine {
     /// Starts a get from other nodes, or joins one that is under way.
     pub(super) fn fetch(
@@ -177,19 +142,18 @@ impl Engine {
         // Once the owner's word is being read, what it says may be older than who comes now.
         let same = |fetch: &Fetch| {
             let decided = matches!(fetch.stage, Stage::CheckingWord { .. });
-            let forced = fetch.threshold_bytes == threshold_bytes;
-            fetch.key == key && fetch.range == range && fetch.want == want && forced && !decided
+            fetch.range == range && fetch.threshold_bytes == threshold_bytes && !decided
         };
         let joinable = matches!(want, Want::Object { keep: true });
-        if joinable && let Some((&id, fetch)) = self.fetches.iter_mut().find(|(_, fetch)| same(fetch)) {
+        if joinable
+            && let Some(id) = self.fetches.joinable(&key, same)
+            && let Some(fetch) = self.fetches.get_mut(id)
+        {
             waiter.came_after = fetch.questions;
             fetch.waiters.push(waiter);
-            self.timers.set(deadline, Timer::Fetch(id));
-            return;
+            return self.set_deadline(id, caller, deadline);
         }
-        let id = FetchId(self.next_fetch);
-        self.next_fetch += 1;
-        let fetch = Fetch {
+        let id = self.fetches.insert(Box::new(Fetch {
             key,
             range,
             want,
@@ -199,21 +163,28 @@ impl Engine {
             tried: Vec::new(),
             obstacle: None,
             obstacles: 0,
+            hinted: None,
             failed_by: None,
             threshold_bytes,
             inline_max: 0,
             round_trips: 0,
             moved: Moved::default(),
             timed: None,
-        };
-        self.fetches.insert(id, fetch);
-        self.timers.set(deadline, Timer::Fetch(id));
+        }));
+        self.set_deadline(id, caller, deadline);
         self.fetch_start(id);
+    }
+
+    /// One of many keys has the deadline of its request, which has a timer already.
+    fn set_deadline(&mut self, id: FetchId, caller: Caller, deadline: Time) {
+        if !caller.is_one_of_many() {
+            self.timers.set(deadline, Timer::Fetch(id));
+        }
     }
 
     /// Asks the node that is most likely to have the object.
     pub(super) fn fetch_start(&mut self, id: FetchId) {
-        let Some(fetch) = self.fetches.get(&id) else {
+        let Some(fetch) = self.fetches.get(id) else {
             return;
         };
         let key = fetch.key.clone();
@@ -228,13 +199,16 @@ impl Engine {
         if self.fetch_known(id) {
             return;
         }
-        let Some(fetch) = self.fetches.get(&id) else {
+        let Some(fetch) = self.fetches.get(id) else {
             return;
         };
         let hinted = self.hints.get(&key).filter(|node| !fetch.tried.contains(node));
         if let Some(node) = hinted
             && let Some(link) = self.link_to(node)
         {
+            if let Some(fetch) = self.fetches.get_mut(id) {
+                fetch.hinted = hinted;
+            }
             return self.fetch_ask(id, link);
         }
         if self.directory.is_some() {
@@ -259,14 +233,14 @@ impl Engine {
     }
 
     pub(super) fn set_stage(&mut self, id: FetchId, stage: Stage) {
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.stage = stage;
         }
     }
 
     /// Asks one of these nodes that was not tried, rather one to which there is a link.
     fn fetch_from(&mut self, id: FetchId, holders: &[Holder]) {
-        let Some(fetch) = self.fetches.get_mut(&id) else {
+        let Some(fetch) = self.fetches.get_mut(id) else {
             return;
         };
         let mut fresh = holders.iter().filter(|holder| !fetch.tried.contains(&holder.node));
@@ -294,7 +268,7 @@ impl Engine {
     }
 
     fn fetch_ask(&mut self, id: FetchId, link: LinkId) {
-        let Some(fetch) = self.fetches.get(&id) else {
+        let Some(fetch) = self.fetches.get(id) else {
             return;
         };
         let (key, range, want, forced) = (fetch.key.clone(), fetch.range, fetch.want, fetch.threshold_bytes);
@@ -310,7 +284,7 @@ impl Engine {
     }
 
     fn fetch_questioned(&mut self, id: FetchId) {
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.questions += 1;
             fetch.round_trips += 1;
         }
@@ -318,14 +292,14 @@ impl Engine {
 
     /// A read, or the look at a word, goes out.
     pub(super) fn fetch_round_trip(&mut self, id: FetchId) {
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.round_trips += 1;
         }
     }
 
     /// Whether a fetch still waits for the answer to this very question, and when that was asked.
     pub(super) fn fetch_asked_at(&self, id: FetchId, request: u64) -> Option<Time> {
-        match self.fetches.get(&id)?.stage {
+        match self.fetches.get(id)?.stage {
             Stage::Asked { request: of, at, .. } if of == request => Some(at),
             _ => None,
         }
@@ -333,7 +307,7 @@ impl Engine {
 
     /// Everyone was asked for the key of a fetch.
     pub(super) fn fetch_asked_all(&mut self, id: FetchId, holders: &[Holder]) {
-        if !matches!(self.fetches.get(&id), Some(fetch) if matches!(fetch.stage, Stage::AskingAll)) {
+        if !matches!(self.fetches.get(id), Some(fetch) if matches!(fetch.stage, Stage::AskingAll)) {
             return;
         }
         if holders.is_empty() {
@@ -346,7 +320,7 @@ impl Engine {
     pub(super) fn fetch_refused(&mut self, link: LinkId, id: FetchId, why: StoreError) {
         let node = self.links.get(&link).and_then(|link| link.node);
         let from_directory = node.is_some() && node == self.directory_node();
-        let Some(fetch) = self.fetches.get_mut(&id) else {
+        let Some(fetch) = self.fetches.get_mut(id) else {
             return;
         };
         fetch.stage = Stage::Waiting;
@@ -370,7 +344,7 @@ impl Engine {
 
     /// Nobody has it. If somebody had it and was lost on the way, that is the answer.
     fn fetch_not_found(&mut self, id: FetchId) {
-        let Some(fetch) = self.fetches.get_mut(&id) else {
+        let Some(fetch) = self.fetches.get_mut(id) else {
             return;
         };
         // Where that node is still there, the object was taken from it meanwhile.
@@ -402,9 +376,9 @@ impl Engine {
     }
 
     /// Takes a fetch out of the books, with the timers of those who wait for it.
-    pub(super) fn take_fetch(&mut self, id: FetchId) -> Option<Fetch> {
-        let fetch = self.fetches.remove(&id)?;
-        for waiter in &fetch.waiters {
+    pub(super) fn take_fetch(&mut self, id: FetchId) -> Option<Box<Fetch>> {
+        let fetch = self.fetches.remove(id)?;
+        for waiter in fetch.waiters.iter().filter(|waiter| !waiter.caller.is_one_of_many()) {
             self.timers.unset(waiter.deadline, Timer::Fetch(id));
         }
         Some(fetch)
@@ -441,7 +415,7 @@ impl Engine {
         if !passing || (alone && why.kind() != ErrorKind::Stale) {
             return self.fetch_failed(id, &why);
         }
-        let Some(fetch) = self.fetches.get_mut(&id) else {
+        let Some(fetch) = self.fetches.get_mut(id) else {
             return;
         };
         self.hints.forget(&fetch.key);
@@ -455,7 +429,7 @@ impl Engine {
     /// A node did not give it; others may.
     pub(super) fn fetch_tried(&mut self, id: FetchId, link: LinkId) {
         if let Some(node) = self.links.get(&link).and_then(|link| link.node)
-            && let Some(fetch) = self.fetches.get_mut(&id)
+            && let Some(fetch) = self.fetches.get_mut(id)
         {
             fetch.tried.push(node);
             fetch.failed_by = Some(node);
@@ -464,7 +438,7 @@ impl Engine {
 
     /// Asks again from the start, now.
     pub(super) fn fetch_restart(&mut self, id: FetchId) {
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.stage = Stage::Waiting;
             fetch.tried.clear();
             self.fetch_start(id);
@@ -472,7 +446,7 @@ impl Engine {
     }
 
     pub(super) fn fetch_retry(&mut self, id: FetchId) {
-        let Some(fetch) = self.fetches.get(&id) else {
+        let Some(fetch) = self.fetches.get(id) else {
             return;
         };
         match &fetch.stage {
@@ -489,28 +463,25 @@ impl Engine {
     /// A link to a node is there: fetches that waited go on.
     pub(super) fn fetches_waiting_start(&mut self) {
         let waits = |stage: &Stage| matches!(stage, Stage::Waiting | Stage::Dialling { .. });
-        let waiting: Vec<FetchId> =
-            self.fetches.iter().filter(|(_, f)| waits(&f.stage)).map(|(&id, _)| id).collect();
-        for id in waiting {
+        for id in self.fetches.numbers(|fetch| waits(&fetch.stage)) {
             self.fetch_start(id);
         }
     }
 
     /// A node could not be reached: fetches that waited for it look elsewhere.
     pub(super) fn fetches_undialled(&mut self, address: &str, why: &StoreError) {
-        let waits = |(&id, fetch): (&FetchId, &Fetch)| match &fetch.stage {
-            Stage::Dialling { holder, .. } if holder.address == address => Some((id, holder.clone())),
-            _ => None,
-        };
-        let waiting: Vec<(FetchId, Holder)> = self.fetches.iter().filter_map(waits).collect();
-        for (id, holder) in waiting {
-            self.fetch_gets_no_link(id, holder, &why.to_string());
+        let waits =
+            |stage: &Stage| matches!(stage, Stage::Dialling { holder, .. } if holder.address == address);
+        for id in self.fetches.numbers(|fetch| waits(&fetch.stage)) {
+            if let Some(Stage::Dialling { holder, .. }) = self.fetches.get(id).map(|fetch| &fetch.stage) {
+                self.fetch_gets_no_link(id, holder.clone(), &why.to_string());
+            }
         }
     }
 
     /// A holder does not take the connection; another may have the object too.
     fn fetch_gets_no_link(&mut self, id: FetchId, holder: Holder, why: &str) {
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.tried.push(holder.node);
             fetch.failed_by = Some(holder.node);
             fetch.stage = Stage::Waiting;
@@ -537,10 +508,8 @@ impl Engine {
             // A read or a landing ends by its own completion, which says when no more bytes land.
             _ => false,
         };
-        let lost: Vec<FetchId> =
-            self.fetches.iter().filter(|(_, f)| of_link(&f.stage)).map(|(&id, _)| id).collect();
-        for id in lost {
-            let Some(fetch) = self.fetches.get_mut(&id) else {
+        for id in self.fetches.numbers(|fetch| of_link(&fetch.stage)) {
+            let Some(fetch) = self.fetches.get_mut(id) else {
                 continue;
             };
             fetch.tried.extend(node);
@@ -556,9 +525,18 @@ impl Engine {
         }
     }
 
+    /// A request for many keys of this client is late.
+    pub(super) fn fetch_deadlines(&mut self, client: ClientId) {
+        let now = self.now;
+        let late = |waiter: &FetchWaiter| waiter.caller.client == client && waiter.deadline <= now;
+        for id in self.fetches.numbers(|fetch| fetch.waiters.iter().any(late)) {
+            self.fetch_deadline(id);
+        }
+    }
+
     pub(super) fn fetch_deadline(&mut self, id: FetchId) {
         let now = self.now;
-        let Some(fetch) = self.fetches.get_mut(&id) else {
+        let Some(fetch) = self.fetches.get_mut(id) else {
             return;
         };
         let (late, waiting): (Vec<_>, Vec<_>) =
@@ -581,17 +559,17 @@ impl Engine {
     }
 
     pub(super) fn forget_fetch_waiters_of(&mut self, client: ClientId) {
-        let ids: Vec<FetchId> = self.fetches.keys().copied().collect();
-        for id in ids {
-            if let Some(fetch) = self.fetches.get_mut(&id) {
-                fetch.waiters.retain(|waiter| waiter.caller.client != client);
+        let waits = |waiter: &FetchWaiter| waiter.caller.client == client;
+        for id in self.fetches.numbers(|fetch| fetch.waiters.iter().any(waits)) {
+            if let Some(fetch) = self.fetches.get_mut(id) {
+                fetch.waiters.retain(|waiter| !waits(waiter));
             }
             self.drop_fetch_without_waiters(id);
         }
     }
 
     fn drop_fetch_without_waiters(&mut self, id: FetchId) {
-        if self.fetches.get(&id).is_some_and(|fetch| fetch.waiters.is_empty())
+        if self.fetches.get(id).is_some_and(|fetch| fetch.waiters.is_empty())
             && let Some(fetch) = self.take_fetch(id)
         {
             self.leave_stage(fetch.stage);

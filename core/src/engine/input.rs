@@ -1,7 +1,5 @@
 //! What comes into the engine, and its configuration. Not where it comes from. Invariant: none.
 
-use std::collections::HashSet;
-
 use bytes::Bytes;
 
 use crate::error::StoreError;
@@ -16,6 +14,45 @@ pub const THRESHOLD_DEFAULT: u64 = 32 * 1024;
 /// Which of the node's fabrics; the node numbers them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FabricId(pub u8);
+
+/// Generations that live clients pin, collected from their pages.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pinned(Vec<Generation>);
+
+impl FromIterator<Generation> for Pinned {
+    fn from_iter<I: IntoIterator<Item = Generation>>(pinned: I) -> Self {
+        Self::from(pinned.into_iter().collect::<Vec<_>>())
+    }
+}
+
+impl From<Vec<Generation>> for Pinned {
+    fn from(mut pinned: Vec<Generation>) -> Self {
+        pinned.sort_unstable();
+        Self(pinned)
+    }
+}
+
+impl Pinned {
+    /// To be asked about generations in rising order.
+    pub(super) fn rising(&self) -> Rising<'_> {
+        Rising(&self.0)
+    }
+}
+
+/// What of the pinned generations is not below the last one that was asked about.
+pub(super) struct Rising<'a>(&'a [Generation]);
+
+impl Rising<'_> {
+    /// Whether a generation, not below the one before, is pinned.
+    pub(super) fn contains(&mut self, generation: Generation) -> bool {
+        while let [first, rest @ ..] = self.0
+            && *first < generation
+        {
+            self.0 = rest;
+        }
+        self.0.first() == Some(&generation)
+    }
+}
 
 /// What an engine is told once.
 #[derive(Clone, Debug)]
@@ -88,7 +125,7 @@ pub enum Input {
     SendDone { send: u64 },
 
     /// The answer to `Action::ScanPins`: every generation that a live client pins, and slots that were read.
-    PinScan { pinned: HashSet<Generation>, touched: Vec<SlotId> },
+    PinScan { pinned: Pinned, touched: Vec<SlotId> },
     /// A segment is there, registered under these keys.
     SegmentReady { segment: SegmentId, keys: Vec<(FabricId, RemoteKey)> },
     /// A segment could not be made.

@@ -120,10 +120,8 @@ impl Engine {
             self.peer_unlinked(node, link, why);
         }
         self.fetches_lost(link, state.node, &state.address, why);
-        let lost: Vec<u64> =
-            self.pending.iter().filter(|(_, (of, _))| *of == link).map(|(&request, _)| request).collect();
-        for request in lost {
-            if let Some((_, pending)) = self.pending.remove(&request) {
+        for request in self.pending.numbers(|(of, _)| *of == link) {
+            if let Some((_, pending)) = self.pending.remove(request) {
                 self.question_lost(pending, &state.address, why);
             }
         }

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use super::action::{Action, Attachment, Event};
 use super::fetch::{Scope, Want};
 use super::room::NewObject;
+use super::timer::{Time, Timer};
 use super::{Engine, INLINE_PUT_MAX, State};
 use crate::error::StoreError;
 use crate::key::Key;
@@ -34,6 +35,10 @@ impl Caller {
     pub(super) const fn of(client: ClientId, request: u64) -> Self {
         Self { client, request, item: None }
     }
+
+    pub(super) const fn is_one_of_many(self) -> bool {
+        self.item.is_some()
+    }
 }
 
 /// A request for many keys.
@@ -42,6 +47,7 @@ struct Many {
     count: u32,
     /// Keys without an answer.
     left: u32,
+    deadline: Time,
 }
 
 /// A session of a client.
@@ -86,8 +92,9 @@ impl Engine {
         };
         many.left = many.left.saturating_sub(1);
         self.out.push(Action::Item { client, request, item, located });
-        if let Many { count, left: 0 } = *many {
+        if let Many { count, left: 0, deadline } = *many {
             state.many.remove(&request);
+            self.timers.unset(deadline, Timer::Many(client, request));
             self.out.push(Action::ReplyItems { client, request, count });
         }
     }
@@ -107,6 +114,9 @@ impl Engine {
             self.abort(reservation);
         }
         self.forget_waits_of(client);
+        for (request, many) in state.many {
+            self.timers.unset(many.deadline, Timer::Many(client, request));
+        }
         self.space.client_left(client);
         if state.trusted {
             self.adopt_segments_of(client);
@@ -276,7 +286,10 @@ impl Engine {
         let Entry::Vacant(place) = state.many.entry(request) else {
             return Err(StoreError::protocol(format!("request {request} for many keys is being answered")));
         };
-        place.insert(Many { count, left: count });
+        let deadline = self.now.after_ms(timeout_ms);
+        place.insert(Many { count, left: count, deadline });
+        self.timers.set(deadline, Timer::Many(client, request));
+        self.out.reserve(keys.len());
         for (item, key) in (0..count).zip(keys) {
             self.get(Caller { client, request, item: Some(item) }, key, scope, timeout_ms);
         }

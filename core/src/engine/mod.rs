@@ -10,12 +10,14 @@ mod cluster;
 mod delete;
 mod directory;
 mod fetch;
+mod fetches;
 mod input;
 mod known;
 mod lifecycle;
 mod links;
 mod local;
 mod locations;
+mod numbers;
 mod objects;
 mod outgoing;
 mod owner;
@@ -30,7 +32,7 @@ mod waiting;
 
 pub use action::{Action, Attachment, Event, Payload, PublishedObject};
 pub use directory::{Directory, Verdict};
-pub use input::{EngineConfig, FabricId, Input, THRESHOLD_DEFAULT};
+pub use input::{EngineConfig, FabricId, Input, Pinned, THRESHOLD_DEFAULT};
 pub use lifecycle::State;
 pub use paths::{THRESHOLD_MAX, THRESHOLD_MIN};
 pub use room::StartUp;
@@ -43,16 +45,18 @@ use crate::tier::{ClientId, Generation, LandingId, LeaseId, LinkId, NodeId, Segm
 use crate::wire::NodeStatus;
 use arrival::Part;
 use directory::Deleted;
-use fetch::{Fetch, FetchId, Hints};
+use fetch::FetchId;
+use fetches::{Fetches, Hints};
 use links::{Link, Peer};
 use local::Client;
 use locations::Locations;
+use numbers::Numbered;
 use objects::Objects;
 use outgoing::Outgoing;
 use owner::Lease;
 use paths::Paths;
 use redial::Redial;
-use room::SpaceRequest;
+use room::{Scans, SpaceRequest};
 use space::Space;
 use timer::{Timer, Timers};
 use waiting::WaitingKey;
@@ -80,6 +84,7 @@ pub struct Engine {
     first_failure: Option<crate::StoreError>,
     /// Whether an object was withdrawn since the last look at the pins.
     scan_wanted: bool,
+    scans: Scans,
 
     clients: BTreeMap<ClientId, Client>,
     /// Seals that wait for their bytes to be copied: who asked, and where the copy goes.
@@ -104,8 +109,7 @@ pub struct Engine {
     /// Objects that this node was told to drop: a copy that was under way meanwhile does not bring one back.
     deleted: Deleted,
 
-    fetches: BTreeMap<FetchId, Fetch>,
-    next_fetch: u64,
+    fetches: Fetches,
     /// Reads under way: the object that is filled, and for which fetch.
     transfers: BTreeMap<TransferId, (Generation, FetchId)>,
     /// Payloads under way, and which parts of them land.
@@ -119,7 +123,7 @@ pub struct Engine {
     locations: Locations,
 
     /// Questions to peers that wait for an answer, by request number.
-    pending: BTreeMap<u64, (LinkId, cluster::Pending)>,
+    pending: Numbered<u64, (LinkId, cluster::Pending)>,
     next_request: u64,
     deletes: BTreeMap<u64, delete::Delete>,
     asks: BTreeMap<u64, cluster::Ask>,
@@ -143,6 +147,7 @@ impl Engine {
             first_segments: BTreeSet::new(),
             first_failure: None,
             scan_wanted: false,
+            scans: Scans::default(),
             clients: BTreeMap::new(),
             pending_copies: BTreeMap::new(),
             copy_targets: BTreeMap::new(),
@@ -160,8 +165,7 @@ impl Engine {
             reconnect_attempts: 0,
             directory,
             deleted: Deleted::default(),
-            fetches: BTreeMap::new(),
-            next_fetch: 1,
+            fetches: Fetches::default(),
             transfers: BTreeMap::new(),
             landing: BTreeMap::new(),
             next_landing: 1,
@@ -170,7 +174,7 @@ impl Engine {
             hints: Hints::default(),
             paths: Paths::default(),
             locations: Locations::default(),
-            pending: BTreeMap::new(),
+            pending: Numbered::default(),
             next_request: 1,
             deletes: BTreeMap::new(),
             asks: BTreeMap::new(),
@@ -246,6 +250,7 @@ impl Engine {
                 Timer::Lease(lease) => self.lease_over(lease),
                 Timer::Ttl(generation) => self.ttl_over(generation),
                 Timer::Fetch(fetch) => self.fetch_deadline(fetch),
+                Timer::Many(client, _) => self.fetch_deadlines(client),
                 Timer::Retry(fetch) => self.fetch_retry(fetch),
                 Timer::Wait => self.wait_deadlines(),
                 Timer::Space => self.space_deadlines(),

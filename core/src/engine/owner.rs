@@ -58,7 +58,7 @@ impl Engine {
         let message = match self.grant(link, generation, extent) {
             Ok(granted) => {
                 self.counters.served_grants += 1;
-                PeerMessage::Grant { object: id, meta, granted }
+                PeerMessage::Grant { object: id, meta, granted: Box::new(granted) }
             }
             Err(error) => PeerMessage::Failed { error },
         };

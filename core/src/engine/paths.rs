@@ -230,13 +230,15 @@ impl Engine {
     /// that would be timed with it.
     pub(super) fn inline_max_for(&mut self, id: FetchId, link: LinkId, forced: Option<u64>) -> u64 {
         let node = self.links.get(&link).and_then(|link| link.node);
+        let timed = (self.fetches.len() == 1).then_some(Timed { asked: self.now, answered: None });
         let inline_max = match (forced.or(self.config.threshold_bytes), node) {
             (Some(forced), _) => forced,
-            (None, Some(node)) => self.paths.measured.entry(node).or_default().next(),
+            // What is not timed has nothing to explore.
+            (None, Some(node)) if timed.is_some() => self.paths.measured.entry(node).or_default().next(),
+            (None, Some(node)) => self.threshold_of(node),
             (None, None) => THRESHOLD_DEFAULT,
         };
-        let timed = (self.fetches.len() == 1).then_some(Timed { asked: self.now, answered: None });
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.inline_max = inline_max;
             fetch.timed = timed;
         }
@@ -245,7 +247,7 @@ impl Engine {
 
     /// The answer is there, and room for it is looked for.
     pub(super) fn fetch_answered(&mut self, id: FetchId) {
-        if let Some(Fetch { timed: Some(timed), .. }) = self.fetches.get_mut(&id) {
+        if let Some(Fetch { timed: Some(timed), .. }) = self.fetches.get_mut(id) {
             timed.answered = Some(self.now);
         }
     }
@@ -253,14 +255,14 @@ impl Engine {
     /// There is room. Unless it was there at once, the get is not timed.
     pub(super) fn fetch_has_room(&mut self, id: FetchId) {
         let now = self.now;
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.timed = fetch.timed.filter(|timed| timed.answered == Some(now));
         }
     }
 
     /// The bytes of a fetch are there.
     pub(super) fn measure(&mut self, id: FetchId, link: Option<LinkId>, path: Path, moved: Moved) {
-        let timed = self.fetches.get_mut(&id).and_then(|fetch| fetch.timed.take());
+        let timed = self.fetches.get_mut(id).and_then(|fetch| fetch.timed.take());
         let node = link.and_then(|link| self.links.get(&link)).and_then(|link| link.node);
         if let (Some(timed), Some(node)) = (timed, node) {
             let ns = self.now.0.saturating_sub(timed.asked.0);

@@ -108,7 +108,7 @@ impl Engine {
                 |stage: &Stage| matches!(stage, Stage::Dialling { holder, .. } if holder.address == address);
             let joins =
                 self.directory_link.is_none() && self.config.join.as_deref() == Some(address.as_str());
-            if joins || self.fetches.values().any(|fetch| waits(&fetch.stage)) {
+            if joins || self.fetches.any(|fetch| waits(&fetch.stage)) {
                 self.dial(&address);
             }
         }

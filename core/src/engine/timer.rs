@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use super::fetch::FetchId;
-use crate::tier::{Generation, LeaseId};
+use crate::tier::{ClientId, Generation, LeaseId};
 
 /// Nanoseconds since some moment of the caller's choice; never goes back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,6 +32,8 @@ pub(super) enum Timer {
     Lease(LeaseId),
     Ttl(Generation),
     Fetch(FetchId),
+    /// A request for many keys.
+    Many(ClientId, u64),
     Retry(FetchId),
     Wait,
     Space,

@@ -100,6 +100,12 @@ proptest! {
     }
 
     #[test]
+    fn no_message_is_longer_than_it_is_taken_for(message in peer_message()) {
+        let len = body_of(&message).len();
+        prop_assert!(message.len_max().is_none_or(|most| len <= most), "{len} bytes: {message:?}");
+    }
+
+    #[test]
     fn batches_return(batch in batch()) {
         returns(FrameKind::Batch, &batch);
     }

@@ -281,7 +281,11 @@ pub(crate) fn peer_message() -> BoxedStrategy<PeerMessage> {
         Just(M::Heartbeat),
         (key(), range(), number()).prop_map(|(key, range, inline_max)| M::Get { key, range, inline_max }),
         (object(), meta()).prop_map(|(object, meta)| M::Data { object, meta }),
-        (object(), meta(), granted()).prop_map(|(object, meta, granted)| M::Grant { object, meta, granted }),
+        (object(), meta(), granted()).prop_map(|(object, meta, granted)| M::Grant {
+            object,
+            meta,
+            granted: Box::new(granted)
+        }),
         holders().prop_map(|holders| M::Located { holders }),
         number().prop_map(|lease| M::Release { lease: LeaseId(lease) }),
         error().prop_map(|error| M::Failed { error }),

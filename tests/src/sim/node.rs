@@ -2,11 +2,11 @@
 //! and not the network. Invariant: actions are carried out as `hetmem-node` does: memory in order, a `PinScan` before
 //! any other input, the fabric's in order.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, Weak};
 
 use hetmem_core::engine::{
-    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, Payload, PublishedObject, Time,
+    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, Payload, Pinned, PublishedObject, Time,
 };
 use hetmem_core::receipt::Path;
 use hetmem_core::wire::{
@@ -440,7 +440,7 @@ impl World {
             Action::ScanPins => {
                 let node = &mut self.nodes[at];
                 let pins = node.pages.values().flat_map(|page| page.pins.iter().flatten());
-                let pinned: HashSet<Generation> = pins.copied().collect();
+                let pinned: Pinned = pins.copied().collect();
                 let touched = std::mem::take(&mut node.touched);
                 return Some(Input::PinScan { pinned, touched });
             }

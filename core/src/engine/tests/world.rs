@@ -1,12 +1,12 @@
 //! One to three engines and everything that their actions touch. Not a transport: messages arrive in the order in
 //! which they were sent, at once. Invariant: a payload that no `Land` claims is dropped.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bytes::Bytes;
 
 use crate::engine::{
-    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, Payload, PublishedObject, Time,
+    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, Payload, Pinned, PublishedObject, Time,
 };
 use crate::error::{ErrorKind, StoreError};
 use crate::key::Key;
@@ -331,7 +331,7 @@ impl World {
             Action::Publish { slot, object } => assert!(at.index.insert(slot, object).is_none()),
             Action::Withdraw { slot } => assert!(at.index.remove(&slot).is_some()),
             Action::ScanPins => {
-                let pinned: HashSet<Generation> = at.pins.values().flatten().copied().collect();
+                let pinned: Pinned = at.pins.values().flatten().copied().collect();
                 return Some(Input::PinScan { pinned, touched: Vec::new() });
             }
             Action::CreateSegment { segment, len_bytes, owner } => {
