@@ -266,7 +266,7 @@ impl Engine {
         let waited_for = self.fetches.contains(id);
         if !waited_for {
             self.free_object(generation);
-            self.retry_space();
+            self.space_freed = true;
         }
         waited_for
     }

@@ -573,7 +573,6 @@ impl Engine {
             && let Some(fetch) = self.take_fetch(id)
         {
             self.leave_stage(fetch.stage);
-            self.forget_space_request_of_fetch(id);
         }
     }
 

@@ -287,14 +287,14 @@ impl Engine {
             let why = "its lease ran out while it was read, and its place was given up meanwhile";
             self.fetch_unfilled(id, self.fetch_stale(id, why));
         }
-        self.retry_space();
+        self.space_freed = true;
     }
 
     /// Nobody waits for the word any more; nothing lands in the object either.
     pub(super) fn give_up_word(&mut self, transfer: TransferId, generation: Generation) {
         self.locations.words.remove(&transfer);
         self.free_object(generation);
-        self.retry_space();
+        self.space_freed = true;
     }
 }
 

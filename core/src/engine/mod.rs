@@ -79,6 +79,10 @@ pub struct Engine {
     space: Space,
     /// Requests that wait for room, oldest first.
     waiting_space: VecDeque<SpaceRequest>,
+    /// Whether those are to be looked at once more before this pass ends.
+    space_freed: bool,
+    /// For whom nothing was found in this pass that might go.
+    nothing_evictable: Option<space::Owner>,
     /// Segments that a start-up still waits for.
     first_segments: BTreeSet<SegmentId>,
     first_failure: Option<crate::StoreError>,
@@ -144,6 +148,8 @@ impl Engine {
             eviction: S3Fifo::default(),
             space: Space::new(config.capacity_bytes, config.client_quota_bytes),
             waiting_space: VecDeque::new(),
+            space_freed: false,
+            nothing_evictable: None,
             first_segments: BTreeSet::new(),
             first_failure: None,
             scan_wanted: false,
@@ -189,6 +195,7 @@ impl Engine {
         if !matches!(input, Input::PinScan { .. }) {
             self.payload_at_hand = None;
         }
+        self.nothing_evictable = None;
         match input {
             Input::Start => self.start(),
             Input::Tick => {}
@@ -216,6 +223,9 @@ impl Engine {
             Input::CopyDone { generation, result } => self.copy_done(generation, result),
         }
         self.run_timers();
+        if std::mem::take(&mut self.space_freed) {
+            self.retry_space();
+        }
         self.send_noted();
         if self.scan_wanted {
             self.scan_wanted = false;

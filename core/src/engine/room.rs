@@ -93,6 +93,10 @@ impl Engine {
     }
 
     fn try_space(&mut self, mut request: SpaceRequest) {
+        if matches!(request.purpose, Purpose::Fetch { fetch } if !self.fetches.contains(fetch)) {
+            // Nobody waits for it any more.
+            return;
+        }
         loop {
             match self.look_for_space(&mut request) {
                 Outcome::Found(extent) => return self.space_found(request.purpose, request.owner, extent),
@@ -173,9 +177,17 @@ impl Engine {
         if evictable == 0 || self.space.free_bytes().saturating_add(evictable) < len_bytes {
             return false;
         }
-        self.evict_where(len_bytes, |object, space| {
+        // Thousands may want room in one pass; to ask every object about each of them would hold up everyone.
+        if self.nothing_evictable == Some(owner) {
+            return false;
+        }
+        let found = self.evict_where(len_bytes, |object, space| {
             space.owner(object.extent.segment).is_some_and(|of| of == owner || of == Owner::Node)
-        })
+        });
+        if !found {
+            self.nothing_evictable = Some(owner);
+        }
+        found
     }
 
     /// Withdraws one object that may go, for its slot in the index.
@@ -261,11 +273,6 @@ impl Engine {
             Purpose::Put { client, .. } | Purpose::Reserve { client, .. } => client != gone,
             Purpose::Fetch { .. } | Purpose::SealCopy { .. } => true,
         });
-    }
-
-    pub(super) fn forget_space_request_of_fetch(&mut self, gone: FetchId) {
-        self.waiting_space
-            .retain(|request| !matches!(request.purpose, Purpose::Fetch { fetch } if fetch == gone));
     }
 
     /// How far the first segments are.

@@ -2,6 +2,7 @@
 //! simulation (`tests/`), which looks for what nobody thought of. Invariant: time moves only when a test moves it.
 #![allow(clippy::needless_range_loop, reason = "a node's number names it in several lists")]
 
+mod batches;
 mod deletes;
 mod local;
 mod locations;

@@ -78,6 +78,7 @@ macro_rules! conformance_suite {
             a_word_is_read,
             an_empty_read_is_done,
             many_reads_at_once,
+            thousands_of_reads_end_one_by_one,
             wrong_reads_are_refused_by_name,
             a_cancelled_read_touches_nothing_afterwards,
             deregistering_the_target_fails_its_reads,

@@ -21,8 +21,8 @@ const WINDOW: usize = 4;
 const SMALL_LEN: usize = 64 << 10;
 /// The most requests under way on one stream.
 const QUEUE_MAX: usize = 64;
-/// The most reads in progress on one link.
-const TRANSFERS_MAX: usize = 4096;
+/// The most reads in progress on one link: as many as there may be objects in the hands of one client.
+const TRANSFERS_MAX: usize = 16_384;
 /// How often a slice is asked for before the read fails, when its streams end under it though the link is up.
 const TRIES_MAX: u8 = 3;
 
@@ -64,7 +64,8 @@ pub(super) struct Reads {
     state: State,
     peer: Option<(SocketAddr, StreamToken)>,
     transfers: HashMap<TransferId, Transfer>,
-    /// What is still to be asked for; large reads are cut as streams come free.
+    /// What is still to be asked for; large reads are cut as streams come free. Slices of reads that were given up stay
+    /// until they come up, or until there are more of them than of others.
     waiting: VecDeque<Slice>,
     books: Vec<Book>,
     next_number: u32,
@@ -114,6 +115,9 @@ impl Reads {
 
     /// How many streams are wanted beyond those that there are, `streams` being the most.
     pub(super) fn streams_wanted(&self, slice_bytes: usize, streams: usize) -> usize {
+        if self.books.len() >= streams {
+            return 0;
+        }
         let bytes = self.waiting.iter().fold(0_usize, |sum, slice| sum.saturating_add(slice.local.len()));
         let useful = bytes.div_ceil(slice_bytes).clamp(usize::from(!self.waiting.is_empty()), streams);
         useful.saturating_sub(self.books.len())
@@ -154,6 +158,10 @@ impl Reads {
                 stats: ReadStats { bytes: local.len() as u64, ..ReadStats::default() },
             },
         );
+        if self.waiting.len() > 2 * self.transfers.len() {
+            let transfers = &self.transfers;
+            self.waiting.retain(|slice| is_wanted(transfers, slice));
+        }
         let small = local.len() <= SMALL_LEN;
         let slice = Slice { transfer, remote, local, number: 0, tries: 0 };
         if small {
@@ -167,6 +175,10 @@ impl Reads {
     /// Gives waiting bytes to streams that have room for them.
     pub(super) fn assign(&mut self, slice_bytes: usize, next: &mut Next) {
         while let Some(front) = self.waiting.front() {
+            if !is_wanted(&self.transfers, front) {
+                self.waiting.pop_front();
+                continue;
+            }
             let small = front.local.len() <= SMALL_LEN;
             let window = if small { QUEUE_MAX } else { WINDOW };
             let room = self.books.iter_mut().filter(|book| book.under_way.len() < window);
@@ -322,7 +334,6 @@ impl Reads {
         };
         transfer.error.get_or_insert(error);
         transfer.unasked = 0;
-        self.waiting.retain(|slice| slice.transfer != number);
     }
 
     fn finish_if_over(&mut self, number: TransferId, next: &mut Next) {
@@ -339,6 +350,11 @@ impl Reads {
             next.finished.push(Finished { transfer: number, result });
         }
     }
+}
+
+/// Whether a slice that waits is still to be asked for.
+fn is_wanted(transfers: &HashMap<TransferId, Transfer>, slice: &Slice) -> bool {
+    transfers.get(&slice.transfer).is_some_and(|transfer| transfer.error.is_none())
 }
 
 impl Slice {

@@ -16,7 +16,7 @@ use crate::tier::{
     TransferId,
 };
 use crate::wire::{
-    ClientMessage, ClientReply, IfExists, Located, LocatedMany, Member, PROTOCOL_MAX, PROTOCOL_MIN,
+    Batched, ClientMessage, ClientReply, IfExists, Located, LocatedMany, Member, PROTOCOL_MAX, PROTOCOL_MIN,
     PeerMessage, PutHints, Status,
 };
 use crate::{Checksum, ObjectId};
@@ -74,8 +74,8 @@ pub(super) struct Node {
     pub(super) events: Vec<Event>,
     pub(super) closed_clients: Vec<ClientId>,
     pub(super) sent: Vec<PeerMessage>,
-    /// Frames that it sent, inputs that it handled, payloads of which something landed.
-    pub(super) frames: usize,
+    /// Frames that it sent with what is in them, inputs that it handled, payloads of which something landed.
+    pub(super) frames: Vec<Vec<Batched>>,
     pub(super) passes: usize,
     pub(super) landings: usize,
     answers: BTreeMap<(ClientId, u64), Answer>,
@@ -159,7 +159,7 @@ impl Node {
             events: Vec::new(),
             closed_clients: Vec::new(),
             sent: Vec::new(),
-            frames: 0,
+            frames: Vec::new(),
             passes: 0,
             landings: 0,
             answers: BTreeMap::new(),
@@ -268,6 +268,11 @@ impl World {
         self.feed_with(node, input, None);
     }
 
+    /// The same for a frame with a payload.
+    pub(super) fn feed_payload(&mut self, node: usize, input: Input, payload: &[u8]) {
+        self.feed_with(node, input, Some(payload.to_vec()));
+    }
+
     fn feed_with(&mut self, node: usize, input: Input, payload: Option<Vec<u8>>) {
         let mut inputs = VecDeque::from([input]);
         let (mut landed, mut of) = (BTreeMap::new(), None);
@@ -365,6 +370,9 @@ impl World {
             Action::Disconnect { link } => self.cut(node, link),
             Action::Send { link, request, message, payload } => {
                 self.nodes[node].sent.push(message.clone());
+                let payload_len = payload.as_ref().map_or(0, Payload::len_bytes);
+                let batched = Batched { request, payload_len, message: message.clone() };
+                self.nodes[node].frames.push(vec![batched]);
                 self.deliver(node, link, payload, |link, payload_len| Input::PeerMessage {
                     link,
                     request,
@@ -377,6 +385,7 @@ impl World {
                 let payload_len = payload.as_ref().map_or(0, Payload::len_bytes);
                 assert_eq!(batch.check(payload_len), Ok(()));
                 self.nodes[node].sent.extend(batch.0.iter().map(|batched| batched.message.clone()));
+                self.nodes[node].frames.push(batch.0.clone());
                 self.deliver(node, link, payload, |link, payload_len| Input::PeerBatch {
                     link,
                     batch,
@@ -423,7 +432,6 @@ impl World {
         input: impl FnOnce(LinkId, u64) -> Input,
     ) {
         let at = &mut self.nodes[node];
-        at.frames += 1;
         let extents = payload.iter().flat_map(|payload| &payload.extents);
         let bytes: Vec<u8> = extents.flat_map(|extent| at.bytes(*extent)).copied().collect();
         let end = at.links.get(&link).copied();
@@ -652,6 +660,24 @@ impl World {
         })
     }
 
+    pub(super) fn ask_many(&mut self, node: usize, client: ClientId, names: &[String], keep: bool) -> u64 {
+        let keys = names.iter().map(|name| key(name)).collect();
+        let message = ClientMessage::GetMany { keys, timeout_ms: 3_000, keep, threshold_bytes: None };
+        self.ask(node, client, message)
+    }
+
+    pub(super) fn many(
+        &mut self,
+        node: usize,
+        client: ClientId,
+        request: u64,
+    ) -> Option<Vec<Result<Located, StoreError>>> {
+        match self.answer(node, client, request)? {
+            Ok(ClientReply::LocatedMany(many)) => Some(many.into_located().collect()),
+            other => panic!("{other:?} answers a question about many keys"),
+        }
+    }
+
     /// Gets, compares and unpins; says how the bytes came.
     pub(super) fn fetch(
         &mut self,
@@ -685,6 +711,12 @@ impl World {
 
     pub(super) fn used(&self, node: usize) -> u64 {
         self.status(node).tiers[0].used_bytes
+    }
+
+    /// The same once a client has left.
+    pub(super) fn assert_drained_but(&mut self, node: usize, client: ClientId) {
+        self.leave(node, client);
+        self.assert_drained();
     }
 
     /// Nothing is held by anyone.
