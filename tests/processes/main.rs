@@ -2,6 +2,7 @@
 //! Invariant: every test has nodes, folders and ports of its own, so that all of them can run at once.
 
 mod bad_puts;
+mod batches;
 mod cli;
 mod cluster;
 mod hostile_peers;
