@@ -203,6 +203,17 @@ mod tests {
     }
 
     #[test]
+    fn neighbours_are_of_one_segment_and_without_a_gap() {
+        let extent = |segment, offset, len_bytes| Extent { segment: SegmentId(segment), offset, len_bytes };
+        let first = extent(1, 64, 36);
+        assert!(first.is_followed_by(extent(1, 100, 7)));
+        for other in [extent(2, 100, 7), extent(1, 101, 7), extent(1, 99, 7), first] {
+            assert!(!first.is_followed_by(other), "{other:?}");
+        }
+        assert!(!extent(1, u64::MAX, 2).is_followed_by(extent(1, 1, 1)));
+    }
+
+    #[test]
     fn tier_codes_return() {
         for tier in [Tier::Host, Tier::Gpu(0), Tier::Gpu(u16::MAX)] {
             assert_eq!(Tier::from_code(tier.code()), Some(tier));
