@@ -93,6 +93,18 @@ mod tests {
     }
 
     #[test]
+    fn two_messages_have_the_documented_bytes() {
+        let other = Batched { message: PeerMessage::Release { lease: LeaseId(2) }, ..plain(0) };
+        let frame = encode(FrameKind::Batch, 0, &Batch(vec![plain(0), other]), 0).expect("small");
+        let mut bytes = b"HTM1\x01\0\x05\0".to_vec();
+        bytes.extend([0; 8]);
+        bytes.extend([9, 0, 0, 0]);
+        bytes.extend([0; 12]);
+        bytes.extend([2, 0, 0, 7, 1, 0, 0, 7, 2]);
+        assert_eq!(frame.as_bytes(), bytes);
+    }
+
+    #[test]
     fn what_no_engine_says_is_refused_with_its_values() {
         let member =
             Member { node: NodeId(1), epoch: Epoch(1), name: "n".to_owned(), address: "a".to_owned() };

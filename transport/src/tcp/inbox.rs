@@ -1,7 +1,7 @@
 //! What one control stream has received: frames are cut out of a small buffer, and payloads go past it, straight
-//! into their extents, however many these are. Not what frames mean. Invariant: a body is handed over only when it is whole and its header
-//! was within every limit; of a payload, only what came in one piece with the frame before it is staged (at most
-//! `BUFFER_LEN` bytes).
+//! into their extents, however many these are. Not what frames mean. Invariant: a body is handed over only when it is
+//! whole and its header was within every limit; of a payload, only what came in one piece with the frame before it is
+//! staged (at most `BUFFER_LEN` bytes).
 
 use std::os::fd::AsFd;
 
@@ -23,6 +23,9 @@ pub(super) struct Inbox {
     buffer: Vec<u8>,
     start: usize,
     end: usize,
+    /// How many bytes may wait: those of the frame that is being received, and no more of what follows it than a
+    /// small frame brings along.
+    wanted: usize,
     payload: Option<Payload>,
 }
 
@@ -51,7 +54,7 @@ impl Inbox {
     pub(super) fn new(bytes: &[u8]) -> Self {
         let mut buffer = vec![0; BUFFER_LEN.max(bytes.len())];
         buffer[..bytes.len()].copy_from_slice(bytes);
-        Self { buffer, start: 0, end: bytes.len(), payload: None }
+        Self { buffer, start: 0, end: bytes.len(), wanted: BUFFER_LEN, payload: None }
     }
 
     /// The bytes received and not used yet.
@@ -79,8 +82,10 @@ impl Inbox {
         let frame_len = HEADER_LEN + header.body_len as usize;
         if self.waiting().len() < frame_len {
             self.make_room(frame_len);
+            self.wanted = frame_len.max(BUFFER_LEN);
             return Ok(Item::Hungry);
         }
+        self.wanted = BUFFER_LEN;
         let body = self.start + HEADER_LEN..self.start + frame_len;
         self.start = body.end;
         Ok(Item::Frame(header, &self.buffer[body]))
@@ -150,12 +155,18 @@ impl Inbox {
                 Err(Unmoved::Os(error)) => return Self::received(Got::of(Err(error)), 0),
             }
         }
-        if self.payload.is_some() && self.buffer.len() < DISCARD_LEN {
-            self.buffer.resize(DISCARD_LEN, 0);
+        let mut wanted = self.wanted;
+        if let Some(payload) = &self.payload {
+            let left = usize::try_from(payload.len - payload.done).unwrap_or(usize::MAX);
+            wanted = wanted.saturating_add(left);
+            if self.buffer.len() < DISCARD_LEN {
+                self.buffer.resize(DISCARD_LEN, 0);
+            }
         }
         self.make_room(1);
-        let room = self.buffer.len() - self.end;
-        let got = socket.receive(&mut self.buffer[self.end..]);
+        let until = self.start.saturating_add(wanted).clamp(self.end + 1, self.buffer.len());
+        let room = until - self.end;
+        let got = socket.receive(&mut self.buffer[self.end..until]);
         if let Ok(Got::Bytes(count)) = got {
             self.end += count;
         }
