@@ -144,7 +144,9 @@ impl Store {
         self.get_with(key, &options)
     }
 
-    /// Many objects: those on this node in place, the others asked for all at once. One result per key, in order.
+    /// Many objects: those on this node in place, the others asked for all at once, which costs a few messages and
+    /// not one for each. One result per key, in order: what cannot be had is an error in its place, and the others are
+    /// there all the same. Returns when the last has come or failed. A client holds at most 16,384 objects at a time.
     #[must_use]
     pub fn get_many(&self, keys: &[Key]) -> Vec<Result<Object, StoreError>> {
         self.get_many_with(keys, &GetOptions::default())

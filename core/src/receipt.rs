@@ -109,7 +109,7 @@ pub struct Receipt {
     pub round_trips: u32,
     /// Objects up to this many bytes would have come inside a peer's answer; none if no peer was asked.
     pub threshold_bytes: Option<u64>,
-    /// How long the call took. None for a get of an object that was here: to look at the clock would take a third of
-    /// the time that it takes.
+    /// How long the call took; of a call for many objects, until the node's answer about this one. None for a get of an
+    /// object that was here: to look at the clock would take a third of the time that it takes.
     pub elapsed: Option<Duration>,
 }
