@@ -101,6 +101,7 @@ fn engine() -> Engine {
         client_quota_bytes: 1 << 30,
         objects_max: 1 << 20,
         index_keys: vec![(FabricId(0), RemoteKey(1))],
+        gather_max: vec![(FabricId(0), 1_023)],
         generation_base: 0,
         generation_stride: 128,
         threshold_bytes: None,

@@ -7,8 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use hetmem_core::wire::{
-    Announced, ClientMessage, FrameKind, Holder, IfExists, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage, PutHints,
-    Range, Role, encode,
+    Announced, Batch, Batched, ClientMessage, FrameKind, Holder, IfExists, PROTOCOL_MAX, PROTOCOL_MIN,
+    PeerMessage, PutHints, Range, Role, encode,
 };
 use hetmem_core::{Checksum, DType, Epoch, Generation, Key, NodeId, ObjectId, ObjectMeta, SegmentId};
 use hetmem_tests::fuzz;
@@ -103,7 +103,7 @@ fn what_honest_programs_send_is_in_the_corpora() {
     let (role, ttl_ms) = (Role::Replica, Some(9));
     let announced = Announced { key: key("a"), object, len_bytes: 16, role, replicas: 2, ttl_ms };
     let holders = vec![Holder { node: NodeId(4), address: "a:1".to_owned() }];
-    for message in [
+    let said = [
         PeerMessage::Get { key: key("a"), range: None, inline_max: 9 },
         PeerMessage::Data { object, meta: tensor() },
         PeerMessage::Drop { key: key("a"), object },
@@ -113,8 +113,9 @@ fn what_honest_programs_send_is_in_the_corpora() {
         PeerMessage::Replicate { object: announced.clone(), holders },
         PeerMessage::Surplus { key: key("a"), object, lasting: vec![(NodeId(4), Epoch(5))] },
         PeerMessage::Announce { objects: vec![announced], exclusive: false },
-    ] {
-        let frame = encode(FrameKind::Peer, 1, &message, 0).expect("a short message");
+    ];
+    for message in &said {
+        let frame = encode(FrameKind::Peer, 1, message, 0).expect("a short message");
         inputs.push(("wire", frame.into_bytes()));
     }
     for (header, data_len) in [
@@ -140,6 +141,13 @@ fn what_honest_programs_send_is_in_the_corpora() {
         let len = header.len() as u64;
         inputs.push(("safetensors", [&len.to_le_bytes(), header.as_bytes(), &vec![5; data_len]].concat()));
     }
+    let batched = |(request, message): (u64, PeerMessage)| {
+        let payload_len = if matches!(message, PeerMessage::Data { .. }) { 16 } else { 0 };
+        Batched { request, payload_len, message }
+    };
+    let batch = Batch((1..).zip(said).map(batched).collect());
+    let frame = encode(FrameKind::Batch, 0, &batch, 16).expect("a short batch");
+    inputs.push(("wire", frame.into_bytes()));
     assert_eq!((PROTOCOL_MIN, PROTOCOL_MAX), (1, 1), "the corpus is of this version");
     let write = std::env::var_os("HETMEM_WRITE_CORPUS").is_some();
     let mut of_target = BTreeMap::new();

@@ -41,6 +41,8 @@ fn the_seeds_reach_what_they_are_for() {
         ("gets at known places", tally.known),
         ("known places that were given up", tally.outdated),
         ("evictions", tally.evicted),
+        ("frames of several messages", tally.batches),
+        ("objects handed over with others", tally.handed),
         ("objects sealed", tally.sealed),
         ("keys found everywhere", tally.durable),
         ("objects on several nodes", tally.replicated),

@@ -1,5 +1,6 @@
 //! The command line as its users see it: real processes, a node of the test's own, files in a folder of its own.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
@@ -13,14 +14,21 @@ const HETMEM: &str = env!("CARGO_BIN_EXE_hetmem");
 struct Node {
     child: Child,
     folder: tempfile::TempDir,
+    /// Where its peers connect.
+    address: String,
 }
 
 impl Node {
     fn start() -> Self {
+        Self::start_with(&["--host", "64MiB"])
+    }
+
+    fn start_with(flags: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let mut child = Command::new(HETMEM)
-            .args(["serve", "--listen", "127.0.0.1:0", "--host", "64MiB", "--stop-with-stdin", "--socket"])
+            .args(["serve", "--listen", "127.0.0.1:0", "--stop-with-stdin", "--socket"])
             .arg(folder.path().join("node.sock"))
+            .args(flags)
             .env("HETMEM_LOG", "error")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -30,8 +38,9 @@ impl Node {
         BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("a line");
         let ready: Value = serde_json::from_str(&line).expect("one line of JSON");
         assert_eq!(ready["ready"], true, "{line}");
-        assert!(ready["address"].as_str().expect("an address").starts_with("127.0.0.1:"));
-        Self { child, folder }
+        let address = ready["address"].as_str().expect("an address").to_owned();
+        assert!(address.starts_with("127.0.0.1:"));
+        Self { child, folder, address }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -115,6 +124,37 @@ fn files_come_back_as_they_were_put() {
     node.json(&["get", "model/a.weight", "-o", npy.to_str().expect("UTF-8")]);
     let npy = fs::read(npy).expect("written");
     assert!(npy.starts_with(b"\x93NUMPY") && npy.ends_with(&(1..=16).collect::<Vec<u8>>()));
+}
+
+#[test]
+fn a_model_comes_through_a_node_that_has_room_for_few_of_its_tensors() {
+    const TENSORS: usize = 24;
+    const LEN: usize = 1 << 20;
+    let owner = Node::start();
+    let mut header = String::new();
+    for number in 0..TENSORS {
+        let (from, to) = (number * LEN, (number + 1) * LEN);
+        let separator = if number == 0 { '{' } else { ',' };
+        write!(
+            header,
+            r#"{separator}"t{number:02}":{{"dtype":"U8","shape":[{LEN}],"data_offsets":[{from},{to}]}}"#
+        )
+        .expect("to a String");
+    }
+    header.push('}');
+    header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend_from_slice(header.as_bytes());
+    for number in 0..TENSORS {
+        bytes.extend(
+            (0..=250).cycle().map(|at: u8| at ^ u8::try_from(number).expect("few tensors")).take(LEN),
+        );
+    }
+    owner.json(&["put", &owner.file("model.safetensors", &bytes)]);
+    let node = Node::start_with(&["--host", "8MiB", "--join", &owner.address]);
+    let back = node.path("back.safetensors");
+    assert_eq!(node.json(&["get", "model", "-o", back.to_str().expect("UTF-8")])["objects"], TENSORS);
+    assert!(fs::read(back).expect("written") == bytes);
 }
 
 #[test]
@@ -211,8 +251,8 @@ fn the_demo_moves_a_file_between_two_nodes() {
     assert_eq!(done.status.code(), Some(0), "{}", text(&done.stderr));
     let report: Value = serde_json::from_slice(&done.stdout).expect("JSON and nothing else");
     assert_eq!((&report["ok"], &report["tensors"], &report["bytes"]), (&true.into(), &2.into(), &22.into()));
-    // Each tensor is compared after its fetch, and on both nodes.
-    assert_eq!((&report["compared_bytes"], &report["eager"]), (&66.into(), &2.into()));
+    // Each tensor is compared after its fetch, on both nodes, and with all others at once.
+    assert_eq!((&report["compared_bytes"], &report["eager"]), (&88.into(), &2.into()));
     let said = hetmem(&nowhere, &["demo", path, "--fabric", "verbs"]);
     assert_eq!(said.status.code(), Some(4));
     assert!(text(&said.stderr).contains("verbs"));

@@ -21,6 +21,9 @@ pub(crate) fn hook(shared: Weak<Shared>) -> LateHook {
 fn take_back(shared: &Shared, mut answer: Answer) {
     match answer.reply {
         ClientReply::Located(located) => shared.page.unpin(located.pin),
+        ClientReply::LocatedMany(many) => {
+            many.items.iter().flatten().for_each(|item| shared.page.unpin(item.located.pin));
+        }
         ClientReply::Reserved { reservation, extent, map } => {
             // The descriptor of a granted segment comes once: without it the segment could never be used.
             if let (Some(len_bytes), Some(fd)) = (map, answer.descriptors.pop()) {

@@ -20,6 +20,7 @@
 mod ahead;
 mod late;
 mod list;
+mod many;
 mod object;
 mod options;
 mod reservation;

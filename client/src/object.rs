@@ -4,7 +4,7 @@
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hetmem_core::receipt::{Carried, Path, Place, Receipt};
 use hetmem_core::wire::{Located, Range};
@@ -59,7 +59,7 @@ impl Object {
     }
 
     /// The same with a pin that the node has made.
-    pub(crate) fn located(shared: &Arc<Shared>, located: &Located, started: Instant) -> Self {
+    pub(crate) fn located(shared: &Arc<Shared>, located: Located, elapsed: Duration) -> Self {
         let held = Held {
             shared: Arc::clone(shared),
             entry: IndexEntry {
@@ -71,8 +71,8 @@ impl Object {
             },
             pin: located.pin,
             path: located.path,
-            carried: located.carried.clone(),
-            elapsed: Some(started.elapsed()),
+            carried: located.carried,
+            elapsed: Some(elapsed),
         };
         Self { held: Box::new(held) }
     }
@@ -137,8 +137,8 @@ impl Object {
         match carried {
             None => receipt,
             Some(carried) => Receipt {
-                fabric: Some(carried.fabric.as_str().into()),
-                from: Place { node: carried.from.as_str().into(), tier: Some(carried.from_tier) },
+                fabric: Some(Arc::clone(&carried.fabric)),
+                from: Place { node: Arc::clone(&carried.from), tier: Some(carried.from_tier) },
                 bytes: carried.moved.bytes,
                 staged_bytes: carried.moved.staged_bytes,
                 round_trips: carried.round_trips,

@@ -53,6 +53,17 @@ pub enum ZeroCopy {
     Required,
 }
 
+impl GetOptions {
+    /// The threshold that a question names.
+    pub(crate) fn threshold(&self) -> Option<u64> {
+        match self.zero_copy {
+            // What comes inside an answer may share a buffer with it; what is read lands where it belongs.
+            ZeroCopy::Required => Some(0),
+            ZeroCopy::Preferred => self.threshold_bytes,
+        }
+    }
+}
+
 impl Default for GetOptions {
     fn default() -> Self {
         Self {

@@ -7,7 +7,7 @@
 //! its own answer.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
@@ -16,7 +16,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use hetmem_core::wire::{ClientMessage, ClientReply, FrameHeader, FrameKind, HEADER_LEN, decode, encode};
+use hetmem_core::wire::{
+    ClientMessage, ClientReply, FrameHeader, FrameKind, HEADER_LEN, KEYS_PER_MESSAGE_MAX, LocatedMany,
+    decode, encode,
+};
 use hetmem_core::{Key, StoreError};
 use hetmem_host_mem::{Answer, Session, socket};
 use parking_lot::{Condvar, Mutex, MutexGuard};
@@ -30,6 +33,10 @@ const RECEIVE_TICK: Duration = Duration::from_secs(1);
 /// How long a caller looks for its answer before it sleeps, giving way to whoever wants the core. Two cores of one
 /// machine wake each other in 20 to 40 us; most answers take 3.
 const SPIN: Duration = Duration::from_micros(50);
+
+/// The most questions of one `call_many` that are out at once. Each of many keys is answered in a few packets of 64 KiB,
+/// and a node gives a client up that lets 4 MiB of answers wait.
+const QUESTIONS_IN_FLIGHT: usize = 64;
 
 /// What becomes of an answer whose asker has gone: it may hold a pin, a reservation or a granted segment.
 pub(crate) type LateHook = Box<dyn Fn(Answer) + Send + Sync>;
@@ -58,6 +65,8 @@ type Text = Cow<'static, str>;
 /// One question that is out.
 struct Slot {
     answer: Option<Delivered>,
+    /// What has come of an answer in several packets.
+    parts: Option<LocatedMany>,
     owner: Arc<Condvar>,
     /// Whether the owner sleeps on its condvar: only such an owner can be told to read.
     owner_waits: bool,
@@ -147,7 +156,7 @@ impl UnixSession {
     /// Makes room for an answer, and returns the number of its question.
     fn take_place(&self, message: &ClientMessage) -> Result<u64, StoreError> {
         let request = self.next_request.fetch_add(1, Ordering::Relaxed);
-        let slot = Slot { answer: None, owner: Arc::default(), owner_waits: false };
+        let slot = Slot { answer: None, parts: None, owner: Arc::default(), owner_waits: false };
         let mut desk = self.desk.lock();
         if let Some(why) = &desk.lost {
             return Err(self.lost_error(message, why));
@@ -244,16 +253,34 @@ impl UnixSession {
             None => PollFlags::OUT,
         };
         let ready = self.poll(events, deadline.min(Instant::now() + RECEIVE_TICK));
-        let Some(mut reader) = reader else { return };
+        if let Some(reader) = reader {
+            self.read_if(ready, reader);
+        }
+    }
+
+    /// Reads the answers that are there, unless someone does already.
+    fn take_in(&self) {
+        loop {
+            let Some(reader) = self.desk.lock().reader.take() else { return };
+            if !self.read_if(self.poll(PollFlags::IN, Instant::now()), reader) {
+                return;
+            }
+        }
+    }
+
+    /// Reads one packet if there is one, and gives the receive side to whom it belongs next. Whether it has read one.
+    fn read_if(&self, ready: Result<PollFlags, rustix::io::Errno>, mut reader: Reader) -> bool {
         let received = match ready {
             Ok(flags) if flags.contains(PollFlags::IN) => {
                 self.receive(&mut reader, Instant::now() + RECEIVE_TICK)
             }
             _ => Ok(None),
         };
+        let has_read = matches!(received, Ok(Some(_)));
         let desk = self.desk.lock();
         self.settle(desk, reader, received);
         hand_over(&mut self.desk.lock());
+        has_read
     }
 
     /// Reads one packet; `None` when the deadline passes first. An error says why the node is lost.
@@ -322,8 +349,10 @@ impl UnixSession {
             Ok(None) => None,
             Ok(Some((request, answer))) => match desk.slots.get_mut(&request) {
                 Some(slot) if slot.answer.is_none() => {
-                    slot.answer = Some(Delivered::Answer(Box::new(answer)));
-                    slot.owner.notify_one();
+                    if let Some(whole) = slot.assemble(answer) {
+                        slot.answer = Some(Delivered::Answer(Box::new(whole)));
+                        slot.owner.notify_one();
+                    }
                     None
                 }
                 _ => answer.ok(),
@@ -365,6 +394,57 @@ impl UnixSession {
 impl Session for UnixSession {
     fn call(&self, message: &ClientMessage, payload: &[u8], timeout: Duration) -> Result<Answer, StoreError> {
         self.submit(message, payload, timeout)?.wait(timeout)
+    }
+
+    fn call_many(&self, messages: &[ClientMessage], timeout: Duration) -> Vec<Result<Answer, StoreError>> {
+        let mut answers = Vec::with_capacity(messages.len());
+        let mut out: VecDeque<Result<Ticket<'_>, StoreError>> = VecDeque::new();
+        let mut rest = messages.iter();
+        loop {
+            while out.len() < QUESTIONS_IN_FLIGHT
+                && let Some(message) = rest.next()
+            {
+                out.push_back(self.submit(message, &[], timeout));
+                // A node does not wait for who lets answers pile up.
+                self.take_in();
+            }
+            let Some(ticket) = out.pop_front() else {
+                return answers;
+            };
+            answers.push(ticket.and_then(|ticket| ticket.wait(timeout)));
+        }
+    }
+}
+
+impl Slot {
+    /// Takes one packet of the answer; the answer once it is whole.
+    fn assemble(&mut self, answer: Result<Answer, StoreError>) -> Option<Result<Answer, StoreError>> {
+        let (part, descriptors) = match answer {
+            Ok(Answer { reply: ClientReply::LocatedMany(part), descriptors }) => (part, descriptors),
+            whole => return Some(whole),
+        };
+        let mut many = self.parts.take().unwrap_or_default();
+        many.append(part);
+        if many.left > 0 {
+            if many.items.len() < KEYS_PER_MESSAGE_MAX {
+                self.parts = Some(many);
+                return None;
+            }
+            // More than can have been asked for: what there is has to do.
+            many.left = 0;
+        }
+        Some(Ok(Answer { reply: ClientReply::LocatedMany(many), descriptors }))
+    }
+
+    /// What the node has handed over, if its owner has gone.
+    fn abandoned(self) -> Option<Answer> {
+        match self.answer {
+            Some(Delivered::Answer(answer)) => answer.ok(),
+            Some(Delivered::Lost) | None => {
+                let reply = ClientReply::LocatedMany(self.parts?);
+                Some(Answer { reply, descriptors: Vec::new() })
+            }
+        }
     }
 }
 
@@ -435,9 +515,7 @@ impl Drop for Ticket<'_> {
         let slot = desk.slots.remove(&self.request);
         hand_over(&mut desk);
         drop(desk);
-        if let Some(Delivered::Answer(answer)) = slot.and_then(|slot| slot.answer) {
-            self.session.dispose(answer.ok());
-        }
+        self.session.dispose(slot.and_then(Slot::abandoned));
     }
 }
 
@@ -479,6 +557,7 @@ fn subject(message: &ClientMessage) -> &str {
         | ClientMessage::Delete { key }
         | ClientMessage::Pin { key, .. }
         | ClientMessage::Evict { key, .. } => Key::as_str(key),
+        ClientMessage::GetMany { keys, .. } => keys.first().map_or("", Key::as_str),
         ClientMessage::List { prefix, .. } => prefix,
         _ => "",
     }

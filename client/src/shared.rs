@@ -204,6 +204,7 @@ pub(crate) fn unexpected(message: &ClientMessage, reply: &ClientReply) -> StoreE
         ClientReply::Deleted { .. } => "Deleted",
         ClientReply::Status(_) => "Status",
         ClientReply::Ahead { .. } => "Ahead",
+        ClientReply::LocatedMany(_) => "LocatedMany",
     };
     StoreError::protocol(format!("the node answered {} with {reply}", message.name()))
 }

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hetmem_core::wire::{
-    self, ClientMessage, ClientReply, IfExists, Listed, PROTOCOL_MAX, PROTOCOL_MIN, Range, Status,
+    self, ClientMessage, ClientReply, IfExists, Listed, Located, PROTOCOL_MAX, PROTOCOL_MIN, Range, Status,
 };
 use hetmem_core::{Checksum, ErrorKind, Extent, Key, ObjectMeta, StoreError, checksum};
-use hetmem_host_mem::{Answer, ClientPage, IndexReader, Session};
+use hetmem_host_mem::{ClientPage, IndexReader, Session};
 
 use crate::ahead::Ahead;
 use crate::late;
@@ -19,23 +19,17 @@ use crate::object::Object;
 use crate::options::{ConnectOptions, GetOptions, PutOptions, PutOutcome, Stat, ZeroCopy};
 use crate::reservation::{Reservation, Reserved, Written, check_len};
 use crate::segments::{Grants, ReadMappings};
-use crate::session::{Ticket, UnixSession};
+use crate::session::UnixSession;
 use crate::shared::{Link, Shared, unexpected};
 
 /// What a question may take beyond the time that the node itself gives it: the node answers that its own deadline
 /// has passed, and says why.
-const ANSWER_GRACE: Duration = Duration::from_secs(2);
-
-/// The most gets of one `get_many` that are out at once.
-const GETS_IN_FLIGHT: usize = 64;
-
-/// The most threads that one `get_many` uses where a session answers one question per thread.
-const ASKING_THREADS: usize = 8;
+pub(crate) const ANSWER_GRACE: Duration = Duration::from_secs(2);
 
 /// A connection to the node of this machine. Cheap to clone; all clones and threads share one socket.
 #[derive(Clone)]
 pub struct Store {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
 }
 
 impl fmt::Debug for Store {
@@ -137,7 +131,10 @@ impl Store {
         let started = Instant::now();
         let message = get_message(key, options);
         let answer = self.shared.call(&message, &[], options.timeout + ANSWER_GRACE)?;
-        self.remote(key, &message, answer.reply, options, started)
+        match answer.reply {
+            ClientReply::Located(located) => self.remote(key, located, options, started.elapsed()),
+            reply => Err(unexpected(&message, &reply)),
+        }
     }
 
     /// `len_bytes` bytes of an object, from `start`.
@@ -149,7 +146,9 @@ impl Store {
         self.get_with(key, &options)
     }
 
-    /// Many objects: those on this node in place, the others asked for all at once. One result per key, in order.
+    /// Many objects: those on this node in place, the others asked for all at once, which costs a few messages and
+    /// not one for each. One result per key, in order: what cannot be had is an error in its place, and the others are
+    /// there all the same. Returns when the last has come or failed. A client holds at most 16,384 objects at a time.
     #[must_use]
     pub fn get_many(&self, keys: &[Key]) -> Vec<Result<Object, StoreError>> {
         self.get_many_with(keys, &GetOptions::default())
@@ -160,58 +159,13 @@ impl Store {
     pub fn get_many_with(&self, keys: &[Key], options: &GetOptions) -> Vec<Result<Object, StoreError>> {
         let mut results: Vec<_> = keys.iter().map(|key| self.local_part(key, options)).collect();
         let missing: Vec<usize> = (0..keys.len()).filter(|&at| results[at].is_none()).collect();
-        let started = Instant::now();
-        let messages: Vec<_> = missing.iter().map(|&at| get_message(&keys[at], options)).collect();
-        let answers = self.ask_all(&messages, options.timeout + ANSWER_GRACE);
-        for ((at, message), answer) in missing.into_iter().zip(&messages).zip(answers) {
-            let object =
-                answer.and_then(|answer| self.remote(&keys[at], message, answer.reply, options, started));
-            results[at] = Some(object);
-        }
-        let unanswered = || Err(StoreError::protocol("a get has no answer"));
-        results.into_iter().map(|result| result.unwrap_or_else(unanswered)).collect()
-    }
-
-    /// Asks all questions, many out at a time where the session can.
-    fn ask_all(&self, messages: &[ClientMessage], timeout: Duration) -> Vec<Result<Answer, StoreError>> {
-        let Link::Unix(session) = &self.shared.session else {
-            return self.ask_all_by_threads(messages, timeout);
-        };
-        let mut answers = Vec::with_capacity(messages.len());
-        let mut out: std::collections::VecDeque<Result<Ticket<'_>, StoreError>> = Default::default();
-        let mut rest = messages.iter();
-        loop {
-            while out.len() < GETS_IN_FLIGHT
-                && let Some(message) = rest.next()
-            {
-                out.push_back(session.submit(message, &[], timeout));
+        if !missing.is_empty() {
+            let wanted: Vec<&Key> = missing.iter().map(|&at| &keys[at]).collect();
+            for (at, object) in missing.into_iter().zip(self.ask_for_many(&wanted, options)) {
+                results[at] = Some(object);
             }
-            let Some(ticket) = out.pop_front() else {
-                return answers;
-            };
-            answers.push(ticket.and_then(|ticket| ticket.wait(timeout)));
         }
-    }
-
-    /// For sessions that answer one question per thread.
-    fn ask_all_by_threads(
-        &self,
-        messages: &[ClientMessage],
-        timeout: Duration,
-    ) -> Vec<Result<Answer, StoreError>> {
-        if let [one] = messages {
-            return vec![self.shared.call(one, &[], timeout)];
-        }
-        let mut answers = Vec::with_capacity(messages.len());
-        for some in messages.chunks(ASKING_THREADS) {
-            std::thread::scope(|scope| {
-                let ask = |message| scope.spawn(move || self.shared.call(message, &[], timeout));
-                let asked: Vec<_> = some.iter().map(ask).collect();
-                let died = || Err(StoreError::unavailable("get", "the thread that asked has panicked"));
-                answers.extend(asked.into_iter().map(|one| one.join().unwrap_or_else(|_| died())));
-            });
-        }
-        answers
+        results.into_iter().map(|result| result.unwrap_or_else(unanswered)).collect()
     }
 
     /// Stores an object. Its bytes can be read by everyone when this returns.
@@ -472,22 +426,18 @@ impl Store {
     }
 
     /// The object that the node has located and pinned.
-    fn remote(
+    pub(crate) fn remote(
         &self,
         key: &Key,
-        message: &ClientMessage,
-        answer: ClientReply,
+        located: Located,
         options: &GetOptions,
-        started: Instant,
+        elapsed: Duration,
     ) -> Result<Object, StoreError> {
-        let located = match answer {
-            ClientReply::Located(located) => located,
-            reply => return Err(unexpected(message, &reply)),
-        };
-        let object = Object::located(&self.shared, &located, started);
         let wanted = options.range.map_or(located.meta.len_bytes, |range| range.len_bytes);
-        if located.extent.len_bytes != wanted {
-            return Err(wrong_length(key, &located.extent, wanted));
+        // Made first, so that every error from here on gives the pin back.
+        let object = Object::located(&self.shared, located, elapsed);
+        if object.extent().len_bytes != wanted {
+            return Err(wrong_length(key, object.extent(), wanted));
         }
         refuse_staged(key, &object, options)?;
         if self.shared.is_mapped(object.extent(), object.tier()) {
@@ -520,21 +470,21 @@ fn refuse_staged(key: &Key, object: &Object, options: &GetOptions) -> Result<(),
     Err(StoreError::unavailable("zero copy", why))
 }
 
-fn get_message(key: &Key, options: &GetOptions) -> ClientMessage {
+pub(crate) fn get_message(key: &Key, options: &GetOptions) -> ClientMessage {
     ClientMessage::Get {
         key: key.clone(),
         range: options.range,
         timeout_ms: millis(options.timeout),
         keep: options.keep,
-        // What comes inside an answer may share a buffer with it; what is read lands where it belongs.
-        threshold_bytes: match options.zero_copy {
-            ZeroCopy::Required => Some(0),
-            ZeroCopy::Preferred => options.threshold_bytes,
-        },
+        threshold_bytes: options.threshold(),
     }
 }
 
-fn millis(time: Duration) -> u64 {
+pub(crate) fn unanswered<T>() -> Result<T, StoreError> {
+    Err(StoreError::protocol("a get has no answer"))
+}
+
+pub(crate) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 

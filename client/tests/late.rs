@@ -10,10 +10,15 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use hetmem_client::{ConnectOptions, ErrorKind, GetOptions, Key, ObjectMeta, PutOptions, Reserved, Store};
-use hetmem_core::wire::{ClientMessage, FrameHeader, FrameKind, HEADER_LEN, decode, encode};
-use hetmem_host_mem::{Session, socket};
+use hetmem_client::{
+    ConnectOptions, ErrorKind, GetOptions, Key, ObjectMeta, PutOptions, Range, Reserved, Store, StoreError,
+};
+use hetmem_core::wire::{ClientMessage, ClientReply, FrameHeader, FrameKind, HEADER_LEN, decode, encode};
+use hetmem_host_mem::{Answer, Session, socket};
 use stand_in::StandIn;
+
+/// Bytes of a packet in which many objects are handed over: few, so that an answer is cut into several.
+const PART_LEN_MAX: usize = 3_000;
 
 /// Serves one client over a socket. The first answer to a question of the name `held` waits for a word from the test.
 fn serve(node: &StandIn, connection: &OwnedFd, held: &str, release: &mpsc::Receiver<()>) {
@@ -29,17 +34,34 @@ fn serve(node: &StandIn, connection: &OwnedFd, held: &str, release: &mpsc::Recei
         let (body, payload) = rest.split_at(header.body_len as usize);
         let message: ClientMessage = decode(body).expect("a message");
         let answer = node.call(&message, payload, Duration::ZERO);
-        if holding && message.name() == held {
-            holding = false;
-            release.recv().expect("the test says when");
-        }
-        let (reply, fds) = match answer {
-            Ok(answer) => (Ok(answer.reply), answer.descriptors),
-            Err(error) => (Err(error), Vec::new()),
+        let hold = |holding: &mut bool| {
+            if std::mem::take(holding) {
+                release.recv().expect("the test says when");
+            }
         };
-        let frame = encode(FrameKind::Reply, header.request, &reply, 0).expect("an answer");
-        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-        socket::send(connection, &[IoSlice::new(frame.as_bytes())], &fds).expect("the client is there");
+        let send = |reply: Result<ClientReply, StoreError>, fds: &[OwnedFd]| {
+            let frame = encode(FrameKind::Reply, header.request, &reply, 0).expect("an answer");
+            let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+            socket::send(connection, &[IoSlice::new(frame.as_bytes())], &fds).expect("the client is there");
+        };
+        match answer {
+            Ok(Answer { reply: ClientReply::LocatedMany(many), .. }) => {
+                for (number, part) in many.parts(PART_LEN_MAX).into_iter().enumerate() {
+                    // The first part is there by then.
+                    if number == 1 && message.name() == held {
+                        hold(&mut holding);
+                    }
+                    send(Ok(ClientReply::LocatedMany(part)), &[]);
+                }
+                continue;
+            }
+            _ if message.name() == held => hold(&mut holding),
+            _ => {}
+        }
+        match answer {
+            Ok(answer) => send(Ok(answer.reply), &answer.descriptors),
+            Err(error) => send(Err(error), &[]),
+        }
     }
 }
 
@@ -110,20 +132,51 @@ fn a_late_reservation_is_given_back_and_its_segment_kept() {
 }
 
 #[test]
-fn many_gets_are_out_at_once_and_each_finds_its_object() {
+fn many_objects_take_few_questions_and_each_key_gets_its_own() {
     with_node("nothing", |path, node, _release| {
-        let keys: Vec<Key> = (0..300).map(|number| key(&number.to_string())).collect();
-        for key in &keys[..299] {
+        let keys: Vec<Key> = (0..3_000).map(|number| key(&number.to_string())).collect();
+        for key in &keys[..2_999] {
             node.add_remote(key, key.as_str().as_bytes());
         }
         let store = Store::connect(Some(path)).expect("connected");
         let mut results = store.get_many(&keys);
-        let last = results.pop().expect("300 results").expect_err("not there");
+        assert_eq!((results.len(), node.pinned()), (3_000, 2_999));
+        let last = results.pop().expect("3000 results").expect_err("not there");
         assert_eq!(last.kind(), ErrorKind::NotFound);
         for (key, result) in keys.iter().zip(results) {
             assert_eq!(&*result.expect("there"), key.as_str().as_bytes());
         }
         assert_eq!(node.pinned(), 0);
-        assert_eq!(node.asked().iter().filter(|name| **name == "get").count(), 300);
+        assert_eq!(node.asked().iter().filter(|name| **name == "get many").count(), 3);
+        // Parts of objects are asked for one by one.
+        let range = Some(Range { start: 1, len_bytes: 2 });
+        let parts = store.get_many_with(&keys[100..200], &GetOptions { range, ..GetOptions::default() });
+        for (key, part) in keys[100..200].iter().zip(parts) {
+            assert_eq!(&*part.expect("there"), &key.as_str().as_bytes()[1..]);
+        }
+        assert_eq!(node.asked().iter().filter(|name| **name == "get").count(), 100);
+    });
+}
+
+#[test]
+fn of_many_late_objects_all_are_unpinned() {
+    with_node("get many", |path, node, release| {
+        let keys: Vec<Key> = (0..200).map(|number| key(&number.to_string())).collect();
+        for key in &keys {
+            node.add_remote(key, key.as_str().as_bytes());
+        }
+        let store = Store::connect(Some(path)).expect("connected");
+        let options = GetOptions { timeout: Duration::ZERO, ..GetOptions::default() };
+        let results = store.get_many_with(&keys, &options);
+        assert_eq!(results.len(), 200);
+        for result in results {
+            assert_eq!(result.expect_err("a part is held back").kind(), ErrorKind::TimedOut);
+        }
+        let some = node.pinned();
+        assert!(some > 0 && some < 200, "{some}: those in the part that came are given back");
+        release.send(()).expect("the node waits");
+        // The next caller finds the late parts before its own answer.
+        assert!(!store.exists(&key("nothing")).expect("asked"));
+        assert_eq!(node.pinned(), 0);
     });
 }

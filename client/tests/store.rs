@@ -308,3 +308,32 @@ fn wrong_answers_are_refused() {
     assert_eq!(store.put_bytes(&key("x"), &pattern(9000)).expect_err("wrong").kind(), ErrorKind::Protocol);
     assert!(Store::over(node as Arc<dyn hetmem_host_mem::Session>).is_err());
 }
+
+#[test]
+fn wrong_answers_about_many_objects_leave_no_pin() {
+    let keys: Vec<Key> = (0..5).map(|number| key(&number.to_string())).collect();
+    for (fault, whole, word) in [
+        (Fault::Outside, 0, "not inside"),
+        (Fault::Short, 0, "belong"),
+        (Fault::Gpu, 0, "gpu:0"),
+        (Fault::WrongReply, 0, "get many with Exists"),
+        (Fault::OneFewer, 4, "no answer"),
+        (Fault::OneMore, 5, ""),
+    ] {
+        let (store, node) = connected();
+        for key in &keys {
+            node.add_remote(key, b"far");
+        }
+        node.fail_with(fault);
+        let results = store.get_many(&keys);
+        assert_eq!(results.len(), 5, "{fault:?}");
+        assert!(results[..whole].iter().flatten().all(|object| **object == *b"far"), "{fault:?}");
+        for result in &results[whole..] {
+            let error = result.as_ref().expect_err("wrong");
+            assert!(error.to_string().contains(word), "{fault:?}: {error}");
+        }
+        assert_eq!(node.pinned(), whole, "{fault:?}: what is handed out is pinned, nothing else");
+        drop(results);
+        assert_eq!(node.pinned(), 0, "{fault:?}");
+    }
+}

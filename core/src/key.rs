@@ -5,7 +5,8 @@ use std::borrow::Borrow;
 use std::fmt;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Visitor;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::StoreError;
 
@@ -13,8 +14,7 @@ use crate::error::StoreError;
 pub const KEY_LEN_MAX: usize = 512;
 
 /// The name of an object: 1 to [`KEY_LEN_MAX`] bytes of UTF-8 without a NUL byte. Cloning is cheap.
-#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Key(Arc<str>);
 
 impl Key {
@@ -72,6 +72,33 @@ impl Key {
 #[must_use]
 pub fn fingerprint(key: &[u8]) -> u64 {
     twox_hash::XxHash3_64::oneshot(key)
+}
+
+/// As text, without a copy on the way: messages carry thousands of keys.
+impl Serialize for Key {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Key {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Name;
+
+        impl Visitor<'_> for Name {
+            type Value = Key;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "1 to {KEY_LEN_MAX} bytes of UTF-8")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<Key, E> {
+                Key::new(name).map_err(E::custom)
+            }
+        }
+
+        deserializer.deserialize_str(Name)
+    }
 }
 
 impl TryFrom<String> for Key {

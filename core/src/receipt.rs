@@ -61,9 +61,9 @@ pub struct Moved {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Carried {
     /// The fabric's name.
-    pub fabric: String,
+    pub fabric: Arc<str>,
     /// The peer's name.
-    pub from: String,
+    pub from: Arc<str>,
     /// The peer's tier.
     pub from_tier: Tier,
     /// Bytes that were moved.
@@ -112,7 +112,7 @@ pub struct Receipt {
     pub round_trips: u32,
     /// Objects up to this many bytes would have come inside a peer's answer; none if no peer was asked.
     pub threshold_bytes: Option<u64>,
-    /// How long the call took. None for a get of an object that was here: to look at the clock would take a third of
-    /// the time that it takes.
+    /// How long the call took; of a call for many objects, until the node's answer about this one. None for a get of an
+    /// object that was here: to look at the clock would take a third of the time that it takes.
     pub elapsed: Option<Duration>,
 }

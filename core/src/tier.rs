@@ -100,6 +100,10 @@ number!(
     TransferId(u64)
 );
 number!(
+    /// The payload of one frame, on its way in.
+    LandingId(u64)
+);
+number!(
     /// What names a registered segment to a peer.
     RemoteKey(u64)
 );
@@ -148,6 +152,12 @@ impl Extent {
         }
     }
 
+    /// Whether another one begins where this one ends.
+    #[must_use]
+    pub fn is_followed_by(self, other: Self) -> bool {
+        self.segment == other.segment && self.offset.checked_add(self.len_bytes) == Some(other.offset)
+    }
+
     /// The part of this extent from `start`, `len_bytes` long.
     ///
     /// # Errors
@@ -190,6 +200,17 @@ mod tests {
         assert_eq!(extent.slice(2, 4).expect("inside"), Extent { segment, offset: 6, len_bytes: 4 });
         assert!(extent.slice(3, 4).is_err());
         assert!(extent.slice(u64::MAX, 1).is_err());
+    }
+
+    #[test]
+    fn neighbours_are_of_one_segment_and_without_a_gap() {
+        let extent = |segment, offset, len_bytes| Extent { segment: SegmentId(segment), offset, len_bytes };
+        let first = extent(1, 64, 36);
+        assert!(first.is_followed_by(extent(1, 100, 7)));
+        for other in [extent(2, 100, 7), extent(1, 101, 7), extent(1, 99, 7), first] {
+            assert!(!first.is_followed_by(other), "{other:?}");
+        }
+        assert!(!extent(1, u64::MAX, 2).is_followed_by(extent(1, 1, 1)));
     }
 
     #[test]

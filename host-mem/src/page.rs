@@ -3,7 +3,6 @@
 //! back within its quota of pins, a pin that it hides spoils its own reads.
 
 use std::cell::Cell;
-use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
@@ -85,9 +84,9 @@ impl NodePage {
     ///
     /// Starts with a full fence: a generation that was withdrawn from the index before this call, and is not pinned
     /// now, is not pinned by this client and never will be.
-    pub fn pinned(&self, into: &mut HashSet<Generation>) {
+    pub fn pinned(&self, into: &mut impl Extend<Generation>) {
         pins(&self.mapping).each(|generation| {
-            into.insert(Generation(generation));
+            into.extend([Generation(generation)]);
         });
     }
 
@@ -246,6 +245,8 @@ impl ClientPage {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
 
     fn pages() -> (NodePage, ClientPage) {

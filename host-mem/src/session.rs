@@ -25,4 +25,10 @@ pub trait Session: Send + Sync {
     /// What the node refused with; [`hetmem_core::ErrorKind::TimedOut`] after `timeout`;
     /// [`hetmem_core::ErrorKind::PeerLost`] when the node is gone.
     fn call(&self, message: &ClientMessage, payload: &[u8], timeout: Duration) -> Result<Answer, StoreError>;
+
+    /// Asks many things, all of them before the first answer is waited for where the session can. One answer or error
+    /// for each, in order.
+    fn call_many(&self, messages: &[ClientMessage], timeout: Duration) -> Vec<Result<Answer, StoreError>> {
+        messages.iter().map(|message| self.call(message, &[], timeout)).collect()
+    }
 }

@@ -1,7 +1,9 @@
 //! What is carried out after the engine's lock is released: answers to clients, and the log. Not the fabric
 //! (`outbox`). Invariant: a client that cannot be answered is closed; nobody waits for it.
 
+use hetmem_core::StoreError;
 use hetmem_core::engine::Event;
+use hetmem_core::wire::LocatedMany;
 
 use crate::driver::{Driver, Later};
 
@@ -10,6 +12,11 @@ impl Driver {
         match later {
             Later::Reply { client, request, reply, descriptors } => {
                 self.clients.reply(self, client, request, reply, &descriptors);
+            }
+            Later::ReplyItems { client, request, items } => {
+                let missing = || Err(StoreError::protocol("the node has no answer for this key"));
+                let located = items.into_iter().map(|item| item.unwrap_or_else(missing));
+                self.clients.reply_many(self, client, request, LocatedMany::of(located));
             }
             Later::Close { client, why } => {
                 self.refuse();

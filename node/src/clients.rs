@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use hetmem_core::engine::Input;
-use hetmem_core::wire::{ClientReply, FrameKind, encode};
+use hetmem_core::wire::{ClientReply, FrameKind, LocatedMany, encode};
 use hetmem_core::{ClientId, StoreError};
 use hetmem_host_mem::NodePage;
 use hetmem_host_mem::socket;
@@ -123,19 +123,26 @@ impl Clients {
             }
             None => return,
         };
-        let frame = match encode(FrameKind::Reply, request, &reply, 0) {
-            Ok(frame) => frame,
-            Err(error) => {
-                tracing::error!(%error, "an answer cannot be encoded");
-                return remote.close();
+        remote.answer(driver, request, &reply, descriptors);
+    }
+
+    /// Answers with many objects, in as many packets as it takes.
+    pub(crate) fn reply_many(&self, driver: &Driver, client: ClientId, request: u64, many: LocatedMany) {
+        let remote = match self.channels.lock().get(&client) {
+            Some(Channel::Unix(remote)) => Arc::clone(remote),
+            Some(Channel::Inside(slots)) => {
+                let slots = Arc::clone(slots);
+                let reply = Ok(ClientReply::LocatedMany(many));
+                return slots.deliver(driver, client, request, reply, &Descriptors::None);
             }
+            None => return,
         };
-        if let Err(why) = remote.send(frame.into_bytes(), descriptors) {
-            if !remote.is_closing() {
-                driver.refuse();
-                tracing::warn!(%client, why, "a client is closed");
+        // The variants of result and reply take a byte each.
+        for part in many.parts(socket::BODY_LEN_MAX - 2) {
+            let reply = Ok(ClientReply::LocatedMany(part));
+            if !remote.answer(driver, request, &reply, &Descriptors::None) {
+                return;
             }
-            remote.close();
         }
     }
 }
@@ -196,6 +203,33 @@ impl Remote {
 
     pub(crate) fn is_closing(&self) -> bool {
         self.closing.load(Ordering::Acquire)
+    }
+
+    /// Sends an answer; false if the session cannot go on after that.
+    fn answer(
+        &self,
+        driver: &Driver,
+        request: u64,
+        reply: &Result<ClientReply, StoreError>,
+        descriptors: &Descriptors,
+    ) -> bool {
+        let frame = match encode(FrameKind::Reply, request, reply, 0) {
+            Ok(frame) => frame,
+            Err(error) => {
+                tracing::error!(%error, "an answer cannot be encoded");
+                self.close();
+                return false;
+            }
+        };
+        if let Err(why) = self.send(frame.into_bytes(), descriptors) {
+            if !self.is_closing() {
+                driver.refuse();
+                tracing::warn!(client = %self.client, why, "a client is closed");
+            }
+            self.close();
+            return false;
+        }
+        true
     }
 
     /// Sends, or keeps what the socket does not take; the error says why the session cannot go on.

@@ -2,7 +2,7 @@
 //! them is handed out and carried out after the lock is released (`carry`, `outbox`). Invariant: actions on memory
 //! are carried out in the engine's order, under the lock, before the next input.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::OnceLock;
@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use hetmem_core::engine::{Action, Attachment, Engine, Input, RingState, Time};
 use hetmem_core::wire::{ClientReply, Located};
-use hetmem_core::{ClientId, Extent, Generation, SegmentId, StoreError};
+use hetmem_core::{ClientId, Extent, Generation, LandingId, SegmentId, StoreError};
 use hetmem_host_mem::{IndexEntry, IndexMemory, IndexWriter, NodePage, Segment};
 use hetmem_transport::Fabric;
 use parking_lot::Mutex;
@@ -34,9 +34,13 @@ pub(crate) enum Descriptors {
 /// What is done after the lock is released.
 pub(crate) enum Later {
     Reply { client: ClientId, request: u64, reply: Result<ClientReply, StoreError>, descriptors: Descriptors },
+    ReplyItems { client: ClientId, request: u64, items: Items },
     Close { client: ClientId, why: StoreError },
     Note(hetmem_core::engine::Event),
 }
+
+/// What is known of the keys of a request for many, in their order.
+pub(crate) type Items = Vec<Option<Result<Located, StoreError>>>;
 
 pub(crate) struct Core {
     pub(crate) engine: Engine,
@@ -44,6 +48,10 @@ pub(crate) struct Core {
     pub(crate) pages: HashMap<ClientId, Arc<NodePage>>,
     pub(crate) segments: HashMap<SegmentId, Arc<Segment>>,
     pub(crate) rings: Rings,
+    /// Requests for many keys of which some have an answer.
+    items: HashMap<(ClientId, u64), Items>,
+    /// Generations that the last look at the pins has found.
+    pinned: usize,
     /// Hits of clients that are gone.
     past_hits: u64,
 }
@@ -56,6 +64,8 @@ pub(crate) struct Driver {
     pub(crate) jobs: Sender<Job>,
     /// Frames and sessions of clients that were refused for what they sent.
     pub(crate) refused: AtomicU64,
+    /// The fabric's name, for receipts.
+    fabric_name: OnceLock<Arc<str>>,
     started: Instant,
 }
 
@@ -63,8 +73,11 @@ pub(crate) struct Driver {
 #[derive(Default)]
 struct Wanted {
     later: Vec<Later>,
-    landing: Option<Extent>,
+    landing: Option<Places>,
 }
+
+/// Where parts of a payload go: each from a byte of it on.
+pub(crate) type Places = (LandingId, Vec<(u64, Extent)>);
 
 impl Driver {
     pub(crate) fn new(engine: Engine, index: IndexWriter, jobs: Sender<Job>) -> Self {
@@ -74,6 +87,8 @@ impl Driver {
             pages: HashMap::new(),
             segments: HashMap::new(),
             rings: Rings::default(),
+            items: HashMap::new(),
+            pinned: 0,
             past_hits: 0,
         };
         Self {
@@ -83,6 +98,7 @@ impl Driver {
             outbox: Outbox::default(),
             jobs,
             refused: AtomicU64::new(0),
+            fabric_name: OnceLock::new(),
             started: Instant::now(),
         }
     }
@@ -96,8 +112,8 @@ impl Driver {
         let _ = self.feed_landing(input);
     }
 
-    /// The same; where the input is a message with a payload, says where the payload goes.
-    pub(crate) fn feed_landing(&self, input: Input) -> Option<Extent> {
+    /// The same; where the input is a frame with a payload, says where that goes.
+    pub(crate) fn feed_landing(&self, input: Input) -> Option<Places> {
         self.with_core(|core, wanted| {
             if may_miss(&input) {
                 self.drain_rings(core, wanted);
@@ -118,10 +134,12 @@ impl Driver {
             }
             core.forget_page(client);
             self.run(core, Input::ClientLeft { client }, wanted);
+            // From here on the engine locates nothing for it.
+            core.forget_items(client);
         });
     }
 
-    fn with_core(&self, work: impl FnOnce(&mut Core, &mut Wanted)) -> Option<Extent> {
+    fn with_core(&self, work: impl FnOnce(&mut Core, &mut Wanted)) -> Option<Places> {
         let mut wanted = Wanted::default();
         work(&mut self.core.lock(), &mut wanted);
         for later in wanted.later {
@@ -176,11 +194,8 @@ impl Driver {
                 let reply = reply.map(|reply| self.complete(core, reply));
                 wanted.later.push(Later::Reply { client, request, reply, descriptors });
             }
-            Action::PinAndReply { client, request, mut located } => {
-                if let (Some(carried), Some(fabric)) = (&mut located.carried, self.fabric.get()) {
-                    carried.fabric = fabric.kind().to_string();
-                }
-                let reply = core.pin(client, located);
+            Action::PinAndReply { client, request, located } => {
+                let reply = core.pin(client, self.with_fabric(located)).map(ClientReply::Located);
                 wanted.later.push(Later::Reply { client, request, reply, descriptors: Descriptors::None });
             }
             Action::GrantAhead { client, request, chunk, reply, attachment } => {
@@ -194,6 +209,14 @@ impl Driver {
             Action::RecallAhead { client } => {
                 let ring = core.rings.recall(client);
                 return Some(Input::AheadChanged { client, ring });
+            }
+            Action::Item { client, request, item, located } => {
+                let located = located.and_then(|located| core.pin(client, self.with_fabric(located)));
+                core.keep_item((client, request), item, located);
+            }
+            Action::ReplyItems { client, request, count } => {
+                let items = core.take_items((client, request), count);
+                wanted.later.push(Later::ReplyItems { client, request, items });
             }
             Action::CloseClient { client, why } => wanted.later.push(Later::Close { client, why }),
             Action::Note(event) => wanted.later.push(Later::Note(event)),
@@ -236,14 +259,26 @@ impl Driver {
                 };
                 let _ = self.jobs.send(job);
             }
-            Action::Land { extent, .. } => wanted.landing = Some(extent),
+            Action::Land { landing, start, extent } => {
+                wanted.landing.get_or_insert_with(|| (landing, Vec::new())).1.push((start, extent));
+            }
             Action::Connect { .. }
             | Action::Disconnect { .. }
             | Action::Send { .. }
+            | Action::SendBatch { .. }
             | Action::Read { .. }
             | Action::CancelRead { .. } => self.outbox.push(action),
         }
         None
+    }
+
+    /// Adds to a receipt what the engine does not know.
+    fn with_fabric(&self, mut located: Located) -> Located {
+        if let (Some(carried), Some(fabric)) = (&mut located.carried, self.fabric.get()) {
+            let name = self.fabric_name.get_or_init(|| fabric.kind().to_string().into());
+            carried.fabric = Arc::clone(name);
+        }
+        located
     }
 
     /// Adds to a reply what the engine does not know.
@@ -297,15 +332,35 @@ impl Core {
         }
     }
 
-    fn pin(&self, client: ClientId, mut located: Located) -> Result<ClientReply, StoreError> {
+    fn pin(&self, client: ClientId, mut located: Located) -> Result<Located, StoreError> {
         let pin = self.pages.get(&client).and_then(|page| page.pin_for_client(located.generation));
         match pin {
             Some(pin) => {
                 located.pin = pin;
-                Ok(ClientReply::Located(located))
+                Ok(located)
             }
             None => Err(StoreError::busy("get", "this client holds as many objects as its page has pins")),
         }
+    }
+
+    fn keep_item(&mut self, of: (ClientId, u64), item: u32, located: Result<Located, StoreError>) {
+        let items = self.items.entry(of).or_default();
+        let place = item as usize;
+        if items.len() <= place {
+            items.resize_with(place + 1, || None);
+        }
+        items[place] = Some(located);
+    }
+
+    fn take_items(&mut self, of: (ClientId, u64), count: u32) -> Items {
+        let mut items = self.items.remove(&of).unwrap_or_default();
+        items.resize_with(count as usize, || None);
+        items
+    }
+
+    /// A client has left and gets no answer any more. The pins of what was kept for it are gone with its page.
+    pub(crate) fn forget_items(&mut self, client: ClientId) {
+        self.items.retain(|(of, _), _| *of != client);
     }
 
     fn fill(&self, extent: Extent, bytes: &[u8]) {
@@ -327,14 +382,16 @@ impl Core {
         }
     }
 
-    fn scan_pins(&self) -> Input {
-        let mut pinned: HashSet<Generation> = HashSet::new();
+    fn scan_pins(&mut self) -> Input {
+        // Mostly there are as many as the last time.
+        let mut pinned: Vec<Generation> = Vec::with_capacity(self.pinned);
         let mut touched = Vec::new();
         for page in self.pages.values() {
             page.pinned(&mut pinned);
             page.drain_touches(|slot| touched.push(slot));
         }
-        Input::PinScan { pinned, touched }
+        self.pinned = pinned.len();
+        Input::PinScan { pinned: pinned.into(), touched }
     }
 
     fn hits(&self) -> u64 {

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use hetmem_core::engine::Input;
-use hetmem_core::wire::{ClientMessage, ClientReply};
+use hetmem_core::wire::{ClientMessage, ClientReply, PlacedItem};
 use hetmem_core::{ClientId, StoreError};
 use hetmem_host_mem::{Answer, Session};
 use parking_lot::Mutex;
@@ -56,11 +56,17 @@ impl Slots {
         reply: Result<ClientReply, StoreError>,
         descriptors: &Descriptors,
     ) {
-        let slot = self.0.lock().remove(&request);
-        let Some(slot) = slot else { return driver.undo(client, reply) };
-        let answer = reply.and_then(|reply| Ok(Answer { reply, descriptors: duplicates(descriptors)? }));
-        *slot.answer.lock() = Some(answer);
-        slot.done.store(true, Ordering::Release);
+        {
+            // Held until the answer is in its slot: who finds that its slot was taken finds the answer there.
+            let mut slots = self.0.lock();
+            let Some(slot) = slots.remove(&request) else {
+                drop(slots);
+                return driver.undo(client, reply);
+            };
+            let answer = reply.and_then(|reply| Ok(Answer { reply, descriptors: duplicates(descriptors)? }));
+            *slot.answer.lock() = Some(answer);
+            slot.done.store(true, Ordering::Release);
+        }
         if !IN_SINK.get()
             && let Some(fabric) = driver.fabric.get()
         {
@@ -72,11 +78,18 @@ impl Slots {
 impl Driver {
     /// Takes back what an answer handed over that nobody waits for any more.
     fn undo(&self, client: ClientId, reply: Result<ClientReply, StoreError>) {
+        let page = || self.core.lock().pages.get(&client).cloned();
         match reply {
             Ok(ClientReply::Located(located)) => {
-                let page = self.core.lock().pages.get(&client).cloned();
-                if let Some(page) = page {
+                if let Some(page) = page() {
                     page.unpin_for_client(located.pin, located.generation);
+                }
+            }
+            Ok(ClientReply::LocatedMany(many)) => {
+                if let Some(page) = page() {
+                    for PlacedItem { located, .. } in many.items.into_iter().flatten() {
+                        page.unpin_for_client(located.pin, located.generation);
+                    }
                 }
             }
             Ok(ClientReply::Reserved { reservation, .. }) => {
@@ -121,8 +134,14 @@ impl InProcess {
 /// How long the engine's own deadline may be late before a caller gives up on it.
 const GRACE: Duration = Duration::from_secs(2);
 
-impl Session for InProcess {
-    fn call(&self, message: &ClientMessage, payload: &[u8], timeout: Duration) -> Result<Answer, StoreError> {
+/// A question that is out.
+struct Asked {
+    request: u64,
+    slot: Arc<Slot>,
+}
+
+impl InProcess {
+    fn ask(&self, message: &ClientMessage, payload: &[u8]) -> Asked {
         let request = self.next_request.fetch_add(1, Ordering::Relaxed);
         let slot = Arc::new(Slot::default());
         self.slots.0.lock().insert(request, Arc::clone(&slot));
@@ -133,24 +152,52 @@ impl Session for InProcess {
             message: message.clone(),
             payload,
         });
-        let done = || slot.done.load(Ordering::Acquire);
-        if !done() {
-            match self.driver.fabric.get() {
-                Some(fabric) => {
-                    fabric.progress(timeout.saturating_add(GRACE), &done);
-                }
-                None => return Err(StoreError::unavailable("the node", "it is not running")),
+        Asked { request, slot }
+    }
+
+    /// Works until all of these are answered, or the time is over.
+    fn wait(&self, asked: &[Asked], timeout: Duration) {
+        // Answers come in any order; those from `left` on were not seen yet.
+        let left = Cell::new(0);
+        let done = || {
+            while let Some(next) = asked.get(left.get())
+                && next.slot.done.load(Ordering::Acquire)
+            {
+                left.set(left.get() + 1);
             }
+            left.get() == asked.len()
+        };
+        if !done()
+            && let Some(fabric) = self.driver.fabric.get()
+        {
+            fabric.progress(timeout.saturating_add(GRACE), &done);
         }
-        let answer = slot.answer.lock().take();
-        match answer {
-            Some(answer) => answer,
-            None => {
-                self.slots.0.lock().remove(&request);
-                let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
-                Err(StoreError::timed_out(message.name(), "the node", timeout_ms))
-            }
+    }
+
+    fn take(&self, asked: &Asked, message: &ClientMessage, timeout: Duration) -> Result<Answer, StoreError> {
+        if !asked.slot.done.load(Ordering::Acquire) {
+            // From here on an answer that comes after all is undone.
+            self.slots.0.lock().remove(&asked.request);
         }
+        if let Some(answer) = asked.slot.answer.lock().take() {
+            return answer;
+        }
+        let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        Err(StoreError::timed_out(message.name(), "the node", timeout_ms))
+    }
+}
+
+impl Session for InProcess {
+    fn call(&self, message: &ClientMessage, payload: &[u8], timeout: Duration) -> Result<Answer, StoreError> {
+        let asked = [self.ask(message, payload)];
+        self.wait(&asked, timeout);
+        self.take(&asked[0], message, timeout)
+    }
+
+    fn call_many(&self, messages: &[ClientMessage], timeout: Duration) -> Vec<Result<Answer, StoreError>> {
+        let asked: Vec<Asked> = messages.iter().map(|message| self.ask(message, &[])).collect();
+        self.wait(&asked, timeout);
+        asked.iter().zip(messages).map(|(asked, message)| self.take(asked, message, timeout)).collect()
     }
 }
 

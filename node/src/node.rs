@@ -120,6 +120,7 @@ impl Node {
             client_quota_bytes: config.client_quota_bytes,
             objects_max: config.max_objects,
             index_keys: vec![(TCP, key)],
+            gather_max: vec![(TCP, fabric.gather_max())],
             generation_base: first - region,
             generation_stride: stride,
             threshold_bytes: config.threshold_bytes,

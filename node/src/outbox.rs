@@ -4,8 +4,8 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use hetmem_core::engine::{Action, Input};
-use hetmem_core::wire::{FrameKind, PeerMessage, encode};
+use hetmem_core::engine::{Action, Input, Payload};
+use hetmem_core::wire::{Batch, Frame, FrameKind, PeerMessage, encode};
 use hetmem_core::{ErrorKind, Extent, LinkId, RemoteExtent, StoreError, TransferId};
 use hetmem_transport::{Fabric, SendToken, Sent};
 use parking_lot::Mutex;
@@ -15,10 +15,25 @@ use crate::driver::Driver;
 /// Messages that may wait for one link before it is given up.
 const DEFERRED_MAX: usize = 65_536;
 
+/// What goes out in one frame.
 struct Message {
-    request: u64,
-    message: PeerMessage,
-    payload: Option<(Extent, u64)>,
+    said: Said,
+    payload: Option<Payload>,
+}
+
+enum Said {
+    One { request: u64, message: PeerMessage },
+    Many(Batch),
+}
+
+impl Message {
+    fn frame(&self) -> Result<Frame, StoreError> {
+        let payload_len = self.payload.as_ref().map_or(0, Payload::len_bytes);
+        match &self.said {
+            Said::One { request, message } => encode(FrameKind::Peer, *request, message, payload_len),
+            Said::Many(batch) => encode(FrameKind::Batch, 0, batch, payload_len),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -69,7 +84,11 @@ impl Driver {
         let Some(fabric) = self.fabric.get() else { return };
         match action {
             Action::Send { link, request, message, payload } => {
-                self.send(fabric.as_ref(), link, Message { request, message, payload });
+                let said = Said::One { request, message };
+                self.send(fabric.as_ref(), link, Message { said, payload });
+            }
+            Action::SendBatch { link, batch, payload } => {
+                self.send(fabric.as_ref(), link, Message { said: Said::Many(batch), payload });
             }
             Action::Read { link, transfer, bytes, word } => {
                 if let Err(why) = read(fabric.as_ref(), link, transfer, bytes, word) {
@@ -116,17 +135,16 @@ impl Driver {
 
     /// Returns the message if the link is busy.
     fn try_send(&self, fabric: &dyn Fabric, link: LinkId, message: Message) -> Option<Message> {
-        let payload_len = message.payload.map_or(0, |(extent, _)| extent.len_bytes);
-        let frame = match encode(FrameKind::Peer, message.request, &message.message, payload_len) {
+        let frame = match message.frame() {
             Ok(frame) => frame,
             Err(error) => {
-                tracing::error!(%error, message = message.message.name(), "a message cannot be encoded");
+                tracing::error!(%error, "a message cannot be encoded");
                 self.drop_message(message);
                 return None;
             }
         };
-        let (extent, send) = message.payload.unzip();
-        match fabric.send(link, frame, extent, SendToken(send.unwrap_or_default())) {
+        let (extents, send) = message.payload.as_ref().map_or((&[][..], 0), |p| (&p.extents[..], p.send));
+        match fabric.send(link, frame, extents, SendToken(send)) {
             Ok(Sent::Done) => self.drop_message(message),
             Ok(Sent::Pending) => {}
             Err(error) if error.kind() == ErrorKind::Busy => return Some(message),
@@ -143,7 +161,7 @@ impl Driver {
 
     /// The message's payload is not read any more.
     fn drop_message(&self, message: Message) {
-        if let Some((_, send)) = message.payload {
+        if let Some(Payload { send, .. }) = message.payload {
             self.feed(Input::SendDone { send });
         }
     }

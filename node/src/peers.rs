@@ -5,8 +5,8 @@ use std::sync::{Arc, OnceLock, Weak};
 
 use hetmem_core::engine::{FabricId, Input, ReadEnd};
 use hetmem_core::receipt::Moved;
-use hetmem_core::wire::{FrameHeader, FrameKind, PeerMessage, decode};
-use hetmem_core::{LinkId, StoreError};
+use hetmem_core::wire::{Batch, FrameHeader, FrameKind, PeerMessage, decode};
+use hetmem_core::{LandingId, LinkId, StoreError};
 use hetmem_transport::{FabricEvent, FabricSink, Landing, LandingToken, ReadStats};
 
 use crate::driver::Driver;
@@ -42,21 +42,22 @@ impl FabricSink for Sink {
     fn message(&self, link: LinkId, header: FrameHeader, body: &[u8]) -> Landing {
         let Some(driver) = self.driver() else { return Landing::Discard };
         let _in_sink = in_sink();
-        let message: Result<PeerMessage, StoreError> = match header.kind {
-            FrameKind::Peer => decode(body),
+        let FrameHeader { kind, request, payload_len, .. } = header;
+        let input = match kind {
+            FrameKind::Peer => decode(body).map(|message: PeerMessage| Input::PeerMessage {
+                link,
+                request,
+                message,
+                payload_len,
+            }),
+            FrameKind::Batch => {
+                decode(body).map(|batch: Batch| Input::PeerBatch { link, batch, payload_len })
+            }
             kind => Err(StoreError::protocol(format!("a {kind:?} frame came from a peer"))),
         };
-        let input = match message {
-            Ok(message) => {
-                Input::PeerMessage { link, request: header.request, message, payload_len: header.payload_len }
-            }
-            Err(why) => Input::Refused { link, why },
-        };
-        match driver.feed_landing(input) {
-            Some(extent) if header.payload_len > 0 => {
-                Landing::Into { extent, token: LandingToken(header.request) }
-            }
-            _ => Landing::Discard,
+        match driver.feed_landing(input.unwrap_or_else(|why| Input::Refused { link, why })) {
+            Some((landing, places)) => Landing::scattered(LandingToken(landing.0), payload_len, places),
+            None => Landing::Discard,
         }
     }
 
@@ -84,7 +85,7 @@ impl FabricSink for Sink {
             FabricEvent::SendDone { token, .. } => Input::SendDone { send: token.0 },
             FabricEvent::Landed { token, result, .. } => {
                 let result = result.map(|s| Moved { bytes: s.bytes, staged_bytes: s.staged_bytes });
-                Input::Landed { request: token.0, result }
+                Input::Landed { landing: LandingId(token.0), result }
             }
         };
         driver.feed(input);

@@ -2,9 +2,10 @@
 //! standard input closes. Not a benchmark. Invariant: it writes down a put after it returned and a delete before it
 //! begins, so whoever kills it knows what must be there; and every byte that it gets is checked.
 //!
-//! Arguments: the node's socket, a prefix for its keys, a seed, and `wild`, `steady` or `wait`. A wild client also
-//! leaves reservations open and holds objects. One that waits does nothing but that, for the object whose key is its
-//! prefix, and says `waiting` before. The lines that the others write: `put KEY`, `del KEY`, at the end `done`.
+//! Arguments: the node's socket, a prefix for its keys, a seed, and `wild`, `steady`, `wait` or `batches`. A wild client
+//! also leaves reservations open and holds objects. One that waits does nothing but that, for the object whose key is
+//! its prefix, and says `waiting` before. One for batches gets all objects that have its prefix at once, again and
+//! again, and says `batch` before each time. The lines that the others write: `put KEY`, `del KEY`, at the end `done`.
 
 use std::collections::VecDeque;
 use std::io::{Read as _, Write as _};
@@ -32,6 +33,9 @@ fn main() -> ExitCode {
         say("usage: SOCKET PREFIX SEED wild|steady");
         return ExitCode::from(2);
     };
+    if mode == "batches" {
+        return batches(Path::new(socket), prefix);
+    }
     if mode == "wait" {
         return wait(Path::new(socket), prefix);
     }
@@ -54,6 +58,27 @@ fn wait(socket: &Path, name: &str) -> ExitCode {
     });
     say(&format!("waited: {waited:?}"));
     ExitCode::SUCCESS
+}
+
+fn batches(socket: &Path, prefix: &str) -> ExitCode {
+    let run = || -> Result<(), StoreError> {
+        let store = Store::connect(Some(socket))?;
+        let keys =
+            store.list(prefix).map(|listed| Ok(listed?.key)).collect::<Result<Vec<_>, StoreError>>()?;
+        let options = GetOptions { keep: false, ..GetOptions::default() };
+        loop {
+            say("batch");
+            for (key, object) in keys.iter().zip(store.get_many_with(&keys, &options)) {
+                if *object? != *content_of(key.as_str()) {
+                    return Err(StoreError::corrupt(key, "these are another object's bytes"));
+                }
+            }
+        }
+    };
+    if let Err(error) = run() {
+        say(&format!("failed: {error}"));
+    }
+    ExitCode::FAILURE
 }
 
 fn say(line: &str) {

@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::time::Duration;
 
 use hetmem_client::{ErrorKind, GetOptions, ObjectMeta, Store};
-use hetmem_core::wire::{Announced, FrameKind, Granted, Holder, PeerMessage, Role, encode};
+use hetmem_core::wire::{Announced, Batch, Batched, FrameKind, Granted, Holder, PeerMessage, Role, encode};
 use hetmem_core::{Epoch, Generation, LeaseId, NodeId, ObjectId, RemoteExtent, RemoteKey, fingerprint};
 use hetmem_tests::content::{bytes_of, key, next};
 use hetmem_tests::daemon::{Daemon, Serve, descriptors_of, eventually};
@@ -230,6 +230,12 @@ fn frames_that_are_none_close_their_link_and_are_counted() {
     let heartbeat = peer_frame(&PeerMessage::Alive);
     let get = |name: &str| PeerMessage::Get { key: key(name), range: None, inline_max: 0 };
     let other = hello("another", (1, 1));
+    let batch = |messages: Vec<Batched>, payload_len| {
+        encode(FrameKind::Batch, 0, &Batch(messages), payload_len).expect("encoded").into_bytes()
+    };
+    let plain = |message| Batched { request: 0, payload_len: 0, message };
+    let beat = || plain(PeerMessage::Alive);
+    let empty = batch(vec![beat(), beat()], 0);
     for (what, greeted, bytes) in [
         ("a question before HELLO", false, peer_frame(&get("k"))),
         ("a heartbeat before HELLO", false, heartbeat.clone()),
@@ -243,6 +249,14 @@ fn frames_that_are_none_close_their_link_and_are_counted() {
         ("a payload over the limit", true, with(heartbeat.clone(), 31, 0xff)),
         ("a payload where none belongs", true, with(heartbeat.clone(), 24, 9)),
         ("another name", true, peer_frame(&other)),
+        ("a batch before HELLO", false, empty.clone()),
+        ("a batch of nothing", true, batch(Vec::new(), 0)),
+        ("a batch that is cut short", true, with(empty.clone(), 16, 5)),
+        ("a batch with noise in it", true, with(empty.clone(), 35, 200)),
+        ("a batch of too many", true, batch(vec![beat(); 1025], 0)),
+        ("a batch with another HELLO", true, batch(vec![beat(), plain(other.clone())], 0)),
+        ("a batch without its payload", true, batch(vec![Batched { payload_len: 9, ..plain(data(9)) }], 0)),
+        ("a batch with a payload of nobody's", true, batch(vec![beat(), beat()], 9)),
         ("an empty list of holders", true, peer_frame(&PeerMessage::Located { holders: Vec::new() })),
         ("a list of replicas without holders", true, peer_frame(&replicate(2, Vec::new()))),
         ("more replicas than there may be", true, peer_frame(&replicate(17, vec![holder("127.0.0.1:9")]))),
@@ -341,7 +355,7 @@ fn grant(len_bytes: u64) -> PeerMessage {
     PeerMessage::Grant {
         object: object("liar"),
         meta: ObjectMeta::bytes(len_bytes).expect("a length"),
-        granted,
+        granted: Box::new(granted),
     }
 }
 
@@ -411,6 +425,105 @@ fn a_peer_that_lies_about_an_object_costs_an_error_and_no_memory() {
     let _ = scene.here.evict(&key("wrong bytes"), true);
     scene.settles();
     scene.is_unharmed();
+}
+
+/// The same for batches: whatever a peer answers to questions about many keys, each has its own end, and none gets
+/// another's bytes.
+#[test]
+fn a_peer_that_lies_about_many_objects_costs_errors_and_no_memory() {
+    let mut scene = Scene::new("batches");
+    type Lie = fn(&mut RawPeer, &[u64]);
+    let lies: [(&str, Lie, [bool; 3]); 5] = [
+        (
+            "one of three",
+            |liar, asked| {
+                liar.say_batch(&Batch(vec![item(asked[1], 100), item(asked[1], 50)]), 150);
+                liar.send(&[[1; 100].as_slice(), &[9; 50]].concat());
+            },
+            [false, true, false],
+        ),
+        (
+            "all of them, backwards, with strangers between",
+            |liar, asked| {
+                let batch =
+                    vec![item(asked[2], 100), item(777, 33), item(asked[1], 100), item(asked[0], 100)];
+                liar.say_batch(&Batch(batch), 333);
+                liar.send(&[[2; 100].as_slice(), &[9; 33], &[1; 100], &[0; 100]].concat());
+            },
+            [true, true, true],
+        ),
+        (
+            "payloads of another length",
+            |liar, asked| {
+                let long = Batched { payload_len: 101, ..item(asked[0], 100) };
+                let short = Batched { payload_len: 99, ..item(asked[1], 100) };
+                liar.say_batch(&Batch(vec![long, short, item(asked[2], 100)]), 300);
+                liar.send(&[[9; 200].as_slice(), &[2; 100]].concat());
+            },
+            [false, false, true],
+        ),
+        (
+            "half of the payload, and then nothing",
+            |liar, asked| {
+                let batch = asked.iter().map(|asked| item(*asked, 100)).collect();
+                liar.say_batch(&Batch(batch), 300);
+                liar.send(&[0; 150]);
+                drop(liar.0.shutdown(std::net::Shutdown::Write));
+            },
+            [false; 3],
+        ),
+        (
+            "more payload than there is",
+            |liar, asked| {
+                let batch = asked.iter().map(|asked| item(*asked, 100)).collect();
+                liar.say_batch(&Batch(batch), 299);
+                liar.send(&[0; 299]);
+            },
+            [false; 3],
+        ),
+    ];
+    for (what, answer, there) in lies {
+        let mut liar = RawPeer::join(&scene.node.address, "liar");
+        let keys = [0, 1, 2].map(|number| key(&format!("{what}/{number}")));
+        let objects = keys.iter().map(|key| Announced {
+            key: key.clone(),
+            object: object("liar"),
+            len_bytes: 100,
+            role: Role::Original,
+            replicas: 0,
+            ttl_ms: None,
+        });
+        liar.say(0, &PeerMessage::Join { heir: false }, 0);
+        liar.say(5, &PeerMessage::Announce { objects: objects.collect(), exclusive: false }, 0);
+        assert!(liar.hears(|message| matches!(message, PeerMessage::Announced { .. })).is_some());
+        let results = std::thread::scope(|scope| {
+            let get = scope.spawn(|| {
+                let timeout = Duration::from_secs(1);
+                let options = GetOptions { timeout, keep: false, ..GetOptions::default() };
+                scene.here.get_many_with(&keys, &options)
+            });
+            let asked: Vec<u64> = keys
+                .iter()
+                .filter_map(|_| liar.hears(|message| matches!(message, PeerMessage::Get { .. })))
+                .map(|(request, _)| request)
+                .collect();
+            answer(&mut liar, &asked);
+            get.join().expect("no panic")
+        });
+        for ((number, result), there) in (0..).zip(&results).zip(there) {
+            match result {
+                Ok(object) => assert!(there && **object == [number; 100], "{what}: {number}"),
+                Err(error) => assert!(!there, "{what}: {number}: {error}"),
+            }
+        }
+        drop((results, liar));
+        scene.settles();
+    }
+    scene.is_unharmed();
+}
+
+fn item(request: u64, len_bytes: u64) -> Batched {
+    Batched { request, payload_len: len_bytes, message: data(len_bytes) }
 }
 
 #[test]

@@ -142,6 +142,40 @@ fn many_client_processes_leave_nothing_and_their_memory_is_the_nodes_again() {
 }
 
 #[test]
+fn batches_between_nodes_leave_nothing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut first = Serve::new(folder.path(), "batches-from").start();
+    let mut second = Serve::new(folder.path(), "batches-to").join(&first.address).start();
+    let (here, there) = (first.connect(), second.connect());
+    let names: Vec<_> = (0..400).map(|number| key(&format!("batch/{number}"))).collect();
+    for (number, name) in names.iter().enumerate() {
+        // Some by read.
+        let len = if number % 20 == 0 { 100_000 } else { 1_000 + number };
+        here.put_bytes(name, &bytes_of(name.as_str(), len, 0)).expect("room");
+    }
+    let round = |round: usize| {
+        let options = GetOptions { keep: round.is_multiple_of(2), ..GetOptions::default() };
+        for (name, object) in names.iter().zip(there.get_many_with(&names, &options)) {
+            let object = object.expect("it is on the other node");
+            assert!(*object == *bytes_of(name.as_str(), object.len(), 0), "{name} has other bytes");
+        }
+        if options.keep {
+            names.iter().for_each(|name| there.evict(name, false).expect("the other node has it"));
+        }
+    };
+    (0..10).for_each(round);
+    is_empty(&second, &there);
+    let before = (Use::of(first.pid()), Use::of(second.pid()));
+    (10..60).for_each(round);
+    is_empty(&second, &there);
+    first.settles(&here, "nothing is held", |status| (status.leases, status.draining) == (0, 0));
+    Use::is_back(first.pid(), before.0);
+    Use::is_back(second.pid(), before.1);
+    first.assert_sound();
+    second.assert_sound();
+}
+
+#[test]
 fn copies_between_nodes_leave_nothing() {
     let folder = tempfile::tempdir().expect("a folder");
     let mut first = Serve::new(folder.path(), "from").start();

@@ -3,6 +3,7 @@
 
 mod ahead;
 mod bad_puts;
+mod batches;
 mod cli;
 mod cluster;
 mod hostile_peers;

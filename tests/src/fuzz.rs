@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use hetmem_client::Store;
 use hetmem_core::StoreError;
 use hetmem_core::wire::{
-    self, ClientMessage, ClientReply, FrameHeader, FrameKind, HEADER_LEN, MAGIC, PROTOCOL_MAX, PeerMessage,
+    self, Batch, ClientMessage, ClientReply, FrameHeader, FrameKind, HEADER_LEN, MAGIC, PROTOCOL_MAX,
+    PeerMessage,
 };
 use hetmem_formats::safetensors::SafeTensors;
 use hetmem_host_mem::socket;
@@ -28,6 +29,9 @@ pub fn wire(data: &[u8]) {
     match header.kind {
         FrameKind::Peer => again::<PeerMessage>(header.kind, rest, |message| {
             let _ = message.check();
+        }),
+        FrameKind::Batch => again::<Batch>(header.kind, rest, |batch| {
+            let _ = batch.check(header.payload_len);
         }),
         FrameKind::Client => again::<ClientMessage>(header.kind, rest, |_| {}),
         FrameKind::Reply => again::<Result<ClientReply, StoreError>>(header.kind, rest, |_| {}),

@@ -47,9 +47,18 @@ impl Load {
     /// If it cannot be started.
     #[must_use]
     pub fn start(program: &Path, socket: &Path, prefix: &str, seed: u64, wild: bool) -> Self {
+        Self::start_as(program, socket, prefix, seed, if wild { "wild" } else { "steady" })
+    }
+
+    /// Starts the client program in one of its modes.
+    ///
+    /// # Panics
+    /// If it cannot be started.
+    #[must_use]
+    pub fn start_as(program: &Path, socket: &Path, prefix: &str, seed: u64, mode: &str) -> Self {
         let mut child = Command::new(program)
             .arg(socket)
-            .args([prefix, &seed.to_string(), if wild { "wild" } else { "steady" }])
+            .args([prefix, &seed.to_string(), mode])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -86,13 +95,18 @@ impl Load {
         });
     }
 
+    /// Kills it (SIGKILL), whatever it has said.
+    pub fn cut_off(&mut self) {
+        let _ = self.child.kill();
+        self.wait();
+    }
+
     /// Kills it (SIGKILL) and returns the names of the objects that must be there now.
     ///
     /// # Panics
     /// If something had gone wrong in it before.
     pub fn kill(&mut self) -> BTreeSet<String> {
-        let _ = self.child.kill();
-        self.wait();
+        self.cut_off();
         let mut alive = BTreeSet::new();
         for line in self.lines() {
             match line.split_once(' ') {

@@ -1,13 +1,14 @@
 //! Packets and frames by hand, for what no honest client or peer sends. Not clients. Invariant: nothing here waits for
 //! ever.
 
+use std::collections::VecDeque;
 use std::io::{IoSlice, Read as _, Write as _};
 use std::net::TcpStream;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use hetmem_core::wire::{
-    self, ClientMessage, ClientReply, FrameHeader, FrameKind, HEADER_LEN, PROTOCOL_MAX, PROTOCOL_MIN,
+    self, Batch, ClientMessage, ClientReply, FrameHeader, FrameKind, HEADER_LEN, PROTOCOL_MAX, PROTOCOL_MIN,
     PeerMessage,
 };
 use hetmem_core::{Epoch, NodeId, StoreError, fingerprint};
@@ -96,9 +97,9 @@ impl RawClient {
     }
 }
 
-/// A connection to a node's TCP fabric.
+/// A connection to a node's TCP fabric, and what came in a batch and was not looked at yet.
 #[derive(Debug)]
-pub struct RawPeer(pub TcpStream);
+pub struct RawPeer(pub TcpStream, VecDeque<(u64, PeerMessage)>);
 
 /// The tokens of the TCP fabric's handshake.
 pub type Token = [u8; 16];
@@ -114,7 +115,7 @@ impl RawPeer {
         stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
         stream.set_write_timeout(Some(PATIENCE)).expect("a socket");
         stream.set_nodelay(true).expect("a socket");
-        Self(stream)
+        Self(stream, VecDeque::new())
     }
 
     /// The first frame of a control stream (docs/tcp-fabric.md).
@@ -180,6 +181,15 @@ impl RawPeer {
         self.send(frame.as_bytes());
     }
 
+    /// Sends several messages in one frame; `payload_len` bytes are to follow it.
+    ///
+    /// # Panics
+    /// If they cannot be encoded.
+    pub fn say_batch(&mut self, batch: &Batch, payload_len: u64) {
+        let frame = wire::encode(FrameKind::Batch, 0, batch, payload_len).expect("a short batch");
+        self.send(frame.as_bytes());
+    }
+
     /// The next frame; none once the node has closed.
     ///
     /// # Panics
@@ -216,10 +226,17 @@ impl RawPeer {
     /// The next message like this, with its request; none if the node closes first.
     pub fn hears(&mut self, wanted: impl Fn(&PeerMessage) -> bool) -> Option<(u64, PeerMessage)> {
         loop {
+            while let Some((request, message)) = self.1.pop_front() {
+                if wanted(&message) {
+                    return Some((request, message));
+                }
+            }
             let (header, body) = self.frame()?;
-            let message = wire::decode::<PeerMessage>(&body).ok()?;
-            if wanted(&message) {
-                return Some((header.request, message));
+            if header.kind == FrameKind::Batch {
+                let batch = wire::decode::<Batch>(&body).ok()?;
+                self.1.extend(batch.0.into_iter().map(|batched| (batched.request, batched.message)));
+            } else {
+                self.1.push_back((header.request, wire::decode(&body).ok()?));
             }
         }
     }

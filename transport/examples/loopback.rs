@@ -108,12 +108,12 @@ impl FabricSink for Sink {
     fn message(&self, link: LinkId, header: FrameHeader, _body: &[u8]) -> Landing {
         if header.payload_len > 0 {
             let extent = Extent { segment: SEGMENT, offset: 0, len_bytes: header.payload_len };
-            return Landing::Into { extent, token: LandingToken(header.request) };
+            return Landing::whole(extent, LandingToken(header.request));
         }
         if let Some(fabric) = self.answers_through.get() {
             let payload = Extent { segment: SEGMENT, offset: 0, len_bytes: PONG_LEN as u64 };
             if let Ok(frame) = ping(header.request, PONG_LEN as u64) {
-                let _ = fabric.send(link, frame, Some(payload), SendToken(0));
+                let _ = fabric.send(link, frame, &[payload], SendToken(0));
             }
         }
         Landing::Discard
@@ -208,7 +208,7 @@ impl Reader {
     fn fabric_ping(&self, number: u64) -> Outcome<Duration> {
         let before = self.sink.landed.load(Ordering::Acquire);
         let start = Instant::now();
-        let _ = self.fabric.send(self.link, ping(number, 0)?, None, SendToken(0))?;
+        let _ = self.fabric.send(self.link, ping(number, 0)?, &[], SendToken(0))?;
         let done = || self.sink.landed.load(Ordering::Acquire) > before;
         if !self.fabric.progress(WAIT, &done) {
             return Err("an answer did not come".into());

@@ -52,33 +52,78 @@ pub struct LandingToken(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Sent {
-    /// The payload's extent may be reused now (or there was no payload); no event follows.
+    /// The payload's extents may be reused now (or there was no payload); no event follows.
     Done,
-    /// The payload's extent is still being read; exactly one [`FabricEvent::SendDone`] follows.
+    /// The payload's extents are still being read; exactly one [`FabricEvent::SendDone`] follows.
     Pending,
 }
 
-/// Where the payload of a message goes.
+/// Where a part of a payload goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LandingPart {
+    /// Into this extent of a registered segment, as many bytes as it has.
+    Extent(Extent),
+    /// Nowhere: so many bytes are received and dropped.
+    Skip(u64),
+}
+
+/// Where the payload of a message goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Landing {
     /// Nowhere: the bytes are received and dropped. Also the answer for a message without payload.
     Discard,
-    /// Into this extent of a registered segment, whose length is the payload's; exactly one
-    /// [`FabricEvent::Landed`] follows, and until then the extent may be written.
+    /// Into these parts, one after the other, which together are as long as the payload; exactly one
+    /// [`FabricEvent::Landed`] follows, and until then their extents may be written.
     Into {
-        /// The target.
-        extent: Extent,
+        /// The targets, in the payload's order. Their extents do not overlap.
+        parts: Vec<LandingPart>,
         /// Repeated in the event.
         token: LandingToken,
     },
 }
 
-/// How a payload came into its extent.
+impl Landing {
+    /// All of the payload into one extent.
+    #[must_use]
+    pub fn whole(extent: Extent, token: LandingToken) -> Self {
+        Self::Into { parts: vec![LandingPart::Extent(extent)], token }
+    }
+
+    /// Parts of a payload of `payload_len` bytes into extents, each at its place (bytes from the payload's start);
+    /// what lies between them is dropped. Neighbours whose extents are neighbours become one part.
+    #[must_use]
+    pub fn scattered(token: LandingToken, payload_len: u64, mut places: Vec<(u64, Extent)>) -> Self {
+        if places.is_empty() {
+            return Self::Discard;
+        }
+        places.sort_unstable_by_key(|(start, _)| *start);
+        let (mut parts, mut end) = (Vec::new(), 0_u64);
+        for (start, extent) in places {
+            if start > end {
+                parts.push(LandingPart::Skip(start - end));
+            }
+            end = start.saturating_add(extent.len_bytes);
+            match parts.last_mut() {
+                Some(LandingPart::Extent(last)) if last.is_followed_by(extent) => {
+                    last.len_bytes += extent.len_bytes;
+                }
+                _ => parts.push(LandingPart::Extent(extent)),
+            }
+        }
+        if payload_len > end {
+            parts.push(LandingPart::Skip(payload_len - end));
+        }
+        Self::Into { parts, token }
+    }
+}
+
+/// How a payload came into its extents.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LandingStats {
-    /// Bytes that landed.
+    /// Bytes that landed; skipped ones do not count.
     pub bytes: u64,
-    /// Of these, how many passed through a buffer that is neither source nor target.
+    /// How many bytes at the payload's start, skipped ones included, passed through a buffer that is neither source
+    /// nor target; all others came straight to their place.
     pub staged_bytes: u64,
 }
 
@@ -127,20 +172,20 @@ pub enum FabricEvent {
         /// On success every byte of the local extent has been written.
         result: Result<ReadStats, StoreError>,
     },
-    /// A payload's extent may be reused. Success does not say that the peer has the bytes.
+    /// A payload's extents may be reused. Success does not say that the peer has the bytes.
     SendDone {
         /// Which.
         token: SendToken,
         /// Whether the fabric took all bytes.
         result: Result<(), StoreError>,
     },
-    /// The payload of a message is complete, or will never be. No byte lands in its extent after this.
+    /// The payload of a message is complete, or will never be. No byte lands in any of its extents after this.
     Landed {
         /// From which link.
         link: LinkId,
         /// Which.
         token: LandingToken,
-        /// On success every byte of the extent has been written.
+        /// On success every byte of every extent has been written.
         result: Result<LandingStats, StoreError>,
     },
 }
@@ -181,18 +226,22 @@ pub trait Fabric: Send + Sync {
     /// Closes a link; its reads, sends and landings fail, then `LinkDown` follows. An unknown link is ignored.
     fn disconnect(&self, link: LinkId);
 
-    /// Sends a frame and the payload that its header announces, gathered from a registered segment. Frames of one
-    /// link arrive in the order in which they were sent, or not at all.
+    /// How many extents one send may gather, at least 1.
+    fn gather_max(&self) -> usize;
+
+    /// Sends a frame and the payload that its header announces, gathered from extents of registered segments, in
+    /// their order and without a copy where the fabric can. Frames of one link arrive in the order in which they
+    /// were sent, or not at all.
     ///
     /// # Errors
     /// `Busy` is back-pressure: the link's queue is full and the frame was not taken. `Invalid` if the header's
-    /// payload length is not the extent's or the extent is not inside a registered segment. `PeerLost` if the link
-    /// is not up. After an error no event follows.
+    /// payload length is not that of the extents together, if there are more than `gather_max`, or if one is not
+    /// inside a registered segment. `PeerLost` if the link is not up. After an error no event follows.
     fn send(
         &self,
         link: LinkId,
         frame: Frame,
-        payload: Option<Extent>,
+        payload: &[Extent],
         token: SendToken,
     ) -> Result<Sent, StoreError>;
 
@@ -258,22 +307,58 @@ pub trait FabricSink: Send + Sync {
     fn event(&self, event: FabricEvent);
 }
 
-/// Whether a frame's header announces just the payload that goes with it.
-pub(crate) fn check_payload(frame: &Frame, payload: Option<Extent>) -> Result<(), StoreError> {
+/// Whether a frame's header announces just the payload that goes with it, and the payload may be gathered at once.
+pub(crate) fn check_payload(frame: &Frame, payload: &[Extent], gather_max: usize) -> Result<(), StoreError> {
     let announced = frame
         .as_bytes()
         .first_chunk::<HEADER_LEN>()
         .ok_or_else(|| StoreError::invalid("frame", "it has no header"))
         .and_then(FrameHeader::parse)?
         .payload_len;
-    let len_bytes = payload.map_or(0, |extent| extent.len_bytes);
-    if announced == len_bytes {
-        return Ok(());
+    let len_bytes = payload.iter().fold(0_u64, |sum, extent| sum.saturating_add(extent.len_bytes));
+    if announced != len_bytes {
+        let count = payload.len();
+        return Err(StoreError::invalid(
+            "frame",
+            format!(
+                "send: its header announces {announced} bytes of payload, its {count} extents have {len_bytes}"
+            ),
+        ));
     }
-    Err(StoreError::invalid(
-        "frame",
-        format!("send: its header announces {announced} bytes of payload, its extent has {len_bytes}"),
-    ))
+    if payload.len() > gather_max {
+        let why = format!("send: {} extents, at most {gather_max} are gathered at once", payload.len());
+        return Err(StoreError::invalid("payload", why));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use hetmem_core::SegmentId;
+
+    use super::*;
+
+    fn extent(segment: u32, offset: u64, len_bytes: u64) -> Extent {
+        Extent { segment: SegmentId(segment), offset, len_bytes }
+    }
+
+    #[test]
+    fn scattered_parts_are_in_order_with_the_gaps_between_them() {
+        let token = LandingToken(3);
+        assert_eq!(Landing::scattered(token, 100, Vec::new()), Landing::Discard);
+        let places = vec![(60, extent(1, 500, 30)), (10, extent(1, 0, 20)), (30, extent(1, 20, 10))];
+        let parts = vec![
+            LandingPart::Skip(10),
+            LandingPart::Extent(extent(1, 0, 30)),
+            LandingPart::Skip(20),
+            LandingPart::Extent(extent(1, 500, 30)),
+            LandingPart::Skip(10),
+        ];
+        assert_eq!(Landing::scattered(token, 100, places), Landing::Into { parts, token });
+        let apart = vec![(0, extent(1, 0, 10)), (10, extent(2, 10, 10)), (20, extent(2, 21, 10))];
+        let Landing::Into { parts, .. } = Landing::scattered(token, 30, apart) else { panic!("parts") };
+        assert_eq!(parts.len(), 3, "neighbours in the payload that are none in memory: {parts:?}");
+    }
 }
 
 /// The length of a word in bytes.

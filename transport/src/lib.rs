@@ -8,13 +8,14 @@
 pub mod conformance;
 mod fabric;
 mod memory;
+mod payload;
 mod region;
 mod sim;
 mod tcp;
 
 pub use fabric::{
-    Access, Fabric, FabricEvent, FabricKind, FabricSink, Landing, LandingStats, LandingToken, ReadStats,
-    SendToken, Sent,
+    Access, Fabric, FabricEvent, FabricKind, FabricSink, Landing, LandingPart, LandingStats, LandingToken,
+    ReadStats, SendToken, Sent,
 };
 pub use memory::{HeapRegion, RegionMemory};
 pub use sim::{SimFabric, SimFaults, SimNet};

@@ -19,11 +19,14 @@ use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 
 use crate::fabric::Access;
 use crate::memory::RegionMemory;
+use crate::payload::Target;
 
 /// Set in `Region::users` once the region is deregistered.
 const CLOSED: usize = 1 << (usize::BITS - 1);
 /// Bytes of a word that is read by one atomic load.
 const WORD_LEN: usize = 8;
+/// Parts of one system call; the kernel's own limit (`UIO_MAXIOV`).
+pub(crate) const PARTS_MAX: usize = 1024;
 
 /// The regions of one fabric.
 #[derive(Default)]
@@ -119,22 +122,20 @@ impl Regions {
     /// # Errors
     /// `Invalid` if its segment is not registered or it is not inside.
     pub(crate) fn local(&self, operation: &'static str, extent: Extent) -> Result<Piece, StoreError> {
-        let region = self.tables.read().by_segment.get(&extent.segment).map(Arc::clone);
-        let Some(region) = region else {
-            return Err(StoreError::invalid(
-                "extent",
-                format!("{operation}: segment {} is not registered with this fabric", extent.segment),
-            ));
-        };
-        region.piece(extent.offset, extent.len_bytes).ok_or_else(|| {
-            StoreError::invalid(
-                "extent",
-                format!(
-                    "{operation}: {} bytes at {} are not inside segment {} of {} bytes",
-                    extent.len_bytes, extent.offset, extent.segment, region.len_bytes
-                ),
-            )
-        })
+        self.tables.read().local(operation, extent)
+    }
+
+    /// Own extents, in their order.
+    ///
+    /// # Errors
+    /// As `local`, for the first that is wrong.
+    pub(crate) fn locals(
+        &self,
+        operation: &'static str,
+        extents: impl Iterator<Item = Extent>,
+    ) -> Result<Vec<Piece>, StoreError> {
+        let tables = self.tables.read();
+        extents.map(|extent| tables.local(operation, extent)).collect()
     }
 
     /// What a peer asks to read. Nothing in `extent` is believed.
@@ -165,6 +166,26 @@ impl Regions {
                 format!(
                     "read: {} bytes at {} are not inside segment {} of {} bytes (key {:016x})",
                     extent.len_bytes, extent.offset, region.segment, region.len_bytes, extent.key.0
+                ),
+            )
+        })
+    }
+}
+
+impl Tables {
+    fn local(&self, operation: &'static str, extent: Extent) -> Result<Piece, StoreError> {
+        let Some(region) = self.by_segment.get(&extent.segment) else {
+            return Err(StoreError::invalid(
+                "extent",
+                format!("{operation}: segment {} is not registered with this fabric", extent.segment),
+            ));
+        };
+        region.piece(extent.offset, extent.len_bytes).ok_or_else(|| {
+            StoreError::invalid(
+                "extent",
+                format!(
+                    "{operation}: {} bytes at {} are not inside segment {} of {} bytes",
+                    extent.len_bytes, extent.offset, extent.segment, region.len_bytes
                 ),
             )
         })
@@ -249,19 +270,32 @@ impl Piece {
         }
     }
 
-    /// Writes `head`, then the piece from `done` on, to a socket; says how many bytes it took.
-    pub(crate) fn send(&self, socket: BorrowedFd<'_>, head: &[u8], done: usize) -> Result<usize, Unmoved> {
-        let entered = self.region.enter().ok_or(Unmoved::Closed)?;
+    /// The bytes from `done` on, to be read by a system call.
+    fn bytes_to_send<'a>(&self, entered: &'a Entered<'_>, done: usize) -> &'a [u8] {
+        debug_assert!(std::ptr::eq(entered.0, &raw const *self.region));
         let done = done.min(self.len_bytes);
         // SAFETY: `piece` checked that the range is inside the region; `entered` keeps it mapped beyond the call.
         // The slice is only handed to the kernel, which copies whatever bytes are there at that moment.
-        let bytes = unsafe {
-            std::slice::from_raw_parts(entered.0.base.add(self.offset + done), self.len_bytes - done)
-        };
-        let parts = [IoSlice::new(head), IoSlice::new(bytes)];
-        let mut control = SendAncillaryBuffer::default();
-        rustix::net::sendmsg(socket, &parts, &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
-            .map_err(Unmoved::Os)
+        unsafe { std::slice::from_raw_parts(entered.0.base.add(self.offset + done), self.len_bytes - done) }
+    }
+
+    /// The bytes from `done` on, to be written by a system call.
+    #[allow(clippy::mut_from_ref, reason = "the memory is not this value's; see the safety comment")]
+    fn room_to_receive<'a>(&self, entered: &'a Entered<'_>, done: usize) -> &'a mut [u8] {
+        debug_assert!(std::ptr::eq(entered.0, &raw const *self.region));
+        let done = done.min(self.len_bytes);
+        // SAFETY: as in `bytes_to_send`; nothing else in this process holds a reference to these bytes
+        // (`RegionMemory`'s promise, and extents that are filled at one time do not overlap), and the slice does not
+        // outlive the call that it is handed to.
+        unsafe {
+            std::slice::from_raw_parts_mut(entered.0.base.add(self.offset + done), self.len_bytes - done)
+        }
+    }
+
+    /// Writes `head`, then the piece from `done` on, to a socket; says how many bytes it took.
+    pub(crate) fn send(&self, socket: BorrowedFd<'_>, head: &[u8], done: usize) -> Result<usize, Unmoved> {
+        let entered = self.region.enter().ok_or(Unmoved::Closed)?;
+        send_parts(socket, &[IoSlice::new(head), IoSlice::new(self.bytes_to_send(&entered, done))])
     }
 
     /// Receives into the piece from `done` on, and what comes after its end into `rest`; says how many bytes came.
@@ -272,12 +306,7 @@ impl Piece {
         rest: &mut [u8],
     ) -> Result<usize, Unmoved> {
         let entered = self.region.enter().ok_or(Unmoved::Closed)?;
-        let done = done.min(self.len_bytes);
-        // SAFETY: as in `send`; nothing else in this process holds a reference to these bytes (`RegionMemory`'s
-        // promise), and the slice does not outlive the call.
-        let bytes = unsafe {
-            std::slice::from_raw_parts_mut(entered.0.base.add(self.offset + done), self.len_bytes - done)
-        };
+        let bytes = self.room_to_receive(&entered, done);
         if rest.is_empty() {
             let (count, _) = rustix::net::recv(socket, bytes, RecvFlags::DONTWAIT).map_err(Unmoved::Os)?;
             return Ok(count);
@@ -342,6 +371,95 @@ impl Piece {
         let value = unsafe { (*entered.0.base.add(self.offset).cast::<AtomicU64>()).load(Ordering::Acquire) };
         Some(value.to_ne_bytes())
     }
+}
+
+fn send_parts(socket: BorrowedFd<'_>, parts: &[IoSlice<'_>]) -> Result<usize, Unmoved> {
+    let mut control = SendAncillaryBuffer::default();
+    rustix::net::sendmsg(socket, parts, &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+        .map_err(Unmoved::Os)
+}
+
+/// Enters the regions of all pieces, of neighbours once. Which of the results a piece has is found again by going
+/// along both.
+fn enter_all<'a>(pieces: impl Iterator<Item = &'a Piece>) -> Result<Vec<Entered<'a>>, Unmoved> {
+    let mut entered: Vec<Entered<'a>> = Vec::new();
+    for piece in pieces {
+        if entered.last().is_none_or(|last| !std::ptr::eq(last.0, &raw const *piece.region)) {
+            entered.push(piece.region.enter().ok_or(Unmoved::Closed)?);
+        }
+    }
+    Ok(entered)
+}
+
+/// Goes along what `enter_all` has returned.
+struct Along<'e, 'a>(&'e [Entered<'a>]);
+
+impl<'e, 'a> Along<'e, 'a> {
+    fn of(&mut self, piece: &Piece) -> &'e Entered<'a> {
+        while !std::ptr::eq(self.0[0].0, &raw const *piece.region) {
+            self.0 = &self.0[1..];
+        }
+        &self.0[0]
+    }
+}
+
+/// Writes `head`, then the pieces, the first from `done` on, as many as one call takes; says how many bytes went.
+pub(crate) fn send_pieces(
+    socket: BorrowedFd<'_>,
+    head: &[u8],
+    pieces: &[Piece],
+    done: usize,
+) -> Result<usize, Unmoved> {
+    let pieces = &pieces[..pieces.len().min(PARTS_MAX - 1)];
+    let entered = enter_all(pieces.iter())?;
+    let mut along = Along(&entered);
+    let mut parts = Vec::with_capacity(pieces.len() + 1);
+    parts.push(IoSlice::new(head));
+    for (number, piece) in pieces.iter().enumerate() {
+        let done = if number == 0 { done } else { 0 };
+        parts.push(IoSlice::new(piece.bytes_to_send(along.of(piece), done)));
+    }
+    send_parts(socket, &parts)
+}
+
+/// Receives into the targets, the first from `done` on, and what comes after the last into `rest`; what is skipped
+/// goes to `discard`, in as many bytes as that has. Takes as many targets as one call does. Says how many bytes came,
+/// and how many could have.
+pub(crate) fn receive_targets(
+    socket: BorrowedFd<'_>,
+    targets: &[Target],
+    done: usize,
+    mut discard: &mut [u8],
+    rest: &mut [u8],
+) -> Result<(usize, usize), Unmoved> {
+    let some = &targets[..targets.len().min(PARTS_MAX - 1)];
+    let entered = enter_all(some.iter().filter_map(Target::piece))?;
+    let mut along = Along(&entered);
+    let mut parts = Vec::with_capacity(some.len() + 1);
+    let (mut room, mut complete) = (0, some.len() == targets.len());
+    for (number, target) in some.iter().enumerate() {
+        let done = if number == 0 { done } else { 0 };
+        let (part, left) = match target {
+            Target::Piece(piece) => (piece.room_to_receive(along.of(piece), done), piece.len() - done),
+            Target::Skip(len) => {
+                let (part, others) = discard.split_at_mut((len - done).min(discard.len()));
+                discard = others;
+                (part, len - done)
+            }
+        };
+        let is_short = part.len() < left;
+        room += part.len();
+        parts.push(IoSliceMut::new(part));
+        if is_short {
+            complete = false;
+            break;
+        }
+    }
+    if complete {
+        room += rest.len();
+        parts.push(IoSliceMut::new(rest));
+    }
+    rustix::io::readv(socket, &mut parts).map(|count| (count, room)).map_err(Unmoved::Os)
 }
 
 #[cfg(test)]

@@ -25,10 +25,10 @@ impl FabricSink for Sink {
         self.heard.lock().push(format!("{} message {} on {link}", self.net.now(), header.request));
         match header.payload_len {
             0 => Landing::Discard,
-            len_bytes => Landing::Into {
-                extent: Extent { segment: SEGMENT, offset: 0, len_bytes },
-                token: LandingToken(header.request),
-            },
+            len_bytes => {
+                let extent = Extent { segment: SEGMENT, offset: 0, len_bytes };
+                Landing::whole(extent, LandingToken(header.request))
+            }
         }
     }
 
@@ -81,9 +81,9 @@ fn history(seed: u64) -> Vec<String> {
     let net = SimNet::new(seed, SimFaults::default());
     let (a, b, link) = connected(&net);
     for number in 0..20 {
-        let payload = (number % 3 == 0).then(whole);
-        let frame = frame(number, payload.map_or(0, |extent| extent.len_bytes));
-        let _ = a.fabric.send(link, frame, payload, SendToken(number));
+        let payload: Vec<Extent> = (number % 3 == 0).then(whole).into_iter().collect();
+        let frame = frame(number, payload.iter().map(|extent| extent.len_bytes).sum());
+        let _ = a.fabric.send(link, frame, &payload, SendToken(number));
         a.fabric.read(link, TransferId(number), b.remote, whole()).expect("read");
         if number % 5 == 0 {
             a.fabric.cancel(TransferId(number));
@@ -134,7 +134,7 @@ fn payloads_are_taken_over_late() {
         let net = SimNet::new(seed, SimFaults { busy_chance: 0, ..SimFaults::default() });
         let (a, b, link) = connected(&net);
         a.memory.write(0, &[1; LEN]);
-        let sent = a.fabric.send(link, frame(1, LEN as u64), Some(whole()), SendToken(1)).expect("send");
+        let sent = a.fabric.send(link, frame(1, LEN as u64), &[whole()], SendToken(1)).expect("send");
         net.step();
         a.memory.write(0, &[2; LEN]);
         run(&net);
@@ -152,7 +152,7 @@ fn a_partition_holds_back_and_heals() {
     net.partition("b", "a");
     b.memory.write(0, &[5; LEN]);
     for number in 0..5 {
-        let _ = a.fabric.send(link, frame(number, 0), None, SendToken(number)).expect("send");
+        let _ = a.fabric.send(link, frame(number, 0), &[], SendToken(number)).expect("send");
     }
     a.fabric.read(link, TransferId(1), b.remote, whole()).expect("read");
     run(&net);
@@ -184,7 +184,7 @@ fn a_name_comes_back_as_another_node() {
     net.kill("b");
     let again = node(&net, "b");
     run(&net);
-    assert!(a.fabric.send(link, frame(1, 0), None, SendToken(1)).is_err(), "the old link is down");
+    assert!(a.fabric.send(link, frame(1, 0), &[], SendToken(1)).is_err(), "the old link is down");
     assert!(b.fabric.connect("a").is_err(), "the dead do nothing");
     let link = a.fabric.connect("b").expect("connect");
     run(&net);

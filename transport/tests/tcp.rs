@@ -55,7 +55,7 @@ impl FabricSink for Echo {
         match self.fabric.get().and_then(std::sync::Weak::upgrade) {
             Some(fabric) => {
                 let frame = encode(FrameKind::Peer, header.request, &0_u8, 0).expect("small");
-                let sent = fabric.send(link, frame, None, SendToken(0)).expect("send");
+                let sent = fabric.send(link, frame, &[], SendToken(0)).expect("send");
                 assert_eq!(sent, Sent::Done);
             }
             None => {
@@ -89,7 +89,7 @@ fn many_threads_wait_for_their_own() {
             scope.spawn(move || {
                 for round in 1..=500 {
                     let frame = encode(FrameKind::Peer, round * 8 + asker, &0_u8, 0).expect("small");
-                    assert_eq!(a.send(link, frame, None, SendToken(0)), Ok(Sent::Done));
+                    assert_eq!(a.send(link, frame, &[], SendToken(0)), Ok(Sent::Done));
                     let mine = &asking.answered[usize::try_from(asker).expect("small")];
                     let answered = a.progress(patience, &|| mine.load(Ordering::SeqCst) == round);
                     assert!(answered, "asker {asker} waited in vain for {round}");

@@ -77,7 +77,7 @@ fn reads_are_served_while_every_thread_waits_in_the_sink() {
     let gate = sink.gate.lock();
     for &link in &links {
         let frame = encode(FrameKind::Peer, 1, &0_u8, 0).expect("small");
-        let _ = reader.send(link, frame, None, SendToken(0)).expect("send");
+        let _ = reader.send(link, frame, &[], SendToken(0)).expect("send");
     }
     while sink.waiting.load(Ordering::SeqCst) < config.threads {
         std::thread::yield_now();

@@ -35,7 +35,7 @@ impl Guarded {
     fn assert_unharmed(&self, refused: u64) {
         let before = self.node.sink.messages.load(Ordering::SeqCst);
         let frame = encode(FrameKind::Peer, 1, &1_u64, 0).expect("small");
-        let _ = self.good.fabric.send(self.link, frame, None, SendToken(0)).expect("send");
+        let _ = self.good.fabric.send(self.link, frame, &[], SendToken(0)).expect("send");
         self.node.wait("the good peer's frame", |sink| sink.messages.load(Ordering::SeqCst) > before);
         let remote = RemoteExtent { key: self.node.key, offset: 0, len_bytes: 1 << 20 };
         let local = Extent { segment: SEGMENT, offset: 0, len_bytes: 1 << 20 };

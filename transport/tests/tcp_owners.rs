@@ -137,7 +137,7 @@ fn a_landing_ends_when_the_link_does() {
         fn message(&self, link: LinkId, header: FrameHeader, body: &[u8]) -> Landing {
             self.0.message(link, header, body);
             let extent = Extent { segment: SEGMENT, offset: 0, len_bytes: header.payload_len };
-            Landing::Into { extent, token: hetmem_transport::LandingToken(1) }
+            Landing::whole(extent, hetmem_transport::LandingToken(1))
         }
         fn event(&self, event: FabricEvent) {
             match event {

@@ -76,20 +76,44 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         what: "clients' pins are forgotten",
         file: "core/src/engine/room.rs",
-        find: ".filter(|generation| !pinned.contains(generation))",
-        replace: ".filter(|_| pinned.len() < usize::MAX)",
+        find: ".filter(|generation| !pinned.contains(*generation))",
+        replace: ".filter(|generation| !pinned.contains(*generation) || generation.0 > 0)",
     },
     Mutant {
         what: "an object is freed as soon as it is withdrawn",
         file: "core/src/engine/room.rs",
-        find: "        self.scan_wanted = true;\n        self.timers.set(self.now.after_ms(DRAIN_MS), Timer::Drain);\n    }\n\n    pub(super) fn drain_again",
-        replace: "        self.free_object(generation);\n    }\n\n    pub(super) fn drain_again",
+        find: "        self.timers.set(self.now.after_ms(DRAIN_MS), Timer::Drain);\n        true\n    }\n\n    pub(super) fn drain_again",
+        replace: "        self.free_object(generation);\n        true\n    }\n\n    pub(super) fn drain_again",
     },
     Mutant {
         what: "an extent is freed while bytes may still land in it",
         file: "core/src/engine/fetch.rs",
         find: "self.out.push(Action::CancelRead { transfer });",
         replace: "if let Some((filled, _)) = self.transfers.remove(&transfer) { self.free_object(filled); }\n                self.out.push(Action::CancelRead { transfer });",
+    },
+    Mutant {
+        what: "the bytes of one item of a payload land at the place of another",
+        file: "transport/src/payload.rs",
+        find: "part(self.number, self.done, step);",
+        replace: "part(self.number, self.done.min(0), step);",
+    },
+    Mutant {
+        what: "of several objects in one send only the first is held in place",
+        file: "core/src/engine/outgoing.rs",
+        find: "        if let Some((_, generation)) = payload\n            && let Some(object)",
+        replace: "        if let Some((_, generation)) = payload\n            && !self.outgoing.0.contains_key(&link)\n            && let Some(object)",
+    },
+    Mutant {
+        what: "a send of several objects lets go of the first of them only",
+        file: "core/src/engine/owner.rs",
+        find: "self.sends.remove(&send).unwrap_or_default() {",
+        replace: "self.sends.remove(&send).unwrap_or_default().into_iter().take(1) {",
+    },
+    Mutant {
+        what: "a part of a payload is given a place when its frame is gone",
+        file: "core/src/engine/arrival.rs",
+        find: "if self.payload_at_hand == Some(landing) || extent.len_bytes == 0 =>",
+        replace: "if landing.0 < u64::MAX || extent.len_bytes == 0 =>",
     },
     Mutant {
         what: "a copy that was under way brings a deleted object back",

@@ -3,7 +3,7 @@
 
 use std::hint::black_box;
 
-use hetmem_client::{GetOptions, Key, Path, Store, StoreError};
+use hetmem_client::{DType, GetOptions, Key, Object, ObjectMeta, Path, Store, StoreError};
 use hetmem_node::{Config, Node};
 
 use super::Size;
@@ -15,6 +15,9 @@ const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
 /// What an answer has beside the object: header and metadata.
 const ENVELOPE_LEN: usize = 96;
+/// A state dict of many small tensors: so many, of so many bytes.
+const TENSORS: usize = 10_000;
+const TENSOR_LEN: usize = 4 * KIB;
 
 /// Two nodes: one that owns what is fetched, a process of its own, and one in this process.
 pub(super) struct Pairing {
@@ -78,6 +81,9 @@ pub(super) fn run(size: Size) -> Result<Vec<Row>, StoreError> {
         rows.push(get(size, "get", inside, &key, &mut bare, (len, samples, target))?);
         rows.push(get(size, "get through a daemon", outside, &key, &mut bare, (len, samples, target))?);
     }
+    let state_dict = put_state_dict(&pairing.put)?;
+    rows.push(get_all(size, "get_many", inside, &state_dict)?);
+    rows.push(get_all(size, "get_many through a daemon", outside, &state_dict)?);
     match iperf3() {
         Ok(rate) => rows.push(beside_iperf3(size, inside)?.into_row(rate)),
         Err(why) => {
@@ -125,6 +131,50 @@ fn get(
         &mut || {
             let (us, done) = timed(|| fetch(store, key, len));
             done.map(|_| us)
+        },
+    )
+}
+
+fn put_state_dict(store: &Store) -> Result<Vec<Key>, StoreError> {
+    let meta = ObjectMeta::tensor(DType::F32, &[TENSOR_LEN as u64 / 128, 32])?;
+    let tensor = |number: usize| {
+        let key = Key::new(&format!("bench/state/layers.{}.{}.weight", number / 10, number % 10))?;
+        store.put(&key, meta, &[1; TENSOR_LEN])?;
+        Ok(key)
+    };
+    (0..TENSORS).map(tensor).collect()
+}
+
+/// All tensors of a state dict by one call, beside one call for each. All come inside answers.
+fn get_all(size: Size, op: &str, store: &Store, keys: &[Key]) -> Result<Row, StoreError> {
+    let options = GetOptions { keep: false, threshold_bytes: Some(u64::MAX), ..GetOptions::default() };
+    let came = |object: Result<Object, StoreError>| {
+        let object = object?;
+        black_box(&object[TENSOR_LEN - 1]);
+        match object.path() {
+            Path::Eager => Ok(()),
+            path => Err(StoreError::corrupt("bench", format!("it came by {path}, not inside an answer"))),
+        }
+    };
+    let pair = Pair {
+        workload: "remote",
+        op: &format!("{op}, {TENSORS} tensors of 4 KiB"),
+        size_bytes: (TENSORS * TENSOR_LEN) as u64,
+        moves: true,
+        ceiling_name: "the same gets, one by one",
+        target: Target::AtLeast(10.0),
+        rounds: size.rounds(),
+        samples: 1,
+    };
+    pair.measure(
+        &mut || {
+            // Each is let go before the next, which is the faster way.
+            let (us, done) = timed(|| keys.iter().try_for_each(|key| came(store.get_with(key, &options))));
+            done.map(|()| us)
+        },
+        &mut || {
+            let (us, done) = timed(|| store.get_many_with(keys, &options).into_iter().try_for_each(came));
+            done.map(|()| us)
         },
     )
 }

@@ -16,8 +16,10 @@ use crate::receipts::{self, Receipts};
 use hetmem_formats::safetensors::{self, METADATA, Metadata};
 use hetmem_formats::{Format, npy};
 
-/// Objects that are asked for at once.
-const BATCH: usize = 16;
+/// Objects that are asked for at once, and their bytes: that much memory of the node is held while a file is written. An
+/// object that is longer goes alone.
+const BATCH_MAX: usize = 1024;
+const BATCH_BYTES_MAX: u64 = 256 << 20;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -123,19 +125,41 @@ fn tensors(
     safetensors::file_order(&mut parts);
     safetensors::write_header(&mut file.out, &parts, metadata.as_ref())?;
     let mut done = Done::default();
-    for batch in parts.chunks(BATCH) {
+    let mut rest = &parts[..];
+    let mut alone = false;
+    while !rest.is_empty() {
+        let batch = &rest[..if alone { 1 } else { batch_len(rest) }];
         let wanted: Vec<Key> = batch.iter().filter_map(|(name, _)| keys.get(name).cloned()).collect();
         let objects = store.get_many_with(&wanted, options);
+        alone = false;
         for (((_, meta), key), object) in batch.iter().zip(&wanted).zip(objects) {
-            let object = object?;
+            let object = match object {
+                // The others of its batch may have its room: it is asked for again once they are let go.
+                Err(error) if error.kind() == ErrorKind::NoSpace && batch.len() > 1 => {
+                    alone = true;
+                    break;
+                }
+                object => object?,
+            };
             check_unchanged(key, &object, meta)?;
             receipts.add(key, || object.receipt());
             file.write(&object)?;
             done.objects += 1;
             done.len_bytes += object.len() as u64;
+            rest = &rest[1..];
         }
     }
     Ok(done)
+}
+
+/// How many of the parts are asked for next.
+fn batch_len(parts: &[(String, ObjectMeta)]) -> usize {
+    let mut len_bytes = 0_u64;
+    let fitting = parts.iter().take(BATCH_MAX).take_while(|(_, meta)| {
+        len_bytes = len_bytes.saturating_add(meta.len_bytes);
+        len_bytes <= BATCH_BYTES_MAX
+    });
+    fitting.count().max(1)
 }
 
 fn stat_of(store: &Store, key: &Key, under: &str) -> Result<ObjectMeta, StoreError> {
@@ -235,6 +259,17 @@ fn report(args: &Args, done: &Done, took: Duration, receipts: &Receipts, out: Ou
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn batches_hold_little_memory_and_long_objects_go_alone() {
+        let parts = |lens: &[u64]| -> Vec<(String, ObjectMeta)> {
+            lens.iter().map(|len| (String::new(), ObjectMeta::bytes(*len).expect("a length"))).collect()
+        };
+        assert_eq!(batch_len(&parts(&[4096; 3000])), BATCH_MAX);
+        assert_eq!(batch_len(&parts(&[100 << 20; 5])), 2);
+        assert_eq!(batch_len(&parts(&[1 << 40, 1])), 1);
+        assert_eq!(batch_len(&parts(&[1, 1 << 40])), 1);
+    }
 
     #[test]
     fn a_file_appears_complete_or_not_at_all() {

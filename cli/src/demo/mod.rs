@@ -7,7 +7,7 @@ mod state_dict;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hetmem_client::{Key, Object, ObjectMeta, Path as BytesPath, Store, StoreError};
 use hetmem_host_mem::MappedFile;
@@ -28,6 +28,8 @@ const LOCAL_ROUNDS: usize = 20;
 const HOST_SLACK: u64 = 256 << 20;
 /// Differences that are named; the rest is counted.
 const NAMED_MAX: usize = 10;
+/// Objects that are held at a time.
+const HELD_MAX: usize = 10_000;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -163,6 +165,7 @@ pub(crate) fn run(args: &Args, out: Output) -> Result<(), Failure> {
     fetch(&on_b, &tensors, &mut findings)?;
     get_in_place(&on_a, &tensors, Step::GetA, &mut findings)?;
     get_in_place(&on_b, &tensors, Step::GetB, &mut findings)?;
+    fetch_all(&on_b, &tensors, &mut findings)?;
     // The nodes go before the verdict: whoever reads it finds nothing left behind.
     drop((on_a, on_b));
     drop((b, a));
@@ -240,6 +243,31 @@ fn get_in_place(
             findings.samples.add(step, tensor.meta.len_bytes, Some(path), nanos_since(started));
         }
     }
+    Ok(())
+}
+
+/// Gets all tensors from the other node once more, in one call, after this node's copies have gone.
+fn fetch_all(store: &Store, tensors: &[Tensor<'_>], findings: &mut Findings) -> Result<(), StoreError> {
+    let mut total = Duration::ZERO;
+    for tensor in tensors {
+        store.evict(&tensor.key, false)?;
+    }
+    // A client holds a bounded number of objects at a time.
+    for some in tensors.chunks(HELD_MAX) {
+        let keys: Vec<Key> = some.iter().map(|tensor| tensor.key.clone()).collect();
+        let started = Instant::now();
+        let objects = store.get_many(&keys);
+        total += started.elapsed();
+        for (tensor, object) in some.iter().zip(objects) {
+            let object = object?;
+            if object.path() == BytesPath::Local {
+                findings.fault(&tensor.key, "get_many on B", "it was on B before it was fetched");
+            }
+            findings.compare(tensor, &object, "get_many on B");
+        }
+    }
+    let len_bytes = tensors.iter().map(|tensor| tensor.meta.len_bytes).sum();
+    findings.samples.add_all(Step::FetchAll, len_bytes, u64::try_from(total.as_nanos()).unwrap_or(u64::MAX));
     Ok(())
 }
 

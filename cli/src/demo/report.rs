@@ -13,6 +13,8 @@ use crate::output::{Align, Table, bytes, nanos};
 const CLASSES: [(u64, &str); 4] =
     [(4 << 10, "<= 4 KiB"), (64 << 10, "<= 64 KiB"), (1 << 20, "<= 1 MiB"), (16 << 20, "<= 16 MiB")];
 const LARGEST: &str = "larger";
+/// The class of calls about all tensors.
+const ALL: usize = CLASSES.len() + 1;
 
 /// What the demo does, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,6 +27,8 @@ pub(crate) enum Step {
     GetA,
     /// On node B, which has its own copy by now.
     GetB,
+    /// From node A, through node B, all tensors in one call.
+    FetchAll,
 }
 
 impl Step {
@@ -34,6 +38,7 @@ impl Step {
             Self::Fetch => "fetch on B",
             Self::GetA => "get on A",
             Self::GetB => "get on B again",
+            Self::FetchAll => "get_many on B",
         }
     }
 }
@@ -66,6 +71,13 @@ impl Samples {
             Some(_) => "put",
         };
         let group = self.groups.entry((step, class, how)).or_default();
+        group.len_bytes += len_bytes;
+        group.nanos.push(nanos);
+    }
+
+    /// Adds one call about all tensors.
+    pub(crate) fn add_all(&mut self, step: Step, len_bytes: u64, nanos: u64) {
+        let group = self.groups.entry((step, ALL, "batch")).or_default();
         group.len_bytes += len_bytes;
         group.nanos.push(nanos);
     }
@@ -133,7 +145,10 @@ impl Row {
         let speed = samples.len_bytes as f64 / (total.max(1) as f64 / 1e9) / f64::from(1 << 30);
         Self {
             step: step.name(),
-            class: CLASSES.get(class).map_or(LARGEST, |(_, name)| name),
+            class: match class {
+                ALL => "all at once",
+                class => CLASSES.get(class).map_or(LARGEST, |(_, name)| name),
+            },
             path,
             count: nanos.len(),
             len_bytes: samples.len_bytes,
@@ -177,6 +192,7 @@ mod tests {
         samples.add(Step::Fetch, 4097, Some(Path::Read), 1_000);
         samples.add(Step::GetA, 17 << 20, Some(Path::Local), 100);
         samples.add(Step::Put, 1 << 30, None, 1_000_000_000);
+        samples.add_all(Step::FetchAll, 1 << 20, 1_000_000);
         assert_eq!(samples.count(Step::Fetch, Path::Eager), 2);
         let rows = samples.to_json();
         let rows = rows.as_array().expect("rows");
@@ -184,7 +200,8 @@ mod tests {
             let found = rows.iter().find(|row| row["step"] == step && row["size_class"] == class);
             found.expect("a row").clone()
         };
-        assert_eq!(rows.len(), 4);
+        assert_eq!(rows.len(), 5);
+        assert_eq!(row("get_many on B", "all at once")["path"], "batch");
         assert_eq!(row("fetch on B", "<= 4 KiB")["bytes"], 4097);
         assert_eq!(row("fetch on B", "<= 64 KiB")["path"], "read");
         assert_eq!(row("get on A", "larger")["gib_per_s"], Value::Null);

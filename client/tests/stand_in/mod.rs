@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use hetmem_client::{Checksum, Key, Listed, ObjectMeta, Path, StoreError, Tier};
-use hetmem_core::wire::{ClientMessage, ClientReply, IfExists, Located};
+use hetmem_core::wire::{ClientMessage, ClientReply, IfExists, Located, LocatedMany};
 use hetmem_core::{ClientId, Epoch, Extent, Generation, NodeId, ObjectId, SegmentId, SlotId};
 use hetmem_host_mem::{
     Answer, IndexEntry, IndexWriter, NodePage, PagePolicy, Segment, SegmentOwner, Session, socket,
@@ -35,6 +35,10 @@ pub(crate) enum Fault {
     SamePage,
     /// Every question is answered with `Exists`.
     WrongReply,
+    /// Of many objects the last is left out.
+    OneFewer,
+    /// Of many objects the first comes once more at the end.
+    OneMore,
 }
 
 pub(crate) struct StandIn {
@@ -231,7 +235,7 @@ impl State {
         key: &Key,
         range: Option<hetmem_client::Range>,
         page: &NodePage,
-    ) -> Result<ClientReply, StoreError> {
+    ) -> Result<Located, StoreError> {
         let held = self.objects.get(key).ok_or_else(|| StoreError::not_found("get", key))?;
         let mut extent = match range {
             None => held.extent,
@@ -245,7 +249,7 @@ impl State {
             Fault::Short => extent.len_bytes -= 1,
             _ => {}
         }
-        Ok(ClientReply::Located(Located {
+        Ok(Located {
             object: object_id(held.generation),
             meta: held.meta,
             extent,
@@ -254,7 +258,18 @@ impl State {
             pin: page.pin_for_client(held.generation).expect("a pin"),
             path: Path::Read,
             carried: None,
-        }))
+        })
+    }
+
+    fn locate_many(&self, keys: &[Key], page: &NodePage) -> LocatedMany {
+        let (first, count) = (keys.first(), keys.len());
+        let (surplus, count) = match self.fault {
+            Fault::OneFewer => (None, count - 1),
+            Fault::OneMore => (first, count),
+            _ => (None, count),
+        };
+        let keys = keys.iter().take(count).chain(surplus);
+        LocatedMany::of(keys.map(|key| self.locate(key, None, page)))
     }
 
     fn list(&self, prefix: &str, after: Option<&Key>) -> ClientReply {
@@ -329,7 +344,12 @@ impl Session for StandIn {
                 state.reservations.remove(reservation);
                 ClientReply::Done
             }
-            ClientMessage::Get { key, range, .. } => state.locate(key, *range, &self.page)?,
+            ClientMessage::Get { key, range, .. } => {
+                ClientReply::Located(state.locate(key, *range, &self.page)?)
+            }
+            ClientMessage::GetMany { keys, .. } => {
+                ClientReply::LocatedMany(state.locate_many(keys, &self.page))
+            }
             ClientMessage::Segment { segment } => {
                 if state.fault != Fault::NoDescriptor {
                     let fd = state.segment(*segment).descriptor();

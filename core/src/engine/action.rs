@@ -6,9 +6,10 @@ use crate::error::StoreError;
 use crate::key::Key;
 use crate::meta::ObjectMeta;
 use crate::tier::{
-    ClientId, Extent, Generation, LinkId, NodeId, ObjectId, RemoteExtent, SegmentId, SlotId, Tier, TransferId,
+    ClientId, Extent, Generation, LandingId, LinkId, NodeId, ObjectId, RemoteExtent, SegmentId, SlotId, Tier,
+    TransferId,
 };
-use crate::wire::{ClientReply, Located, PeerMessage};
+use crate::wire::{Batch, ClientReply, Located, PeerMessage};
 
 /// A descriptor that travels beside a reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +42,23 @@ pub struct PublishedObject {
     pub extent: Extent,
     /// The tier of the extent's segment.
     pub tier: Tier,
+}
+
+/// The payload of a send.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Payload {
+    /// Repeated in `Input::SendDone`.
+    pub send: u64,
+    /// Where the bytes are, in their order; never none, and as many as the fabric gathers at most.
+    pub extents: Vec<Extent>,
+}
+
+impl Payload {
+    /// Bytes of all of it.
+    #[must_use]
+    pub fn len_bytes(&self) -> u64 {
+        self.extents.iter().map(|extent| extent.len_bytes).sum()
+    }
 }
 
 /// Something for logs and metrics.
@@ -77,6 +95,11 @@ pub enum Action {
     /// Pin the generation in the client's page, put the place into `located.pin`, and answer with it; `Busy` if the
     /// page is full.
     PinAndReply { client: ClientId, request: u64, located: Located },
+    /// One key of a request for many: pin what is located, as in `PinAndReply`, and keep it, or why there is nothing,
+    /// until `ReplyItems`, or until the client has left.
+    Item { client: ClientId, request: u64, item: u32, located: Result<Located, StoreError> },
+    /// Answer with the items that were kept: all of them, `count`, in order.
+    ReplyItems { client: ClientId, request: u64, count: u32 },
     /// End a session that broke the protocol.
     CloseClient { client: ClientId, why: StoreError },
 
@@ -108,11 +131,14 @@ pub enum Action {
     Connect { address: String },
     /// End a connection; `LinkDown` follows.
     Disconnect { link: LinkId },
-    /// Send a message, with the bytes of an extent as payload. `SendDone` with the number follows if there is one.
-    Send { link: LinkId, request: u64, message: PeerMessage, payload: Option<(Extent, u64)> },
-    /// Let the payload of the message that is being handled go here; this may come in answer to the `PinScan` that
-    /// the message led to. `Landed` with the request follows.
-    Land { request: u64, extent: Extent },
+    /// Send a message. `SendDone` with the payload's number follows if there is one.
+    Send { link: LinkId, request: u64, message: PeerMessage, payload: Option<Payload> },
+    /// The same for several in one frame.
+    SendBatch { link: LinkId, batch: Batch, payload: Option<Payload> },
+    /// Let a part of the payload of the frame that is being handled, from this byte on, go here; this may come in
+    /// answer to the `PinScan` that the frame led to. No two parts overlap. One `Landed` follows for all that have the
+    /// same number.
+    Land { landing: LandingId, start: u64, extent: Extent },
     /// Read from a peer: bytes into an extent as long, and after the last of them the 8 bytes that hold a generation;
     /// either may be missing. Exactly one `ReadDone` follows.
     Read {

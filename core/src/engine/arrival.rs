@@ -3,11 +3,15 @@
 //! run at different rates, had not run out when the last byte was there, or the owner's generation word was unchanged
 //! after that (`locations`); and if its object was not deleted meanwhile.
 
+use std::sync::Arc;
+
 use super::Engine;
 use super::action::Action;
+use super::cluster::Incoming;
 use super::fetch::{Bytes, Fetch, FetchFor, FetchId, FetchWaiter, Source, Stage, Want};
 use super::input::ReadEnd;
 use super::lifecycle::State;
+use super::local::Caller;
 use super::objects::Object;
 use super::paths::Way;
 use super::replicas::ReplicaAsked;
@@ -17,19 +21,37 @@ use super::timer::Time;
 use crate::error::StoreError;
 use crate::meta::ObjectMeta;
 use crate::receipt::{Carried, Moved, Path};
-use crate::tier::{ClientId, Extent, Generation, LinkId, ObjectId, Tier, TransferId};
+use crate::tier::{Extent, Generation, LandingId, LinkId, ObjectId, Tier, TransferId};
 use crate::wire::{ClientReply, Granted, IfExists, PeerMessage, PutHints, Role};
 
-/// Clients that waited for a fetch, with their requests, and replicas that were asked for.
-fn split(waiters: Vec<FetchWaiter>) -> (Vec<(ClientId, u64)>, Vec<ReplicaAsked>) {
+/// Clients that waited for a fetch, and replicas that were asked for.
+fn split(waiters: Vec<FetchWaiter>) -> (Vec<Caller>, Vec<ReplicaAsked>) {
     let (mut clients, mut replicas) = (Vec::new(), Vec::new());
     for waiter in waiters {
         match waiter.who {
-            FetchFor::Client { client, request } => clients.push((client, request)),
+            FetchFor::Client(caller) => clients.push(caller),
             FetchFor::Replica(asked) => replicas.push(*asked),
         }
     }
     (clients, replicas)
+}
+
+/// A part of a payload that lands in an object.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Part {
+    generation: Generation,
+    fetch: FetchId,
+    /// Where in the payload it starts.
+    start: u64,
+    len_bytes: u64,
+}
+
+impl Part {
+    /// How it came to its place, if so many bytes at the payload's start were staged.
+    fn moved(&self, staged_bytes: u64) -> Moved {
+        let staged_bytes = staged_bytes.saturating_sub(self.start).min(self.len_bytes);
+        Moved { bytes: self.len_bytes, staged_bytes }
+    }
 }
 
 impl Engine {
@@ -41,15 +63,14 @@ impl Engine {
         }
     }
 
-    /// DATA: the object is the payload of this very message.
+    /// DATA: the object is the payload of this very message, which may be a part of its frame's.
     pub(super) fn fetch_data(
         &mut self,
         link: LinkId,
         request: u64,
         id: FetchId,
-        object: ObjectId,
-        meta: ObjectMeta,
-        payload_len: u64,
+        (object, meta): (ObjectId, ObjectMeta),
+        Incoming { landing, start, len_bytes: payload_len }: Incoming,
     ) {
         if self.fetch_asked_at(id, request).is_none() {
             return;
@@ -57,7 +78,7 @@ impl Engine {
         if self.deleted.contains(object) {
             return self.fetch_deleted(id);
         }
-        let Some(fetch) = self.fetches.get(&id) else {
+        let Some(fetch) = self.fetches.get(id) else {
             return;
         };
         if !matches!(fetch.want, Want::Object { .. }) {
@@ -71,8 +92,7 @@ impl Engine {
             ));
             return self.fetch_failed(id, &why);
         }
-        self.payload_at_hand = Some(request);
-        let source = Source { object, meta, bytes: Bytes::InAnswer { request } };
+        let source = Source { object, meta, bytes: Bytes::InAnswer { landing, start } };
         self.fetch_needs_room(id, link, source, payload_len);
     }
 
@@ -90,8 +110,8 @@ impl Engine {
                 Want::Existence => ClientReply::Exists,
                 _ => ClientReply::Stat { object, meta, tier: None, pinned: false, holders: holders.clone() },
             };
-            if let FetchFor::Client { client, request } = waiter.who {
-                self.reply(client, request, Ok(reply));
+            if let FetchFor::Client(caller) = waiter.who {
+                self.answer_caller(caller, Ok(reply));
             }
         }
     }
@@ -106,7 +126,7 @@ impl Engine {
         meta: ObjectMeta,
         granted: Granted,
     ) {
-        let refused = match (self.fetch_asked_at(id, request), self.fetches.get(&id)) {
+        let refused = match (self.fetch_asked_at(id, request), self.fetches.get(id)) {
             (Some(at), Some(fetch)) if matches!(fetch.want, Want::Object { .. }) => {
                 match Self::wanted_len(fetch, &meta) {
                     _ if self.deleted.contains(object) => None,
@@ -137,7 +157,7 @@ impl Engine {
     }
 
     pub(super) fn fetch_needs_room(&mut self, id: FetchId, link: LinkId, source: Source, len_bytes: u64) {
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.stage = Stage::NeedsRoom { link, source };
         }
         self.fetch_answered(id);
@@ -146,7 +166,7 @@ impl Engine {
 
     /// There is room for what a peer holds.
     pub(super) fn fetch_into(&mut self, id: FetchId, extent: Extent) {
-        let Some((link, source)) = self.fetches.get(&id).and_then(|fetch| match fetch.stage {
+        let Some((link, source)) = self.fetches.get(id).and_then(|fetch| match fetch.stage {
             Stage::NeedsRoom { link, source } => Some((link, source)),
             _ => None,
         }) else {
@@ -155,9 +175,11 @@ impl Engine {
         };
         self.fetch_has_room(id);
         match source.bytes {
-            Bytes::InAnswer { request } if self.payload_at_hand == Some(request) => {
-                self.payload_at_hand = None;
-                self.fetch_lands(id, link, request, source, extent);
+            // An object without bytes has no payload that could be gone.
+            Bytes::InAnswer { landing, start }
+                if self.payload_at_hand == Some(landing) || extent.len_bytes == 0 =>
+            {
+                self.fetch_lands(id, link, (landing, start), source, extent);
             }
             Bytes::Granted { granted, valid_until }
                 if self.now < valid_until && self.links.contains_key(&link) =>
@@ -177,18 +199,26 @@ impl Engine {
         }
     }
 
-    fn fetch_lands(&mut self, id: FetchId, link: LinkId, request: u64, source: Source, extent: Extent) {
+    fn fetch_lands(
+        &mut self,
+        id: FetchId,
+        link: LinkId,
+        (landing, start): (LandingId, u64),
+        source: Source,
+        extent: Extent,
+    ) {
         let Some(generation) = self.insert_fetched(id, source, extent) else {
             return;
         };
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.stage = Stage::Landing { link };
         }
-        self.landing.insert(request, (generation, id));
+        let part = Part { generation, fetch: id, start, len_bytes: extent.len_bytes };
         if extent.len_bytes == 0 {
-            return self.landed(request, Ok(Moved::default()));
+            return self.part_landed(part, Ok(Moved::default()));
         }
-        self.out.push(Action::Land { request, extent });
+        self.landing.entry(landing).or_default().push(part);
+        self.out.push(Action::Land { landing, start, extent });
     }
 
     fn fetch_reads(
@@ -204,7 +234,7 @@ impl Engine {
         };
         let transfer = self.new_transfer();
         self.transfers.insert(transfer, (generation, id));
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.stage = Stage::Reading { link, transfer, granted, valid_until };
         }
         if extent.len_bytes == 0 {
@@ -225,7 +255,7 @@ impl Engine {
         source: Source,
         extent: Extent,
     ) -> Option<Generation> {
-        let fetch = self.fetches.get(&id)?;
+        let fetch = self.fetches.get(id)?;
         Some(self.objects.insert(Object {
             key: fetch.key.clone(),
             id: source.object,
@@ -254,20 +284,30 @@ impl Engine {
         if let Some(object) = self.objects.get_mut(generation) {
             object.filling = false;
         }
-        let waited_for = self.fetches.contains_key(&id);
+        let waited_for = self.fetches.contains(id);
         if !waited_for {
             self.free_object(generation);
-            self.retry_space();
+            self.space_freed = true;
         }
         waited_for
     }
 
-    /// The payload of a DATA is in its place, or never will be.
-    pub(super) fn landed(&mut self, request: u64, result: Result<Moved, StoreError>) {
-        let Some((generation, id)) = self.landing.remove(&request) else {
-            return;
-        };
-        let link = match self.fetches.get(&id).map(|fetch| &fetch.stage) {
+    /// What lands of a payload is in its places, or never will be.
+    pub(super) fn landed(&mut self, landing: LandingId, result: Result<Moved, StoreError>) {
+        let parts = self.landing.remove(&landing).unwrap_or_default();
+        self.out.reserve(parts.len());
+        for part in parts {
+            let result = match &result {
+                Ok(Moved { staged_bytes, .. }) => Ok(part.moved(*staged_bytes)),
+                Err(why) => Err(why.clone()),
+            };
+            self.part_landed(part, result);
+        }
+    }
+
+    fn part_landed(&mut self, part: Part, result: Result<Moved, StoreError>) {
+        let Part { generation, fetch: id, .. } = part;
+        let link = match self.fetches.get(id).map(|fetch| &fetch.stage) {
             Some(&Stage::Landing { link }) => Some(link),
             _ => None,
         };
@@ -302,7 +342,7 @@ impl Engine {
             self.fetch_moved(id, moved);
             self.fetch_round_trips(id, round_trips);
         }
-        let stage = self.fetches.get(&id).map(|fetch| &fetch.stage);
+        let stage = self.fetches.get(id).map(|fetch| &fetch.stage);
         if let Some(&Stage::ReadingKnown { location, .. }) = stage {
             self.filled(generation, id);
             return self.known_read(id, location, generation, &result);
@@ -331,18 +371,18 @@ impl Engine {
     }
 
     fn fetch_moved(&mut self, id: FetchId, moved: Moved) {
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.moved = moved;
         }
     }
 
     /// What is known about how the bytes of a fetch came here.
-    fn carried(&self, fetch: &Fetch, link: Option<LinkId>) -> Option<Box<Carried>> {
+    fn carried(&mut self, fetch: &Fetch, link: Option<LinkId>) -> Option<Box<Carried>> {
         let node = self.links.get(&link?)?.node?;
         Some(Box::new(Carried {
             // Whoever drives the engine knows the fabrics' names.
-            fabric: String::new(),
-            from: self.name_of(node),
+            fabric: Arc::default(),
+            from: self.shared_name_of(node),
             from_tier: Tier::Host,
             moved: fetch.moved,
             round_trips: fetch.round_trips,
@@ -355,13 +395,13 @@ impl Engine {
         id: FetchId,
         why: impl Into<std::borrow::Cow<'static, str>>,
     ) -> StoreError {
-        let key = self.fetches.get(&id).map(|fetch| fetch.key.to_string());
+        let key = self.fetches.get(id).map(|fetch| fetch.key.to_string());
         StoreError::stale("get", key.unwrap_or_default(), why)
     }
 
     /// The bytes did not come, or not in time.
     pub(super) fn fetch_unfilled(&mut self, id: FetchId, why: StoreError) {
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.stage = Stage::Waiting;
         }
         self.fetch_obstacle(id, why);
@@ -394,7 +434,9 @@ impl Engine {
             Path::Eager => self.counters.eager += 1,
             _ => self.counters.read += 1,
         }
-        if let Some(node) = link.and_then(|link| self.links.get(&link)).and_then(|link| link.node) {
+        if let Some(node) = link.and_then(|link| self.links.get(&link)).and_then(|link| link.node)
+            && fetch.hinted != Some(node)
+        {
             self.hints.remember(&fetch.key, node);
         }
         let carried = self.carried(&fetch, link);
@@ -413,10 +455,9 @@ impl Engine {
                 (Some((sealed, object)), _) => target = (sealed, object.extent),
                 (None, Err(why)) => {
                     self.replicas_fetched(&replicas, &fetch.key, Some(&why));
-                    let failed = |(client, request): &(ClientId, u64)| (*client, *request);
-                    for (client, request) in clients.iter().map(failed) {
+                    for caller in clients {
                         self.counters.failed += 1;
-                        self.reply(client, request, Err(why.clone()));
+                        self.answer_caller(caller, Err(why.clone()));
                     }
                     return;
                 }
@@ -424,12 +465,12 @@ impl Engine {
                 (None, Ok(_)) => {}
             }
         }
-        for (client, request) in clients {
-            self.locate(client, request, target.0, target.1, (path, carried.clone()));
+        for caller in clients {
+            self.locate(caller, target.0, target.1, (path, carried.clone()));
         }
         if !kept {
             // From here on only the pins that were just made hold it.
-            self.withdraw(generation);
+            self.withdraw_handed_out(generation);
         }
         self.replicas_fetched(&replicas, &fetch.key, None);
     }

@@ -5,14 +5,13 @@
 use std::collections::BTreeSet;
 
 use super::Engine;
-use super::action::Action;
 use super::awaiting::{Exclusive, Listing};
 use super::fetch::FetchId;
 use super::timer::Time;
 use crate::error::StoreError;
 use crate::key::Key;
-use crate::tier::{LinkId, NodeId};
-use crate::wire::{Announced, ClientReply, Listed, PeerMessage};
+use crate::tier::{LandingId, LinkId, NodeId};
+use crate::wire::{Announced, Batch, Batched, ClientReply, Listed, PeerMessage};
 
 /// A question to a peer.
 #[derive(Debug)]
@@ -52,6 +51,15 @@ pub(super) enum Pending {
     },
 }
 
+/// The bytes that came with a message: a part of the payload of its frame.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Incoming {
+    pub(super) landing: LandingId,
+    /// Where in the payload they start.
+    pub(super) start: u64,
+    pub(super) len_bytes: u64,
+}
+
 /// Why every node is asked for a key.
 #[derive(Debug)]
 pub(super) enum AskFor {
@@ -75,7 +83,7 @@ impl Engine {
         let request = self.next_request;
         self.next_request += 1;
         self.pending.insert(request, (link, pending));
-        self.out.push(Action::Send { link, request, message, payload: None });
+        self.note(link, request, message, None);
         request
     }
 
@@ -85,13 +93,13 @@ impl Engine {
 
     pub(super) fn answer_peer(&mut self, link: LinkId, request: u64, message: PeerMessage) {
         if self.links.contains_key(&link) {
-            self.out.push(Action::Send { link, request, message, payload: None });
+            self.note(link, request, message, None);
         }
     }
 
     /// The answer to this question does not matter any more.
     pub(super) fn abandon(&mut self, request: u64) {
-        if let Some((_, pending)) = self.pending.get_mut(&request) {
+        if let Some((_, pending)) = self.pending.get_mut(request) {
             *pending = Pending::Abandoned;
         }
     }
@@ -113,6 +121,7 @@ impl Engine {
         }
     }
 
+    /// A frame with one message.
     pub(super) fn peer_message(
         &mut self,
         link: LinkId,
@@ -120,32 +129,70 @@ impl Engine {
         message: PeerMessage,
         payload_len: u64,
     ) {
+        let landing = self.new_landing(payload_len);
+        let payload = Incoming { landing, start: 0, len_bytes: payload_len };
+        if let Err(why) = self.hear(link, request, message, payload) {
+            self.peer_refused(link, &why);
+        }
+    }
+
+    /// A frame with several messages: each is heard as if it had come alone, until one is refused.
+    pub(super) fn peer_batch(&mut self, link: LinkId, batch: Batch, payload_len: u64) {
+        if let Err(why) = batch.check(payload_len) {
+            return self.peer_refused(link, &why);
+        }
+        let landing = self.new_landing(payload_len);
+        self.out.reserve(batch.0.len());
+        let mut start = 0;
+        for Batched { request, payload_len, message } in batch.0 {
+            let payload = Incoming { landing, start, len_bytes: payload_len };
+            start += payload_len;
+            if let Err(why) = self.hear(link, request, message, payload) {
+                return self.peer_refused(link, &why);
+            }
+        }
+    }
+
+    /// Takes a number for the payload of the frame that is being handled: its parts may be given places from now on.
+    fn new_landing(&mut self, payload_len: u64) -> LandingId {
+        let landing = LandingId(self.next_landing);
+        if payload_len > 0 {
+            self.next_landing += 1;
+            self.payload_at_hand = Some(landing);
+        }
+        landing
+    }
+
+    /// Hears one message; an error says why its link cannot go on.
+    fn hear(
+        &mut self,
+        link: LinkId,
+        request: u64,
+        message: PeerMessage,
+        payload: Incoming,
+    ) -> Result<(), StoreError> {
         let Some(state) = self.links.get_mut(&link) else {
-            return;
+            return Ok(());
         };
         state.heard = self.now;
         let known = state.node;
-        if let Err(why) = message.check() {
-            return self.peer_refused(link, &why);
-        }
-        if payload_len != 0 && !matches!(message, PeerMessage::Data { .. }) {
-            let why = format!("{} has a payload of {payload_len} bytes", message.name());
-            return self.peer_refused(link, &StoreError::protocol(why));
+        message.check()?;
+        if payload.len_bytes != 0 && !matches!(message, PeerMessage::Data { .. }) {
+            let why = format!("{} has a payload of {} bytes", message.name(), payload.len_bytes);
+            return Err(StoreError::protocol(why));
         }
         match (known, message) {
             (Some(node), PeerMessage::Hello { member, .. }) if member.node != node => {
                 let why = format!("a second HELLO says {:?}, the first one named another node", member.name);
-                self.peer_refused(link, &StoreError::protocol(why));
+                Err(StoreError::protocol(why))
             }
             (_, PeerMessage::Hello { member, version_min, version_max, keeps }) => {
                 self.hello(link, member, version_min, version_max, keeps);
+                Ok(())
             }
-            (_, PeerMessage::Failed { error }) if request == 0 => self.peer_refused(link, &error),
-            (None, message) => {
-                let why = format!("{} came before HELLO", message.name());
-                self.peer_refused(link, &StoreError::protocol(why));
-            }
-            (Some(node), message) => self.peer_says(link, node, request, message, payload_len),
+            (_, PeerMessage::Failed { error }) if request == 0 => Err(error),
+            (None, message) => Err(StoreError::protocol(format!("{} came before HELLO", message.name()))),
+            (Some(node), message) => self.peer_says(link, node, request, message, payload),
         }
     }
 
@@ -155,8 +202,8 @@ impl Engine {
         node: NodeId,
         request: u64,
         message: PeerMessage,
-        payload_len: u64,
-    ) {
+        payload: Incoming,
+    ) -> Result<(), StoreError> {
         match message {
             PeerMessage::Hello { .. } => {}
             PeerMessage::Heartbeat { room_bytes, under_replicated } => {
@@ -209,8 +256,9 @@ impl Engine {
             PeerMessage::List { prefix, after, limit } => {
                 self.list_for_peer(link, request, &prefix, after.as_ref(), limit);
             }
-            answer => self.peer_answers(link, node, request, answer, payload_len),
+            answer => return self.peer_answers(link, node, request, answer, payload),
         }
+        Ok(())
     }
 
     fn peer_answers(
@@ -219,20 +267,20 @@ impl Engine {
         node: NodeId,
         request: u64,
         answer: PeerMessage,
-        payload_len: u64,
-    ) {
-        if self.pending.get(&request).is_none_or(|(of, _)| *of != link) {
-            return;
+        payload: Incoming,
+    ) -> Result<(), StoreError> {
+        if self.pending.get(request).is_none_or(|(of, _)| *of != link) {
+            return Ok(());
         }
-        let Some((_, pending)) = self.pending.remove(&request) else {
-            return;
+        let Some((_, pending)) = self.pending.remove(request) else {
+            return Ok(());
         };
         match (pending, answer) {
             (Pending::Get { fetch }, PeerMessage::Data { object, meta }) => {
-                self.fetch_data(link, request, fetch, object, meta, payload_len);
+                self.fetch_data(link, request, fetch, (object, meta), payload);
             }
             (Pending::Get { fetch }, PeerMessage::Grant { object, meta, granted }) => {
-                self.fetch_grant(link, request, fetch, object, meta, granted);
+                self.fetch_grant(link, request, fetch, object, meta, *granted);
             }
             (Pending::Abandoned, PeerMessage::Grant { granted, .. }) => {
                 self.tell_peer(link, PeerMessage::Release { lease: granted.lease });
@@ -279,9 +327,10 @@ impl Engine {
             (pending, answer) => {
                 let why = StoreError::protocol(format!("{} answers another question", answer.name()));
                 self.question_lost(pending, "the peer", &why);
-                self.peer_refused(link, &why);
+                return Err(why);
             }
         }
+        Ok(())
     }
 
     /// FAILED in answer to anything but a GET, or no answer.

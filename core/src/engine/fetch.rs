@@ -5,6 +5,7 @@
 use super::Engine;
 use super::action::Action;
 use super::cluster::{AskFor, Pending};
+use super::local::Caller;
 use super::locations::Location;
 use super::paths::Timed;
 use super::replicas::ReplicaAsked;
@@ -13,7 +14,7 @@ use crate::error::{ErrorKind, StoreError};
 use crate::key::Key;
 use crate::meta::ObjectMeta;
 use crate::receipt::Moved;
-use crate::tier::{ClientId, Generation, LinkId, NodeId, ObjectId, RemoteExtent, TransferId};
+use crate::tier::{ClientId, Generation, LandingId, LinkId, NodeId, ObjectId, RemoteExtent, TransferId};
 use crate::wire::{Granted, Holder, PeerMessage, Range};
 
 /// How soon a fetch that met a passing obstacle tries again, in milliseconds; twice as late after each further one,
@@ -26,7 +27,7 @@ const DIAL_MS: u64 = 200;
 /// Holders of one key that are tried one after the other.
 const HOLDERS_MAX: usize = 64;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct FetchId(pub(super) u64);
 
 /// What a fetch is for.
@@ -43,8 +44,15 @@ pub(super) enum Want {
 /// Who waits for a fetch.
 #[derive(Debug)]
 pub(super) enum FetchFor {
-    Client { client: ClientId, request: u64 },
+    Client(Caller),
     Replica(Box<ReplicaAsked>),
+}
+
+impl FetchFor {
+    /// Whether its deadline is that of a request for many keys, which has a timer of its own.
+    fn is_one_of_many(&self) -> bool {
+        matches!(self, Self::Client(caller) if caller.is_one_of_many())
+    }
 }
 
 #[derive(Debug)]
@@ -54,6 +62,12 @@ pub(super) struct FetchWaiter {
     timeout_ms: u64,
     /// Questions that had been asked when it came: "no such object" is an answer to it only from a later one.
     came_after: u64,
+}
+
+impl FetchWaiter {
+    fn is_of(&self, client: ClientId) -> bool {
+        matches!(self.who, FetchFor::Client(caller) if caller.client == client)
+    }
 }
 
 #[derive(Debug)]
@@ -90,8 +104,8 @@ pub(super) struct Source {
 /// Where the bytes are that a peer has answered with.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Bytes {
-    /// In the answer to this request, which is being handled; gone once it is not.
-    InAnswer { request: u64 },
+    /// In the payload of this frame, from this byte on, while it is being handled; gone once it is not.
+    InAnswer { landing: LandingId, start: u64 },
     /// At the peer, to be read until then.
     Granted { granted: Granted, valid_until: Time },
     /// At a peer that was not asked, where the object was found before.
@@ -116,6 +130,8 @@ pub(super) struct Fetch {
     /// What was last in the way, and how often anything was.
     obstacle: Option<StoreError>,
     obstacles: u32,
+    /// The node that its key's last object came from, where it was asked first.
+    pub(super) hinted: Option<NodeId>,
     /// The node that did not give it at last, rather than not have it.
     failed_by: Option<NodeId>,
     /// The eager threshold that its caller forces, in bytes.
@@ -160,8 +176,8 @@ fn is_passing(why: &StoreError) -> bool {
 
 impl Engine {
     /// Starts a get from other nodes, or joins one that is under way.
-    pub(super) fn fetch(&mut self, client: ClientId, request: u64, key: Key, scope: Scope, timeout_ms: u64) {
-        self.fetch_from_any(FetchFor::Client { client, request }, key, scope, timeout_ms, Vec::new());
+    pub(super) fn fetch(&mut self, caller: Caller, key: Key, scope: Scope, timeout_ms: u64) {
+        self.fetch_from_any(FetchFor::Client(caller), key, scope, timeout_ms, Vec::new());
     }
 
     /// The same, for whoever it is; `holders` are said to have it.
@@ -174,23 +190,23 @@ impl Engine {
         holders: Vec<Holder>,
     ) {
         let deadline = self.now.after_ms(timeout_ms);
+        let has_timer = who.is_one_of_many();
         let mut waiter = FetchWaiter { who, deadline, timeout_ms, came_after: 0 };
         // Once the owner's word may have been read, what it says may be older than who comes now.
         let same = |fetch: &Fetch| {
             let decided = matches!(fetch.stage, Stage::ReadingKnown { .. } | Stage::CheckingWord { .. });
-            let forced = fetch.threshold_bytes == threshold_bytes;
-            fetch.key == key && fetch.range == range && fetch.want == want && forced && !decided
+            fetch.range == range && fetch.threshold_bytes == threshold_bytes && !decided
         };
         let joinable = matches!(want, Want::Object { keep: true });
-        if joinable && let Some((&id, fetch)) = self.fetches.iter_mut().find(|(_, fetch)| same(fetch)) {
+        if joinable
+            && let Some(id) = self.fetches.joinable(&key, same)
+            && let Some(fetch) = self.fetches.get_mut(id)
+        {
             waiter.came_after = fetch.questions;
             fetch.waiters.push(waiter);
-            self.timers.set(deadline, Timer::Fetch(id));
-            return;
+            return self.set_deadline(id, has_timer, deadline);
         }
-        let id = FetchId(self.next_fetch);
-        self.next_fetch += 1;
-        let fetch = Fetch {
+        let id = self.fetches.insert(Box::new(Fetch {
             key,
             range,
             want,
@@ -202,21 +218,28 @@ impl Engine {
             tried: Vec::new(),
             obstacle: None,
             obstacles: 0,
+            hinted: None,
             failed_by: None,
             threshold_bytes,
             inline_max: 0,
             round_trips: 0,
             moved: Moved::default(),
             timed: None,
-        };
-        self.fetches.insert(id, fetch);
-        self.timers.set(deadline, Timer::Fetch(id));
+        }));
+        self.set_deadline(id, has_timer, deadline);
         self.fetch_start(id);
+    }
+
+    /// One of many keys has the deadline of its request, which has a timer already.
+    fn set_deadline(&mut self, id: FetchId, has_timer: bool, deadline: Time) {
+        if !has_timer {
+            self.timers.set(deadline, Timer::Fetch(id));
+        }
     }
 
     /// Asks the node that is most likely to have the object.
     pub(super) fn fetch_start(&mut self, id: FetchId) {
-        let Some(fetch) = self.fetches.get(&id) else {
+        let Some(fetch) = self.fetches.get(id) else {
             return;
         };
         let key = fetch.key.clone();
@@ -225,15 +248,15 @@ impl Engine {
             let Some(fetch) = self.take_fetch(id) else { return };
             for waiter in fetch.waiters {
                 match waiter.who {
-                    FetchFor::Client { client, request } => {
-                        self.found_here(client, request, &key, fetch.range, fetch.want);
+                    FetchFor::Client(caller) => {
+                        self.found_here(caller, &key, fetch.range, fetch.want);
                     }
                     FetchFor::Replica(asked) => self.replica_found(&asked),
                 }
             }
             return;
         }
-        let named = self.fetches.get(&id).is_some_and(Fetch::is_of_named);
+        let named = self.fetches.get(id).is_some_and(Fetch::is_of_named);
         if (!named && self.fetch_known(id)) || self.fetch_next(id) {
             return;
         }
@@ -241,7 +264,7 @@ impl Engine {
             let why = self.fetch_stale(id, "none of the nodes that were named gave it");
             return self.fetch_failed(id, &why);
         }
-        if self.fetches.get(&id).is_some_and(|fetch| fetch.asked_directory) {
+        if self.fetches.get(id).is_some_and(|fetch| fetch.asked_directory) {
             return self.fetch_exhausted(id);
         }
         if self.directory.is_some() {
@@ -263,14 +286,14 @@ impl Engine {
     }
 
     pub(super) fn set_stage(&mut self, id: FetchId, stage: Stage) {
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.stage = stage;
         }
     }
 
     /// The directory has named all that it knows: asks one of them that was not tried.
     fn fetch_from(&mut self, id: FetchId, mut holders: Vec<Holder>) {
-        let Some(fetch) = self.fetches.get_mut(&id) else {
+        let Some(fetch) = self.fetches.get_mut(id) else {
             return;
         };
         holders.truncate(HOLDERS_MAX);
@@ -287,7 +310,7 @@ impl Engine {
     /// Asks the nearest node that is said to have it and was not tried, rather one to which there is a link. False if
     /// no such node is known.
     fn fetch_next(&mut self, id: FetchId) -> bool {
-        let Some(fetch) = self.fetches.get(&id) else {
+        let Some(fetch) = self.fetches.get(id) else {
             return true;
         };
         let hinted = if fetch.is_of_named() { &[] } else { self.hints.get(&fetch.key) };
@@ -295,6 +318,10 @@ impl Engine {
         let said = fetch.holders.iter().map(|holder| holder.node).chain(hinted.iter().copied());
         let linked = said.filter(|node| untried(node) && self.link_to(*node).is_some());
         if let Some(link) = self.nearest(&fetch.key, linked).and_then(|node| self.link_to(node)) {
+            let hinted = hinted.first().copied();
+            if let Some(fetch) = self.fetches.get_mut(id) {
+                fetch.hinted = hinted;
+            }
             self.fetch_ask(id, link);
             return true;
         }
@@ -319,7 +346,7 @@ impl Engine {
 
     /// None of the nodes that are said to have it gave it.
     fn fetch_exhausted(&mut self, id: FetchId) {
-        let Some(fetch) = self.fetches.get_mut(&id) else {
+        let Some(fetch) = self.fetches.get_mut(id) else {
             return;
         };
         fetch.tried.clear();
@@ -333,7 +360,7 @@ impl Engine {
     }
 
     fn fetch_ask(&mut self, id: FetchId, link: LinkId) {
-        let Some(fetch) = self.fetches.get(&id) else {
+        let Some(fetch) = self.fetches.get(id) else {
             return;
         };
         let (key, range, want, forced) = (fetch.key.clone(), fetch.range, fetch.want, fetch.threshold_bytes);
@@ -351,7 +378,7 @@ impl Engine {
     /// Asks the directory: for the object, or for others that have it if its own node could not give it.
     fn fetch_ask_directory(&mut self, id: FetchId, link: LinkId) {
         let node = self.directory_node();
-        let Some(fetch) = self.fetches.get_mut(&id) else {
+        let Some(fetch) = self.fetches.get_mut(id) else {
             return;
         };
         fetch.asked_directory = true;
@@ -366,7 +393,7 @@ impl Engine {
     }
 
     fn fetch_questioned(&mut self, id: FetchId) {
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.questions += 1;
             fetch.round_trips += 1;
         }
@@ -374,14 +401,14 @@ impl Engine {
 
     /// A read took so many trips to the owner and back.
     pub(super) fn fetch_round_trips(&mut self, id: FetchId, count: u32) {
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.round_trips += count;
         }
     }
 
     /// Whether a fetch still waits for the answer to this very question, and when that was asked.
     pub(super) fn fetch_asked_at(&self, id: FetchId, request: u64) -> Option<Time> {
-        match self.fetches.get(&id)?.stage {
+        match self.fetches.get(id)?.stage {
             Stage::Asked { request: of, at, .. } if of == request => Some(at),
             _ => None,
         }
@@ -389,7 +416,7 @@ impl Engine {
 
     /// Everyone was asked for the key of a fetch.
     pub(super) fn fetch_asked_all(&mut self, id: FetchId, holders: Vec<Holder>) {
-        if !matches!(self.fetches.get(&id), Some(fetch) if matches!(fetch.stage, Stage::AskingAll)) {
+        if !matches!(self.fetches.get(id), Some(fetch) if matches!(fetch.stage, Stage::AskingAll)) {
             return;
         }
         if holders.is_empty() {
@@ -402,7 +429,7 @@ impl Engine {
     pub(super) fn fetch_refused(&mut self, link: LinkId, id: FetchId, why: StoreError) {
         let node = self.links.get(&link).and_then(|link| link.node);
         let from_directory = node.is_some() && node == self.directory_node();
-        let Some(fetch) = self.fetches.get_mut(&id) else {
+        let Some(fetch) = self.fetches.get_mut(id) else {
             return;
         };
         fetch.stage = Stage::Waiting;
@@ -428,7 +455,7 @@ impl Engine {
     /// LOCATED in answer to a GET: who says so does not have it.
     pub(super) fn fetch_located(&mut self, link: LinkId, id: FetchId, holders: Vec<Holder>) {
         let node = self.links.get(&link).and_then(|link| link.node);
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.stage = Stage::Waiting;
             fetch.tried.extend(node);
             self.fetch_from(id, holders);
@@ -437,7 +464,7 @@ impl Engine {
 
     /// Nobody has it. If somebody had it and was lost on the way, that is the answer.
     fn fetch_not_found(&mut self, id: FetchId) {
-        let Some(fetch) = self.fetches.get_mut(&id) else {
+        let Some(fetch) = self.fetches.get_mut(id) else {
             return;
         };
         // Where that node is still there, the object was taken from it meanwhile.
@@ -470,18 +497,18 @@ impl Engine {
     /// Tells one who waited that it has come to nothing.
     fn answer_waiter(&mut self, who: &FetchFor, why: StoreError) {
         match who {
-            FetchFor::Client { client, request } => {
+            FetchFor::Client(caller) => {
                 self.counters.failed += 1;
-                self.reply(*client, *request, Err(why));
+                self.answer_caller(*caller, Err(why));
             }
             FetchFor::Replica(asked) => self.replica_answer(asked, Err(why)),
         }
     }
 
     /// Takes a fetch out of the books, with the timers of those who wait for it.
-    pub(super) fn take_fetch(&mut self, id: FetchId) -> Option<Fetch> {
-        let fetch = self.fetches.remove(&id)?;
-        for waiter in &fetch.waiters {
+    pub(super) fn take_fetch(&mut self, id: FetchId) -> Option<Box<Fetch>> {
+        let fetch = self.fetches.remove(id)?;
+        for waiter in fetch.waiters.iter().filter(|waiter| !waiter.who.is_one_of_many()) {
             self.timers.unset(waiter.deadline, Timer::Fetch(id));
         }
         Some(fetch)
@@ -495,9 +522,9 @@ impl Engine {
         self.leave_stage(fetch.stage);
         if fetch.want == Want::Existence && why.kind() == ErrorKind::NotFound {
             for waiter in fetch.waiters {
-                if let FetchFor::Client { client, request } = waiter.who {
+                if let FetchFor::Client(caller) = waiter.who {
                     let error = StoreError::timed_out("wait", &fetch.key, 0);
-                    self.reply(client, request, Err(error));
+                    self.answer_caller(caller, Err(error));
                 }
             }
             return;
@@ -511,7 +538,7 @@ impl Engine {
         if !is_passing(&why) || (alone && why.kind() != ErrorKind::Stale) {
             return self.fetch_failed(id, &why);
         }
-        let Some(fetch) = self.fetches.get_mut(&id) else {
+        let Some(fetch) = self.fetches.get_mut(id) else {
             return;
         };
         self.hints.forget_key(&fetch.key);
@@ -531,7 +558,7 @@ impl Engine {
     pub(super) fn fetch_tried(&mut self, id: FetchId, link: LinkId) {
         let directory = self.directory_node();
         if let Some(node) = self.links.get(&link).and_then(|link| link.node)
-            && let Some(fetch) = self.fetches.get_mut(&id)
+            && let Some(fetch) = self.fetches.get_mut(id)
         {
             // It may still know who else has it.
             fetch.asked_directory &= Some(node) != directory || fetch.tried.contains(&node);
@@ -542,7 +569,7 @@ impl Engine {
 
     /// A node did not give it. Another one is asked at once, as long as one is known or may become known.
     pub(super) fn fetch_moves_on(&mut self, id: FetchId, why: StoreError) {
-        let Some(fetch) = self.fetches.get_mut(&id) else {
+        let Some(fetch) = self.fetches.get_mut(id) else {
             return;
         };
         if !is_passing(&why) {
@@ -555,7 +582,7 @@ impl Engine {
 
     /// Asks again from the start, now.
     pub(super) fn fetch_restart(&mut self, id: FetchId) {
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.stage = Stage::Waiting;
             fetch.tried.clear();
             fetch.asked_directory = false;
@@ -564,7 +591,7 @@ impl Engine {
     }
 
     pub(super) fn fetch_retry(&mut self, id: FetchId) {
-        let Some(fetch) = self.fetches.get(&id) else {
+        let Some(fetch) = self.fetches.get(id) else {
             return;
         };
         match &fetch.stage {
@@ -581,28 +608,25 @@ impl Engine {
     /// A link to a node is there: fetches that waited go on.
     pub(super) fn fetches_waiting_start(&mut self) {
         let waits = |stage: &Stage| matches!(stage, Stage::Waiting | Stage::Dialling { .. });
-        let waiting: Vec<FetchId> =
-            self.fetches.iter().filter(|(_, f)| waits(&f.stage)).map(|(&id, _)| id).collect();
-        for id in waiting {
+        for id in self.fetches.numbers(|fetch| waits(&fetch.stage)) {
             self.fetch_start(id);
         }
     }
 
     /// A node could not be reached: fetches that waited for it look elsewhere.
     pub(super) fn fetches_undialled(&mut self, address: &str, why: &StoreError) {
-        let waits = |(&id, fetch): (&FetchId, &Fetch)| match &fetch.stage {
-            Stage::Dialling { holder, .. } if holder.address == address => Some((id, holder.clone())),
-            _ => None,
-        };
-        let waiting: Vec<(FetchId, Holder)> = self.fetches.iter().filter_map(waits).collect();
-        for (id, holder) in waiting {
-            self.fetch_gets_no_link(id, holder, &why.to_string());
+        let waits =
+            |stage: &Stage| matches!(stage, Stage::Dialling { holder, .. } if holder.address == address);
+        for id in self.fetches.numbers(|fetch| waits(&fetch.stage)) {
+            if let Some(Stage::Dialling { holder, .. }) = self.fetches.get(id).map(|fetch| &fetch.stage) {
+                self.fetch_gets_no_link(id, holder.clone(), &why.to_string());
+            }
         }
     }
 
     /// A holder does not take the connection; another may have the object too.
     fn fetch_gets_no_link(&mut self, id: FetchId, holder: Holder, why: &str) {
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.tried.push(holder.node);
             fetch.failed_by = Some(holder.node);
             fetch.stage = Stage::Waiting;
@@ -629,10 +653,8 @@ impl Engine {
             // A read or a landing ends by its own completion, which says when no more bytes land.
             _ => false,
         };
-        let lost: Vec<FetchId> =
-            self.fetches.iter().filter(|(_, f)| of_link(&f.stage)).map(|(&id, _)| id).collect();
-        for id in lost {
-            let Some(fetch) = self.fetches.get_mut(&id) else {
+        for id in self.fetches.numbers(|fetch| of_link(&fetch.stage)) {
+            let Some(fetch) = self.fetches.get_mut(id) else {
                 continue;
             };
             fetch.tried.extend(node);
@@ -647,9 +669,18 @@ impl Engine {
         }
     }
 
+    /// A request for many keys of this client is late.
+    pub(super) fn fetch_deadlines(&mut self, client: ClientId) {
+        let now = self.now;
+        let late = |waiter: &FetchWaiter| waiter.is_of(client) && waiter.deadline <= now;
+        for id in self.fetches.numbers(|fetch| fetch.waiters.iter().any(late)) {
+            self.fetch_deadline(id);
+        }
+    }
+
     pub(super) fn fetch_deadline(&mut self, id: FetchId) {
         let now = self.now;
-        let Some(fetch) = self.fetches.get_mut(&id) else {
+        let Some(fetch) = self.fetches.get_mut(id) else {
             return;
         };
         let (late, waiting): (Vec<_>, Vec<_>) =
@@ -671,23 +702,20 @@ impl Engine {
     }
 
     pub(super) fn forget_fetch_waiters_of(&mut self, client: ClientId) {
-        let ids: Vec<FetchId> = self.fetches.keys().copied().collect();
-        for id in ids {
-            if let Some(fetch) = self.fetches.get_mut(&id) {
-                let of_it =
-                    |who: &FetchFor| matches!(who, FetchFor::Client { client: of, .. } if *of == client);
-                fetch.waiters.retain(|waiter| !of_it(&waiter.who));
+        let waits = |waiter: &FetchWaiter| waiter.is_of(client);
+        for id in self.fetches.numbers(|fetch| fetch.waiters.iter().any(waits)) {
+            if let Some(fetch) = self.fetches.get_mut(id) {
+                fetch.waiters.retain(|waiter| !waits(waiter));
             }
             self.drop_fetch_without_waiters(id);
         }
     }
 
     fn drop_fetch_without_waiters(&mut self, id: FetchId) {
-        if self.fetches.get(&id).is_some_and(|fetch| fetch.waiters.is_empty())
+        if self.fetches.get(id).is_some_and(|fetch| fetch.waiters.is_empty())
             && let Some(fetch) = self.take_fetch(id)
         {
             self.leave_stage(fetch.stage);
-            self.forget_space_request_of_fetch(id);
         }
     }
 

@@ -1,7 +1,7 @@
 //! Which nodes gave, or are said to hold, a key's object. Not where its bytes are (`locations`), and not the directory.
 //! Invariant: hints may be wrong at any time; whoever follows one goes on without it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 
 use crate::key::Key;
 use crate::tier::NodeId;
@@ -14,7 +14,7 @@ const NODES_MAX: usize = 4;
 /// Holders by key, the latest first.
 #[derive(Debug, Default)]
 pub(super) struct Hints {
-    nodes: BTreeMap<Key, Vec<NodeId>>,
+    nodes: HashMap<Key, Vec<NodeId>>,
     order: VecDeque<Key>,
 }
 

@@ -1,15 +1,13 @@
 //! What comes into the engine, and its configuration. Not where it comes from. Invariant: none.
 
-use std::collections::HashSet;
-
 use bytes::Bytes;
 
 use crate::error::StoreError;
 use crate::key::Key;
 use crate::meta::ObjectMeta;
 use crate::receipt::Moved;
-use crate::tier::{ClientId, Generation, LinkId, RemoteKey, SegmentId, SlotId, TransferId};
-use crate::wire::{ClientMessage, Member, PeerMessage, PutHints};
+use crate::tier::{ClientId, Generation, LandingId, LinkId, RemoteKey, SegmentId, SlotId, TransferId};
+use crate::wire::{Batch, ClientMessage, Member, PeerMessage, PutHints};
 
 /// Objects up to this many bytes come inside the answer, until something better is known (one more round
 /// trip of 2 to 5 us costs as much as copying 16 to 59 KiB at 8 to 12 GB/s).
@@ -21,6 +19,45 @@ const AWAIT_MS_MIN: u64 = 5_000;
 /// Which of the node's fabrics; the node numbers them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FabricId(pub u8);
+
+/// Generations that live clients pin, collected from their pages.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pinned(Vec<Generation>);
+
+impl FromIterator<Generation> for Pinned {
+    fn from_iter<I: IntoIterator<Item = Generation>>(pinned: I) -> Self {
+        Self::from(pinned.into_iter().collect::<Vec<_>>())
+    }
+}
+
+impl From<Vec<Generation>> for Pinned {
+    fn from(mut pinned: Vec<Generation>) -> Self {
+        pinned.sort_unstable();
+        Self(pinned)
+    }
+}
+
+impl Pinned {
+    /// To be asked about generations in rising order.
+    pub(super) fn rising(&self) -> Rising<'_> {
+        Rising(&self.0)
+    }
+}
+
+/// What of the pinned generations is not below the last one that was asked about.
+pub(super) struct Rising<'a>(&'a [Generation]);
+
+impl Rising<'_> {
+    /// Whether a generation, not below the one before, is pinned.
+    pub(super) fn contains(&mut self, generation: Generation) -> bool {
+        while let [first, rest @ ..] = self.0
+            && *first < generation
+        {
+            self.0 = rest;
+        }
+        self.0.first() == Some(&generation)
+    }
+}
 
 /// What an engine is told once.
 #[derive(Clone, Debug)]
@@ -38,6 +75,8 @@ pub struct EngineConfig {
     pub objects_max: u32,
     /// The index, registered with each fabric.
     pub index_keys: Vec<(FabricId, RemoteKey)>,
+    /// How many extents one send of each fabric may gather.
+    pub gather_max: Vec<(FabricId, usize)>,
     /// Where slot 0's generation word is in the index, in bytes.
     pub generation_base: u64,
     /// Bytes from one slot's generation word to the next.
@@ -136,17 +175,20 @@ pub enum Input {
     /// A peer says something. If `payload_len` is not 0, the answer, or that to the `PinScan` that it asks for,
     /// may hold one `Action::Land` for it.
     PeerMessage { link: LinkId, request: u64, message: PeerMessage, payload_len: u64 },
+    /// The same for several in one frame, with the bytes of all their payloads. There may be many `Action::Land`.
+    PeerBatch { link: LinkId, batch: Batch, payload_len: u64 },
     /// A peer sent something that is no message.
     Refused { link: LinkId, why: StoreError },
-    /// The payload of the answer to `request` is in its place, or never will be.
-    Landed { request: u64, result: Result<Moved, StoreError> },
+    /// What `Action::Land` wanted of a payload is in its places, or never will be. `Moved` is about the payload: how
+    /// many of its bytes landed, and how many at its start passed through a third buffer, skipped ones included.
+    Landed { landing: LandingId, result: Result<Moved, StoreError> },
     /// A read has ended; no more bytes land.
     ReadDone { transfer: TransferId, result: Result<ReadEnd, StoreError> },
-    /// The payload of a send is no longer read from its extent.
+    /// The payload of a send is no longer read from its extents.
     SendDone { send: u64 },
 
     /// The answer to `Action::ScanPins`: every generation that a live client pins, and slots that were read.
-    PinScan { pinned: HashSet<Generation>, touched: Vec<SlotId> },
+    PinScan { pinned: Pinned, touched: Vec<SlotId> },
     /// A segment is there, registered under these keys.
     SegmentReady { segment: SegmentId, keys: Vec<(FabricId, RemoteKey)> },
     /// A segment could not be made.

@@ -210,7 +210,7 @@ impl Engine {
             // The other end of the same connection sees to it.
             return;
         }
-        self.out.push(Action::Disconnect { link });
+        self.hang_up(link);
         if let Some(place) = self.list_place(link)
             && self.keeping.own.is_none()
         {

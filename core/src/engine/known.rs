@@ -43,7 +43,7 @@ impl Engine {
                 self.drop_local(&announced.key, Some(announced.object));
             }
         } else if let Some(link) = self.directory_link {
-            self.announce_objects(link, vec![announced]);
+            self.note_announced(link, announced);
         }
     }
 
@@ -79,7 +79,7 @@ impl Engine {
         if let Some(directory) = &mut self.directory {
             directory.withdraw(own, &announced.key, announced.object);
         } else if let Some(link) = self.directory_link {
-            self.tell_peer(link, PeerMessage::Withdraw { objects: vec![announced] });
+            self.note_withdrawn(link, announced);
         }
     }
 

@@ -127,10 +127,8 @@ impl Engine {
             self.peer_unlinked(node, link, why);
         }
         self.fetches_lost(link, state.node, &state.address, why);
-        let lost: Vec<u64> =
-            self.pending.iter().filter(|(_, (of, _))| *of == link).map(|(&request, _)| request).collect();
-        for request in lost {
-            if let Some((_, pending)) = self.pending.remove(&request) {
+        for request in self.pending.numbers(|(of, _)| *of == link) {
+            if let Some((_, pending)) = self.pending.remove(request) {
                 self.question_lost(pending, &state.address, why);
             }
         }
@@ -171,7 +169,7 @@ impl Engine {
     pub(super) fn peer_refused(&mut self, link: LinkId, why: &StoreError) {
         self.counters.refused += 1;
         self.out.push(Action::Note(Event::PeerRefused { link, why: why.to_string() }));
-        self.out.push(Action::Disconnect { link });
+        self.hang_up(link);
     }
 
     pub(super) fn heartbeat(&mut self) {
@@ -182,7 +180,7 @@ impl Engine {
             self.links.iter().map(|(&id, link)| (id, now.ms_since(link.heard) > silence_ms)).collect();
         for (link, silent) in links {
             if silent {
-                self.out.push(Action::Disconnect { link });
+                self.hang_up(link);
             } else {
                 let message = PeerMessage::Heartbeat { room_bytes, under_replicated };
                 self.ask_peer(link, message, Pending::Heartbeat { at: now });
@@ -299,12 +297,17 @@ impl Engine {
 
     /// Closes other links of a node, and believes nothing that still comes through them.
     pub(super) fn disown_links(&mut self, node: NodeId, which: impl Fn(LinkId, &Link) -> bool) {
-        for (&id, link) in &mut self.links {
-            if link.node == Some(node) && which(id, link) {
+        let disowned = |(&id, link): (&LinkId, &mut Link)| {
+            let disowned = link.node == Some(node) && which(id, link);
+            disowned.then(|| {
                 link.node = None;
                 link.joined = false;
-                self.out.push(Action::Disconnect { link: id });
-            }
+                id
+            })
+        };
+        let links: Vec<LinkId> = self.links.iter_mut().filter_map(disowned).collect();
+        for link in links {
+            self.hang_up(link);
         }
     }
 

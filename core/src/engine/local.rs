@@ -2,6 +2,7 @@
 //! Invariant: every request of a live client is answered exactly once.
 
 use std::collections::BTreeSet;
+use std::collections::btree_map::{BTreeMap, Entry};
 
 use bytes::Bytes;
 
@@ -9,15 +10,46 @@ use super::action::{Action, Attachment, Event};
 use super::ahead::Ahead;
 use super::fetch::{Scope, Want};
 use super::room::NewObject;
+use super::timer::{Time, Timer};
 use super::{Engine, INLINE_PUT_MAX, State};
 use crate::error::StoreError;
 use crate::key::Key;
 use crate::receipt::{Carried, Path};
 use crate::tier::{ClientId, Extent, Generation, SegmentId, Tier};
-use crate::wire::{ClientMessage, ClientReply, Located, Range, Role, negotiate};
+use crate::wire::{ClientMessage, ClientReply, KEYS_PER_MESSAGE_MAX, Located, Range, Role, negotiate};
 
 /// Retired segments that one answer names; more are named by the next.
 const RETIRED_MAX: usize = 1024;
+
+/// Keys in requests for many that one client may have waiting at once.
+const BATCHED_KEYS_MAX: usize = 64 * KEYS_PER_MESSAGE_MAX;
+
+/// Who is answered: a request, or one key of a request for many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Caller {
+    pub(super) client: ClientId,
+    request: u64,
+    item: Option<u32>,
+}
+
+impl Caller {
+    pub(super) const fn of(client: ClientId, request: u64) -> Self {
+        Self { client, request, item: None }
+    }
+
+    pub(super) const fn is_one_of_many(self) -> bool {
+        self.item.is_some()
+    }
+}
+
+/// A request for many keys.
+#[derive(Clone, Copy, Debug)]
+struct Many {
+    count: u32,
+    /// Keys without an answer.
+    left: u32,
+    deadline: Time,
+}
 
 /// A session of a client.
 #[derive(Debug, Default)]
@@ -32,12 +64,41 @@ pub(super) struct Client {
     pub(super) mapped: BTreeSet<SegmentId>,
     /// Memory for puts that ask nobody.
     pub(super) ahead: Ahead,
+    /// Requests for many keys that wait for some of them.
+    many: BTreeMap<u64, Many>,
 }
 
 impl Engine {
     pub(super) fn reply(&mut self, client: ClientId, request: u64, reply: Result<ClientReply, StoreError>) {
         if self.clients.contains_key(&client) {
             self.out.push(Action::Reply { client, request, reply, attachment: None });
+        }
+    }
+
+    /// Answers a request, or keeps the answer to one key until all of its request have one.
+    pub(super) fn answer_caller(&mut self, caller: Caller, reply: Result<ClientReply, StoreError>) {
+        let Caller { client, request, item } = caller;
+        match (item, reply) {
+            (None, reply) => self.reply(client, request, reply),
+            (Some(item), Err(error)) => self.item_over(client, request, item, Err(error)),
+            // What is wanted of many keys is their bytes, and these are located.
+            (Some(_), Ok(reply)) => debug_assert!(false, "{reply:?} is no answer to one of many keys"),
+        }
+    }
+
+    fn item_over(&mut self, client: ClientId, request: u64, item: u32, located: Result<Located, StoreError>) {
+        let Some(state) = self.clients.get_mut(&client) else {
+            return;
+        };
+        let Some(many) = state.many.get_mut(&request) else {
+            return;
+        };
+        many.left = many.left.saturating_sub(1);
+        self.out.push(Action::Item { client, request, item, located });
+        if let Many { count, left: 0, deadline } = *many {
+            state.many.remove(&request);
+            self.timers.unset(deadline, Timer::Many(client, request));
+            self.out.push(Action::ReplyItems { client, request, count });
         }
     }
 
@@ -59,6 +120,9 @@ impl Engine {
         self.ahead_of_gone(state.ahead);
         self.forget_awaiting_of(client);
         self.forget_deletes_of(client);
+        for (request, many) in state.many {
+            self.timers.unset(many.deadline, Timer::Many(client, request));
+        }
         self.space.client_left(client);
         if state.trusted {
             self.adopt_segments_of(client);
@@ -136,7 +200,8 @@ impl Engine {
             }
             ClientMessage::Get { key, range, timeout_ms, keep, threshold_bytes } => {
                 let want = Want::Object { keep: keep && range.is_none() };
-                self.get(client, request, key, Scope { range, want, threshold_bytes }, timeout_ms);
+                let caller = Caller::of(client, request);
+                self.get(caller, key, Scope { range, want, threshold_bytes }, timeout_ms);
                 return Ok(None);
             }
             ClientMessage::Segment { segment } => return self.segment(client, request, segment),
@@ -164,6 +229,11 @@ impl Engine {
             ClientMessage::Drain if request == 0 => return Ok(None),
             ClientMessage::Drain => {}
             ClientMessage::Status => return Ok(Some(ClientReply::Status(Box::new(self.status())))),
+            ClientMessage::GetMany { keys, timeout_ms, keep, threshold_bytes } => {
+                let scope = Scope { range: None, want: Want::Object { keep }, threshold_bytes };
+                self.get_many(client, request, keys, scope, timeout_ms)?;
+                return Ok(None);
+            }
         }
         Ok(Some(ClientReply::Done))
     }
@@ -195,22 +265,50 @@ impl Engine {
         Ok(None)
     }
 
-    fn get(&mut self, client: ClientId, request: u64, key: Key, scope: Scope, timeout_ms: u64) {
+    fn get(&mut self, caller: Caller, key: Key, scope: Scope, timeout_ms: u64) {
         self.counters.gets += 1;
-        if !self.found_here(client, request, &key, scope.range, scope.want) {
-            self.fetch(client, request, key, scope, timeout_ms);
+        if !self.found_here(caller, &key, scope.range, scope.want) {
+            self.fetch(caller, key, scope, timeout_ms);
         }
     }
 
-    /// Answers what is wanted of an object if it is here; false if it is not.
-    pub(super) fn found_here(
+    /// Every key is a get of its own; only the answer is one.
+    fn get_many(
         &mut self,
         client: ClientId,
         request: u64,
-        key: &Key,
-        range: Option<Range>,
-        want: Want,
-    ) -> bool {
+        keys: Vec<Key>,
+        scope: Scope,
+        timeout_ms: u64,
+    ) -> Result<(), StoreError> {
+        let Some(state) = self.clients.get_mut(&client) else {
+            return Ok(());
+        };
+        if keys.is_empty() || keys.len() > KEYS_PER_MESSAGE_MAX {
+            let why = format!("get many: {} keys, 1 to {KEYS_PER_MESSAGE_MAX} are accepted", keys.len());
+            return Err(StoreError::invalid("keys", why));
+        }
+        let waiting: usize = state.many.values().map(|many| many.left as usize).sum();
+        if waiting + keys.len() > BATCHED_KEYS_MAX {
+            let why = format!("{waiting} keys of this client wait, at most {BATCHED_KEYS_MAX} may");
+            return Err(StoreError::busy("get many", why));
+        }
+        let count = u32::try_from(keys.len()).unwrap_or(u32::MAX);
+        let Entry::Vacant(place) = state.many.entry(request) else {
+            return Err(StoreError::protocol(format!("request {request} for many keys is being answered")));
+        };
+        let deadline = self.now.after_ms(timeout_ms);
+        place.insert(Many { count, left: count, deadline });
+        self.timers.set(deadline, Timer::Many(client, request));
+        self.out.reserve(keys.len());
+        for (item, key) in (0..count).zip(keys) {
+            self.get(Caller { client, request, item: Some(item) }, key, scope, timeout_ms);
+        }
+        Ok(())
+    }
+
+    /// Answers what is wanted of an object if it is here; false if it is not.
+    pub(super) fn found_here(&mut self, caller: Caller, key: &Key, range: Option<Range>, want: Want) -> bool {
         let Some((generation, object)) = self.objects.sealed(key) else {
             return false;
         };
@@ -224,8 +322,8 @@ impl Engine {
                 };
                 self.eviction.touch(&generation);
                 match part {
-                    Ok(extent) => self.locate(client, request, generation, extent, (Path::Local, None)),
-                    Err(error) => self.reply(client, request, Err(error)),
+                    Ok(extent) => self.locate(caller, generation, extent, (Path::Local, None)),
+                    Err(error) => self.answer_caller(caller, Err(error)),
                 }
             }
             Want::Stat => {
@@ -236,9 +334,9 @@ impl Engine {
                     pinned: object.hints.pin,
                     holders: self.holder_names(key),
                 };
-                self.reply(client, request, Ok(reply));
+                self.answer_caller(caller, Ok(reply));
             }
-            Want::Existence => self.reply(client, request, Ok(ClientReply::Exists)),
+            Want::Existence => self.answer_caller(caller, Ok(ClientReply::Exists)),
         }
         true
     }
@@ -246,8 +344,7 @@ impl Engine {
     /// Hands an object over, pinned for the client.
     pub(super) fn locate(
         &mut self,
-        client: ClientId,
-        request: u64,
+        Caller { client, request, item }: Caller,
         generation: Generation,
         extent: Extent,
         (path, carried): (Path, Option<Box<Carried>>),
@@ -265,8 +362,12 @@ impl Engine {
             path,
             carried,
         };
-        if self.clients.contains_key(&client) {
-            self.out.push(Action::PinAndReply { client, request, located });
+        match item {
+            Some(item) => self.item_over(client, request, item, Ok(located)),
+            None if self.clients.contains_key(&client) => {
+                self.out.push(Action::PinAndReply { client, request, located });
+            }
+            None => {}
         }
     }
 
@@ -302,9 +403,10 @@ impl Engine {
     }
 
     fn stat(&mut self, client: ClientId, request: u64, key: Key, timeout_ms: u64) {
-        if !self.found_here(client, request, &key, None, Want::Stat) {
+        let caller = Caller::of(client, request);
+        if !self.found_here(caller, &key, None, Want::Stat) {
             let scope = Scope { range: None, want: Want::Stat, threshold_bytes: None };
-            self.fetch(client, request, key, scope, timeout_ms);
+            self.fetch(caller, key, scope, timeout_ms);
         }
     }
 

@@ -8,7 +8,7 @@
 //! of another incarnation cannot be read at all. The owner withdraws an object before it acknowledges its deletion, so
 //! an unchanged word also says that no such acknowledgement was given before the word was read.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use super::Engine;
 use super::action::Action;
@@ -72,7 +72,7 @@ impl Location {
 /// Places by key, the latest used of them.
 #[derive(Debug, Default)]
 pub(super) struct Locations {
-    places: BTreeMap<Key, (u64, Location)>,
+    places: HashMap<Key, (u64, Location)>,
     /// Keys by their last use.
     uses: BTreeMap<u64, Key>,
     next_use: u64,
@@ -137,7 +137,7 @@ impl Engine {
 
     /// Begins to read the object of a fetch where it was found before; false if it has to be asked for.
     pub(super) fn fetch_known(&mut self, id: FetchId) -> bool {
-        let Some(fetch) = self.fetches.get(&id).filter(|fetch| matches!(fetch.want, Want::Object { .. }))
+        let Some(fetch) = self.fetches.get(id).filter(|fetch| matches!(fetch.want, Want::Object { .. }))
         else {
             return false;
         };
@@ -161,7 +161,7 @@ impl Engine {
             return false;
         }
         self.time(id);
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.inline_max = least;
         }
         let bytes = Bytes::Known { location, remote };
@@ -252,12 +252,12 @@ impl Engine {
     ) -> Option<Location> {
         let node = self.links.get(&link)?.node?;
         let object = self.objects.get(generation)?;
-        let range = self.fetches.get(&id)?.range;
+        let range = self.fetches.get(id)?.range;
         Location::of_grant((link, node), (object.id, object.meta), range, granted)
     }
 
     fn remember(&mut self, id: FetchId, location: Location) {
-        if let Some(fetch) = self.fetches.get(&id)
+        if let Some(fetch) = self.fetches.get(id)
             && self.is_known(&location)
         {
             self.locations.remember(&fetch.key, location);
@@ -277,7 +277,7 @@ impl Engine {
         let Some(id) = self.locations.words.remove(&transfer) else {
             return;
         };
-        let stage = self.fetches.get(&id).map(|fetch| &fetch.stage);
+        let stage = self.fetches.get(id).map(|fetch| &fetch.stage);
         let Some(&Stage::CheckingWord { transfer: of, location, generation }) = stage else {
             return;
         };
@@ -297,7 +297,7 @@ impl Engine {
     /// once. One that was granted just now is not.
     fn place_outdated(&mut self, id: FetchId, generation: Generation, known: bool) {
         self.free_object(generation);
-        if let Some(fetch) = self.fetches.get(&id) {
+        if let Some(fetch) = self.fetches.get(id) {
             self.locations.forget(&fetch.key);
         }
         if known {
@@ -308,14 +308,14 @@ impl Engine {
             let why = "its lease ran out while it was read, and its place was given up meanwhile";
             self.fetch_unfilled(id, self.fetch_stale(id, why));
         }
-        self.retry_space();
+        self.space_freed = true;
     }
 
     /// Nobody waits for the word any more; nothing lands in the object either.
     pub(super) fn give_up_word(&mut self, transfer: TransferId, generation: Generation) {
         self.locations.words.remove(&transfer);
         self.free_object(generation);
-        self.retry_space();
+        self.space_freed = true;
     }
 }
 

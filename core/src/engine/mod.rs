@@ -13,6 +13,7 @@ mod cluster;
 mod delete;
 mod directory;
 mod fetch;
+mod fetches;
 mod hints;
 mod input;
 mod keeper;
@@ -21,7 +22,9 @@ mod lifecycle;
 mod links;
 mod local;
 mod locations;
+mod numbers;
 mod objects;
+mod outgoing;
 mod owner;
 mod paths;
 mod puts;
@@ -34,10 +37,10 @@ mod status;
 mod timer;
 mod waiting;
 
-pub use action::{Action, Attachment, Event, PublishedObject};
+pub use action::{Action, Attachment, Event, Payload, PublishedObject};
 pub use ahead::AHEAD_OBJECTS_MAX;
 pub use directory::{Directory, Verdict};
-pub use input::{EngineConfig, FabricId, Input, PutAhead, ReadEnd, RingState, THRESHOLD_DEFAULT};
+pub use input::{EngineConfig, FabricId, Input, Pinned, PutAhead, ReadEnd, RingState, THRESHOLD_DEFAULT};
 pub use lifecycle::State;
 pub use paths::{THRESHOLD_MAX, THRESHOLD_MIN};
 pub use room::StartUp;
@@ -46,22 +49,26 @@ pub use timer::Time;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::evict::S3Fifo;
-use crate::tier::{ClientId, Generation, LeaseId, LinkId, NodeId, SegmentId, TransferId};
+use crate::tier::{ClientId, Generation, LandingId, LeaseId, LinkId, NodeId, SegmentId, TransferId};
 use crate::wire::NodeStatus;
+use arrival::Part;
 use directory::Deleted;
-use fetch::{Fetch, FetchId};
+use fetch::FetchId;
+use fetches::Fetches;
 use hints::Hints;
 use keeper::Keeping;
 use links::{Link, Peer};
 use local::Client;
 use locations::Locations;
+use numbers::Numbered;
 use objects::Objects;
+use outgoing::Outgoing;
 use owner::Lease;
 use paths::Paths;
 use redial::Redial;
 use repair::Repair;
 use replicas::Replication;
-use room::SpaceRequest;
+use room::{Scans, SpaceRequest};
 use space::Space;
 use timer::{Timer, Timers};
 use waiting::WaitingKey;
@@ -84,11 +91,16 @@ pub struct Engine {
     space: Space,
     /// Requests that wait for room, oldest first.
     waiting_space: VecDeque<SpaceRequest>,
+    /// Whether those are to be looked at once more before this pass ends.
+    space_freed: bool,
+    /// For whom nothing was found in this pass that might go.
+    nothing_evictable: Option<space::Owner>,
     /// Segments that a start-up still waits for.
     first_segments: BTreeSet<SegmentId>,
     first_failure: Option<crate::StoreError>,
     /// Whether an object was withdrawn since the last look at the pins.
     scan_wanted: bool,
+    scans: Scans,
 
     clients: BTreeMap<ClientId, Client>,
     /// Seals that wait for their bytes to be copied: who asked, and where the copy goes.
@@ -98,9 +110,10 @@ pub struct Engine {
 
     leases: BTreeMap<LeaseId, Lease>,
     next_lease: u64,
-    /// Sends that still read from an extent, by the number their completion will carry.
-    sends: BTreeMap<u64, Generation>,
+    /// Sends that still read from extents: of which objects, by the number that their completion will carry.
+    sends: BTreeMap<u64, Vec<Generation>>,
     next_send: u64,
+    outgoing: Outgoing,
 
     links: BTreeMap<LinkId, Link>,
     peers: BTreeMap<NodeId, Peer>,
@@ -116,21 +129,21 @@ pub struct Engine {
     /// Objects that this node was told to drop: a copy that was under way meanwhile does not bring one back.
     deleted: Deleted,
 
-    fetches: BTreeMap<FetchId, Fetch>,
-    next_fetch: u64,
+    fetches: Fetches,
     /// Reads under way: the object that is filled, and for which fetch.
     transfers: BTreeMap<TransferId, (Generation, FetchId)>,
-    /// Payloads under way, by the request that they answer.
-    landing: BTreeMap<u64, (Generation, FetchId)>,
+    /// Payloads under way, and which parts of them land.
+    landing: BTreeMap<LandingId, Vec<Part>>,
+    next_landing: u64,
     next_transfer: u64,
-    /// The answer whose payload may still be given a place: the one that is being handled.
-    payload_at_hand: Option<u64>,
+    /// The payload whose parts may still be given places: that of the frame that is being handled.
+    payload_at_hand: Option<LandingId>,
     hints: Hints,
     paths: Paths,
     locations: Locations,
 
     /// Questions to peers that wait for an answer, by request number.
-    pending: BTreeMap<u64, (LinkId, cluster::Pending)>,
+    pending: Numbered<u64, (LinkId, cluster::Pending)>,
     next_request: u64,
     deletes: BTreeMap<u64, delete::Delete>,
     asks: BTreeMap<u64, cluster::Ask>,
@@ -152,9 +165,12 @@ impl Engine {
             eviction: S3Fifo::default(),
             space: Space::new(config.capacity_bytes, config.client_quota_bytes),
             waiting_space: VecDeque::new(),
+            space_freed: false,
+            nothing_evictable: None,
             first_segments: BTreeSet::new(),
             first_failure: None,
             scan_wanted: false,
+            scans: Scans::default(),
             clients: BTreeMap::new(),
             pending_copies: BTreeMap::new(),
             copy_targets: BTreeMap::new(),
@@ -163,6 +179,7 @@ impl Engine {
             next_lease: 1,
             sends: BTreeMap::new(),
             next_send: 1,
+            outgoing: Outgoing::default(),
             links: BTreeMap::new(),
             peers: BTreeMap::new(),
             dialling: BTreeSet::new(),
@@ -174,16 +191,16 @@ impl Engine {
             repair: Repair::default(),
             under_replicated: 0,
             deleted: Deleted::default(),
-            fetches: BTreeMap::new(),
-            next_fetch: 1,
+            fetches: Fetches::default(),
             transfers: BTreeMap::new(),
             landing: BTreeMap::new(),
+            next_landing: 1,
             next_transfer: 1,
             payload_at_hand: None,
             hints: Hints::default(),
             paths: Paths::default(),
             locations: Locations::default(),
-            pending: BTreeMap::new(),
+            pending: Numbered::default(),
             next_request: 1,
             deletes: BTreeMap::new(),
             asks: BTreeMap::new(),
@@ -199,6 +216,7 @@ impl Engine {
         if !matches!(input, Input::PinScan { .. }) {
             self.payload_at_hand = None;
         }
+        self.nothing_evictable = None;
         match input {
             Input::Start => self.start(),
             Input::Tick => {}
@@ -216,8 +234,9 @@ impl Engine {
             Input::PeerMessage { link, request, message, payload_len } => {
                 self.peer_message(link, request, message, payload_len);
             }
+            Input::PeerBatch { link, batch, payload_len } => self.peer_batch(link, batch, payload_len),
             Input::Refused { link, why } => self.peer_refused(link, &why),
-            Input::Landed { request, result } => self.landed(request, result),
+            Input::Landed { landing, result } => self.landed(landing, result),
             Input::ReadDone { transfer, result } => self.read_done(transfer, result),
             Input::SendDone { send } => self.send_done(send),
             Input::PinScan { pinned, touched } => self.pin_scan(&pinned, &touched),
@@ -226,7 +245,11 @@ impl Engine {
             Input::CopyDone { generation, result } => self.copy_done(generation, result),
         }
         self.run_timers();
+        if std::mem::take(&mut self.space_freed) {
+            self.retry_space();
+        }
         self.look_at_changed_keys();
+        self.send_noted();
         if self.scan_wanted {
             self.scan_wanted = false;
             self.out.push(Action::ScanPins);
@@ -264,6 +287,7 @@ impl Engine {
                 Timer::Lease(lease) => self.lease_over(lease),
                 Timer::Ttl(generation) => self.ttl_over(generation),
                 Timer::Fetch(fetch) => self.fetch_deadline(fetch),
+                Timer::Many(client, _) => self.fetch_deadlines(client),
                 Timer::Retry(fetch) => self.fetch_retry(fetch),
                 Timer::Wait => self.wait_deadlines(),
                 Timer::Space => self.space_deadlines(),

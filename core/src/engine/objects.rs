@@ -6,6 +6,7 @@ use std::ops::Bound;
 
 use super::action::PublishedObject;
 use super::lifecycle::State;
+use super::numbers::Numbered;
 use super::timer::Time;
 use crate::checksum::Checksum;
 use crate::error::StoreError;
@@ -79,7 +80,7 @@ impl Object {
 
 #[derive(Debug)]
 pub(super) struct Objects {
-    table: BTreeMap<Generation, Object>,
+    table: Numbered<Generation, Box<Object>>,
     keys: BTreeMap<Key, Generation>,
     slots: BTreeMap<SlotId, Generation>,
     free_slots: Vec<SlotId>,
@@ -95,7 +96,7 @@ pub(super) struct Objects {
 impl Objects {
     pub(super) fn new(slots_max: u32) -> Self {
         Self {
-            table: BTreeMap::new(),
+            table: Numbered::default(),
             keys: BTreeMap::new(),
             slots: BTreeMap::new(),
             free_slots: Vec::new(),
@@ -116,22 +117,22 @@ impl Objects {
     pub(super) fn insert(&mut self, object: Object) -> Generation {
         let generation = Generation(self.next_generation);
         self.next_generation += 1;
-        self.table.insert(generation, object);
+        self.table.insert(generation, Box::new(object));
         generation
     }
 
     pub(super) fn get(&self, generation: Generation) -> Option<&Object> {
-        self.table.get(&generation)
+        self.table.get(generation).map(|object| &**object)
     }
 
     pub(super) fn get_mut(&mut self, generation: Generation) -> Option<&mut Object> {
-        self.table.get_mut(&generation)
+        self.table.get_mut(generation).map(|object| &mut **object)
     }
 
     /// The sealed object of a key.
     pub(super) fn sealed(&self, key: &Key) -> Option<(Generation, &Object)> {
         let generation = *self.keys.get(key)?;
-        Some((generation, self.table.get(&generation)?))
+        Some((generation, self.get(generation)?))
     }
 
     /// Whether the index has no slot left but for those that are kept.
@@ -164,7 +165,7 @@ impl Objects {
     /// `AlreadyExists` if its key has one; `NoSpace`-like `TooLarge` if the index is full; a wrong step.
     pub(super) fn seal(&mut self, generation: Generation, checksum: Checksum) -> Result<SlotId, StoreError> {
         let is_full = self.is_full();
-        let Some(object) = self.table.get_mut(&generation) else {
+        let Some(object) = self.table.get_mut(generation) else {
             return Err(StoreError::stale("seal", generation, "there is no such reservation"));
         };
         if self.keys.contains_key(&object.key) {
@@ -201,7 +202,7 @@ impl Objects {
 
     /// Takes an object out of reach of new readers. Returns its slot if it had one.
     pub(super) fn drain(&mut self, generation: Generation, now: Time) -> Option<SlotId> {
-        let object = self.table.get_mut(&generation)?;
+        let object = self.table.get_mut(generation)?;
         let was_sealed = object.state == State::Sealed;
         object.state.advance(State::Draining, object.key.as_str()).ok()?;
         object.writer = None;
@@ -216,11 +217,12 @@ impl Objects {
     }
 
     /// Takes an object out of the books. Its extent can be freed.
-    pub(super) fn remove(&mut self, generation: Generation) -> Option<Object> {
+    pub(super) fn remove(&mut self, generation: Generation) -> Option<Box<Object>> {
         self.draining.remove(&generation);
-        self.table.remove(&generation)
+        self.table.remove(generation)
     }
 
+    /// In rising order.
     pub(super) fn draining(&self) -> impl Iterator<Item = Generation> + '_ {
         self.draining.keys().copied()
     }
@@ -242,7 +244,7 @@ impl Objects {
     }
 
     pub(super) fn iter_sealed(&self) -> impl Iterator<Item = (&Key, &Object)> {
-        self.keys.iter().filter_map(|(key, generation)| Some((key, self.table.get(generation)?)))
+        self.keys.iter().filter_map(|(key, generation)| Some((key, self.get(*generation)?)))
     }
 
     /// Sealed keys that start with `prefix`, in order, after `after`.
@@ -258,6 +260,6 @@ impl Objects {
         self.keys
             .range::<str, _>((start, Bound::Unbounded))
             .take_while(move |(key, _)| key.as_str().starts_with(prefix))
-            .filter_map(|(_, generation)| self.table.get(generation))
+            .filter_map(|(_, generation)| self.get(*generation))
     }
 }

@@ -2,7 +2,6 @@
 //! itself (`fetch`). Invariant: while a lease lives, its object's extent is not freed.
 
 use super::Engine;
-use super::action::Action;
 use super::timer::{Time, Timer};
 use crate::error::StoreError;
 use crate::key::Key;
@@ -52,14 +51,14 @@ impl Engine {
         if extent.len_bytes <= inline_max {
             self.counters.served_eager += 1;
             let message = PeerMessage::Data { object: id, meta };
-            let payload = (extent.len_bytes > 0).then(|| (extent, self.begin_send(generation)));
-            self.out.push(Action::Send { link, request, message, payload });
+            let payload = (extent.len_bytes > 0).then_some((extent, generation));
+            self.note(link, request, message, payload);
             return true;
         }
         let message = match self.grant(link, generation, extent) {
             Ok(granted) => {
                 self.counters.served_grants += 1;
-                PeerMessage::Grant { object: id, meta, granted }
+                PeerMessage::Grant { object: id, meta, granted: Box::new(granted) }
             }
             Err(error) => PeerMessage::Failed { error },
         };
@@ -67,23 +66,12 @@ impl Engine {
         true
     }
 
-    fn begin_send(&mut self, generation: Generation) -> u64 {
-        let send = self.next_send;
-        self.next_send += 1;
-        self.sends.insert(send, generation);
-        if let Some(object) = self.objects.get_mut(generation) {
-            object.sends += 1;
-        }
-        send
-    }
-
     pub(super) fn send_done(&mut self, send: u64) {
-        let Some(generation) = self.sends.remove(&send) else {
-            return;
-        };
-        if let Some(object) = self.objects.get_mut(generation) {
-            object.sends = object.sends.saturating_sub(1);
-            self.reader_left(generation);
+        for generation in self.sends.remove(&send).unwrap_or_default() {
+            if let Some(object) = self.objects.get_mut(generation) {
+                object.sends = object.sends.saturating_sub(1);
+                self.reader_left(generation);
+            }
         }
     }
 

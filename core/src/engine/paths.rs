@@ -8,6 +8,7 @@
 //! owner's engine. Where two lines cross is a threshold: `(a_read - a_eager) / (b_eager - b_read)`.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 use super::fetch::{Fetch, FetchId};
 use super::timer::Time;
@@ -221,18 +222,38 @@ pub(super) struct InWords {
 
 /// All peers.
 #[derive(Debug, Default)]
-pub(super) struct Paths(BTreeMap<NodeId, Measured>);
+pub(super) struct Paths {
+    measured: BTreeMap<NodeId, Measured>,
+    /// Names of peers that gave something, for receipts: all of one peer share one.
+    names: BTreeMap<NodeId, Arc<str>>,
+}
 
 impl Paths {
     pub(super) fn forget_node(&mut self, node: NodeId) {
-        self.0.remove(&node);
+        self.measured.remove(&node);
+        self.names.remove(&node);
     }
 }
 
 impl Engine {
+    /// A peer's name, to be kept in many places.
+    pub(super) fn shared_name_of(&mut self, node: NodeId) -> Arc<str> {
+        if let Some(name) = self.paths.names.get(&node) {
+            return Arc::clone(name);
+        }
+        let name: Arc<str> = self.name_of(node).into();
+        if self.peers.contains_key(&node) {
+            self.paths.names.insert(node, Arc::clone(&name));
+        }
+        name
+    }
+
     /// From more than how many bytes on a known place of a peer is read, if nobody forces that.
     pub(super) fn known_from(&mut self, node: NodeId) -> u64 {
-        self.paths.0.entry(node).or_default().known.next()
+        let alone = self.fetches.len() == 1;
+        let Measured { granted, known, .. } = self.paths.measured.entry(node).or_default();
+        // Answers to many questions share a frame, so that a question costs less than what was measured.
+        if alone { known.next() } else { known.threshold().max(granted.threshold()) }
     }
 
     /// The thresholds towards a peer: of answers, and of reads of known places.
@@ -242,7 +263,7 @@ impl Engine {
             return [forced.clone(), forced];
         }
         let default = Measured::default();
-        let Measured { granted, known, .. } = self.paths.0.get(&node).unwrap_or(&default);
+        let Measured { granted, known, .. } = self.paths.measured.get(&node).unwrap_or(&default);
         let in_words = |beside: &Beside, what| InWords { bytes: beside.threshold(), why: beside.why(what) };
         [in_words(granted, "a grant"), in_words(known, "a read of a known place")]
     }
@@ -252,11 +273,16 @@ impl Engine {
         let node = self.links.get(&link).and_then(|link| link.node);
         let inline_max = match (forced.or(self.config.threshold_bytes), node) {
             (Some(forced), _) => forced,
-            (None, Some(node)) => self.paths.0.entry(node).or_default().granted.next(),
+            (None, Some(node)) => {
+                let alone = self.fetches.len() == 1;
+                let granted = &mut self.paths.measured.entry(node).or_default().granted;
+                // What is not timed has nothing to explore.
+                if alone { granted.next() } else { granted.threshold() }
+            }
             (None, None) => THRESHOLD_DEFAULT,
         };
         self.time(id);
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.inline_max = inline_max;
         }
         inline_max
@@ -265,14 +291,14 @@ impl Engine {
     /// A get goes out. It is timed where nothing else is under way that would be timed with it.
     pub(super) fn time(&mut self, id: FetchId) {
         let timed = (self.fetches.len() == 1).then_some(Timed { asked: self.now, answered: None });
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.timed = timed;
         }
     }
 
     /// The answer is there, and room for it is looked for.
     pub(super) fn fetch_answered(&mut self, id: FetchId) {
-        if let Some(Fetch { timed: Some(timed), .. }) = self.fetches.get_mut(&id) {
+        if let Some(Fetch { timed: Some(timed), .. }) = self.fetches.get_mut(id) {
             timed.answered = Some(self.now);
         }
     }
@@ -280,18 +306,18 @@ impl Engine {
     /// There is room. Unless it was there at once, the get is not timed.
     pub(super) fn fetch_has_room(&mut self, id: FetchId) {
         let now = self.now;
-        if let Some(fetch) = self.fetches.get_mut(&id) {
+        if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.timed = fetch.timed.filter(|timed| timed.answered == Some(now));
         }
     }
 
     /// The bytes of a fetch are there.
     pub(super) fn measure(&mut self, id: FetchId, link: Option<LinkId>, way: Way, moved: Moved) {
-        let timed = self.fetches.get_mut(&id).and_then(|fetch| fetch.timed.take());
+        let timed = self.fetches.get_mut(id).and_then(|fetch| fetch.timed.take());
         let node = link.and_then(|link| self.links.get(&link)).and_then(|link| link.node);
         if let (Some(timed), Some(node)) = (timed, node) {
             let ns = self.now.0.saturating_sub(timed.asked.0);
-            self.paths.0.entry(node).or_default().add(way, moved.bytes, ns);
+            self.paths.measured.entry(node).or_default().add(way, moved.bytes, ns);
         }
     }
 }

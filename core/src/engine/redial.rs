@@ -111,7 +111,7 @@ impl Engine {
         for address in self.redial.due(self.now) {
             let waits =
                 |stage: &Stage| matches!(stage, Stage::Dialling { holder, .. } if holder.address == address);
-            if self.wants_listed(&address) || self.fetches.values().any(|fetch| waits(&fetch.stage)) {
+            if self.wants_listed(&address) || self.fetches.any(|fetch| waits(&fetch.stage)) {
                 self.dial(&address);
             }
         }

@@ -274,7 +274,7 @@ impl Engine {
         }
         let own = self.config.member.node;
         let holders: Vec<Holder> = holders.into_iter().filter(|holder| holder.node != own).collect();
-        let under_way = self.fetches.values().map(super::fetch::Fetch::replicas).sum::<usize>();
+        let under_way = self.fetches.replicas();
         let (key, len_bytes) = (asked.object.key.clone(), asked.object.len_bytes);
         let capacity = self.space.capacity_bytes();
         let refusal = if holders.is_empty() {

@@ -1,13 +1,11 @@
 //! Finding room: requests that need an extent, what is tried for them, and what waits. Not the books (`space`).
 //! Invariant: a request in the queue has something under way that will look at it again.
 
-use std::collections::HashSet;
-
 use bytes::Bytes;
 
 use super::action::{Action, Event};
 use super::fetch::FetchId;
-use super::input::FabricId;
+use super::input::{FabricId, Pinned};
 use super::objects::Object;
 use super::space::{Growth, Owner, Space};
 use super::timer::{Time, Timer};
@@ -28,6 +26,18 @@ const FIRST_GRANT_LEN: u64 = 16 << 20;
 const AHEAD_GRANT_LEN: u64 = 2 << 20;
 /// How soon draining objects are looked at again, in milliseconds.
 pub(super) const DRAIN_MS: u64 = 50;
+
+/// Bytes that may be handed out and withdrawn before pins are looked at: what is free again is to be used again.
+const UNSCANNED_BYTES_MAX: u64 = 16 << 20;
+
+/// The last look at the pins, and what came since.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Scans {
+    /// Objects that were held then.
+    left: usize,
+    /// Bytes of objects that were handed out and withdrawn at once since then.
+    bytes: u64,
+}
 
 /// How far the memory of a starting node is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -116,6 +126,10 @@ impl Engine {
     }
 
     fn try_space(&mut self, mut request: SpaceRequest) {
+        if matches!(request.purpose, Purpose::Fetch { fetch } if !self.fetches.contains(fetch)) {
+            // Nobody waits for it any more.
+            return;
+        }
         loop {
             match self.look_for_space(&mut request) {
                 Outcome::Found(extent) => return self.space_found(request.purpose, request.owner, extent),
@@ -189,7 +203,7 @@ impl Engine {
     fn no_space(&self, request: &SpaceRequest) -> StoreError {
         let operation = match &request.purpose {
             Purpose::Put { object, .. } | Purpose::Reserve { object, .. } => format!("put {:?}", object.key),
-            Purpose::Fetch { fetch } => match self.fetches.get(fetch) {
+            Purpose::Fetch { fetch } => match self.fetches.get(*fetch) {
                 Some(fetch) => format!("get {:?}", fetch.key),
                 None => "get".to_owned(),
             },
@@ -211,9 +225,17 @@ impl Engine {
         if evictable == 0 || self.space.free_bytes().saturating_add(evictable) < len_bytes {
             return false;
         }
-        self.evict_where(len_bytes, |object, space| {
+        // Thousands may want room in one pass; to ask every object about each of them would hold up everyone.
+        if self.nothing_evictable == Some(owner) {
+            return false;
+        }
+        let found = self.evict_where(len_bytes, |object, space| {
             space.owner(object.extent.segment).is_some_and(|of| of == owner || of == Owner::Node)
-        })
+        });
+        if !found {
+            self.nothing_evictable = Some(owner);
+        }
+        found
     }
 
     /// Withdraws one object that may go, for its slot in the index.
@@ -304,11 +326,6 @@ impl Engine {
         });
     }
 
-    pub(super) fn forget_space_request_of_fetch(&mut self, gone: FetchId) {
-        self.waiting_space
-            .retain(|request| !matches!(request.purpose, Purpose::Fetch { fetch } if fetch == gone));
-    }
-
     /// How far the first segments are.
     #[must_use]
     pub fn start_up(&self) -> StartUp {
@@ -368,8 +385,23 @@ impl Engine {
 
     /// Takes an object out of everyone's reach; its extent is freed when its last reader has gone.
     pub(super) fn withdraw(&mut self, generation: Generation) {
+        self.scan_wanted |= self.take_out(generation);
+    }
+
+    /// The same for one that was pinned just now for whoever gets it: it cannot be free yet, but others before it may
+    /// be. A look at the pins costs as much as there are, so it is worth it when as many objects have come to those
+    /// that the last look left, or many bytes.
+    pub(super) fn withdraw_handed_out(&mut self, generation: Generation) {
+        let len_bytes = self.objects.get(generation).map_or(0, |object| object.extent.len_bytes);
+        self.take_out(generation);
+        self.scans.bytes += len_bytes;
+        self.scan_wanted |=
+            self.objects.draining_count() >= 2 * self.scans.left || self.scans.bytes >= UNSCANNED_BYTES_MAX;
+    }
+
+    fn take_out(&mut self, generation: Generation) -> bool {
         let Some(object) = self.objects.get(generation) else {
-            return;
+            return false;
         };
         let was_sealed = object.state == State::Sealed;
         let announced = object.announced(self.now);
@@ -380,8 +412,8 @@ impl Engine {
             self.eviction.remove(&generation);
             self.withdraw_from_directory(announced);
         }
-        self.scan_wanted = true;
         self.timers.set(self.now.after_ms(DRAIN_MS), Timer::Drain);
+        true
     }
 
     pub(super) fn drain_again(&mut self) {
@@ -392,21 +424,23 @@ impl Engine {
     }
 
     /// Frees what nobody reads any more. `pinned` was taken after the last withdrawal.
-    pub(super) fn pin_scan(&mut self, pinned: &HashSet<Generation>, touched: &[SlotId]) {
+    pub(super) fn pin_scan(&mut self, pinned: &Pinned, touched: &[SlotId]) {
         for slot in touched {
             if let Some(generation) = self.objects.generation_of_slot(*slot) {
                 self.eviction.touch(&generation);
             }
         }
+        let mut pinned = pinned.rising();
         let free: Vec<Generation> = self
             .objects
             .draining()
-            .filter(|generation| !pinned.contains(generation))
+            .filter(|generation| !pinned.contains(*generation))
             .filter(|generation| self.objects.get(*generation).is_some_and(Object::only_pins_hold))
             .collect();
         for generation in &free {
             self.free_object(*generation);
         }
+        self.scans = Scans { left: self.objects.draining_count(), bytes: 0 };
         if !self.waiting_space.is_empty() {
             self.retry_space();
         }

@@ -3,6 +3,7 @@
 #![allow(clippy::needless_range_loop, reason = "a node's number names it in several lists")]
 
 mod ahead;
+mod batches;
 mod deletes;
 mod local;
 mod locations;

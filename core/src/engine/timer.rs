@@ -34,6 +34,8 @@ pub(super) enum Timer {
     Lease(LeaseId),
     Ttl(Generation),
     Fetch(FetchId),
+    /// A request for many keys.
+    Many(ClientId, u64),
     Retry(FetchId),
     Wait,
     Space,

@@ -3,6 +3,7 @@
 
 use super::Engine;
 use super::fetch::{Scope, Want};
+use super::local::Caller;
 use super::timer::{Time, Timer};
 use crate::error::StoreError;
 use crate::key::Key;
@@ -54,7 +55,7 @@ impl Engine {
         if timeout_ms == 0 {
             let scope = Scope { range: None, want: Want::Existence, threshold_bytes: None };
             let timeout_ms = if self.keeping.has_successors() { self.config.await_ms() } else { EXISTS_MS };
-            return self.fetch(client, request, key, scope, timeout_ms);
+            return self.fetch(Caller::of(client, request), key, scope, timeout_ms);
         }
         if self.known_elsewhere(&key) {
             return self.reply(client, request, Ok(ClientReply::Exists));

@@ -9,7 +9,8 @@ use crate::key::Key;
 use crate::meta::ObjectMeta;
 use crate::receipt::{Carried, Path};
 use crate::tier::{ClientId, Epoch, Extent, Generation, NodeId, ObjectId, SegmentId, SlotId, Tier};
-use crate::wire::Range;
+use crate::wire::list::at_most;
+use crate::wire::{KEYS_PER_MESSAGE_MAX, LocatedMany, Range};
 
 /// What a put does when its key exists.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -197,6 +198,19 @@ pub enum ClientMessage {
     },
     /// There are records in the client's publication ring. Not answered if its request is 0; else by `Done`.
     Drain,
+    /// Asks for many objects. Answered by `LocatedMany` once each of them is there or cannot be had, in as many
+    /// answers as it takes packets.
+    GetMany {
+        /// Which: 1 to [`KEYS_PER_MESSAGE_MAX`].
+        #[serde(deserialize_with = "at_most::<_, _, KEYS_PER_MESSAGE_MAX>")]
+        keys: Vec<Key>,
+        /// As of `Get`.
+        timeout_ms: u64,
+        /// As of `Get`.
+        keep: bool,
+        /// As of `Get`.
+        threshold_bytes: Option<u64>,
+    },
 }
 
 impl ClientMessage {
@@ -223,6 +237,7 @@ impl ClientMessage {
             Self::Status => "status",
             Self::Ahead { .. } => "ahead",
             Self::Drain => "drain",
+            Self::GetMany { .. } => "get many",
         }
     }
 }
@@ -476,4 +491,6 @@ pub enum ClientReply {
         /// Whether the ring's descriptor comes along.
         ring: bool,
     },
+    /// To `GetMany`.
+    LocatedMany(LocatedMany),
 }

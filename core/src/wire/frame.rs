@@ -2,6 +2,7 @@
 //! Not the meaning of bodies (`peer`, `client`). Invariant: a `FrameHeader` from `FrameHeader::parse` is within
 //! every limit.
 
+use postcard::ser_flavors::Flavor;
 use serde::{Serialize, de::DeserializeOwned};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -24,7 +25,7 @@ pub const BODY_LEN_MAX: u32 = 1 << 20;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum FrameKind {
-    /// Between engines: [`super::PeerMessage`].
+    /// Between engines: one [`super::PeerMessage`].
     Peer = 1,
     /// From a client to its node: [`super::ClientMessage`].
     Client = 2,
@@ -32,6 +33,8 @@ pub enum FrameKind {
     Reply = 3,
     /// Between two ends of the TCP fabric; the engine never sees it.
     Fabric = 4,
+    /// Between engines: a [`super::Batch`] of messages.
+    Batch = 5,
 }
 
 impl FrameKind {
@@ -41,6 +44,7 @@ impl FrameKind {
             2 => Some(Self::Client),
             3 => Some(Self::Reply),
             4 => Some(Self::Fabric),
+            5 => Some(Self::Batch),
             _ => None,
         }
     }
@@ -151,6 +155,33 @@ impl Frame {
     }
 }
 
+/// What a body is written to. Most of what is written has one or a few bytes, for which a call to copy them would cost
+/// more than the bytes.
+struct Body(Vec<u8>);
+
+impl Flavor for Body {
+    type Output = Vec<u8>;
+
+    fn try_push(&mut self, byte: u8) -> postcard::Result<()> {
+        self.0.push(byte);
+        Ok(())
+    }
+
+    fn try_extend(&mut self, bytes: &[u8]) -> postcard::Result<()> {
+        const SHORT: usize = 10;
+        if bytes.len() > SHORT {
+            self.0.extend_from_slice(bytes);
+        } else {
+            bytes.iter().for_each(|byte| self.0.push(*byte));
+        }
+        Ok(())
+    }
+
+    fn finalize(self) -> postcard::Result<Vec<u8>> {
+        Ok(self.0)
+    }
+}
+
 /// Makes a frame of a message.
 ///
 /// # Errors
@@ -161,7 +192,7 @@ pub fn encode<T: Serialize>(
     body: &T,
     payload_len: u64,
 ) -> Result<Frame, StoreError> {
-    let bytes = postcard::to_extend(body, vec![0_u8; HEADER_LEN])
+    let bytes = postcard::serialize_with_flavor(body, Body(vec![0_u8; HEADER_LEN]))
         .map_err(|error| StoreError::protocol(format!("a message could not be encoded: {error}")))?;
     let body_len = bytes.len() - HEADER_LEN;
     let body_len = match u32::try_from(body_len) {
@@ -175,6 +206,11 @@ pub fn encode<T: Serialize>(
     let header = FrameHeader { version: PROTOCOL_MAX, kind, request, body_len, payload_len };
     bytes[..HEADER_LEN].copy_from_slice(&header.to_bytes());
     Ok(Frame(bytes))
+}
+
+/// Bytes that a body takes; none if it cannot be encoded at all.
+pub fn body_len<T: Serialize>(body: &T) -> Option<usize> {
+    postcard::experimental::serialized_size(body).ok()
 }
 
 /// Reads a body. Bytes after the message are an error.

@@ -8,6 +8,8 @@ use crate::meta::ObjectMeta;
 use crate::tier::{Epoch, Generation, LeaseId, NodeId, ObjectId, RemoteExtent};
 use crate::wire::REPLICAS_MAX;
 
+/// Bytes of a number in a body at most.
+const NUMBER_LEN_MAX: usize = 10;
 /// The most keys that one message carries.
 pub const KEYS_PER_MESSAGE_MAX: usize = 1024;
 /// The longest name of a node, and the longest address, in bytes.
@@ -208,8 +210,8 @@ pub enum PeerMessage {
         object: ObjectId,
         /// What the bytes mean; of the whole object, whatever range was asked.
         meta: ObjectMeta,
-        /// What may be read, and until when.
-        granted: Granted,
+        /// What may be read, and until when. Boxed: else every message had its length.
+        granted: Box<Granted>,
     },
     /// The asked node does not hold the object, these do.
     Located {
@@ -397,6 +399,25 @@ impl PeerMessage {
             )));
         }
         Ok(())
+    }
+
+    /// Bytes that it takes in a body at most, where that is known without encoding it: of the messages that come by the
+    /// thousand.
+    #[must_use]
+    pub fn len_max(&self) -> Option<usize> {
+        // The variant, an object's three numbers, and of metadata type, number of dimensions, length and checksum.
+        const VARIANT: usize = 1;
+        const OBJECT: usize = 3 * NUMBER_LEN_MAX;
+        const META: usize = 2 + NUMBER_LEN_MAX + 1 + NUMBER_LEN_MAX;
+        match self {
+            // A length before the key, whether there is a range, and three numbers.
+            Self::Get { key, .. } => Some(VARIANT + 2 + key.as_str().len() + 1 + 3 * NUMBER_LEN_MAX),
+            Self::Data { meta, .. } => {
+                Some(VARIANT + OBJECT + META + meta.shape.dims().len() * NUMBER_LEN_MAX)
+            }
+            Self::Release { .. } => Some(VARIANT + NUMBER_LEN_MAX),
+            _ => None,
+        }
     }
 
     /// A short name for logs and errors.

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::fmt::Debug;
 
 use hetmem_core::wire::{
-    Announced, BODY_LEN_MAX, ClientMessage, ClientReply, FrameHeader, FrameKind, HEADER_LEN, Holder,
+    Announced, BODY_LEN_MAX, Batch, ClientMessage, ClientReply, FrameHeader, FrameKind, HEADER_LEN, Holder,
     KEYS_PER_MESSAGE_MAX, Listed, MAGIC, Member, NODE_TEXT_LEN_MAX, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage,
     Present, REPLICAS_MAX, Role, decode, encode,
 };
@@ -23,7 +23,8 @@ use serde::de::DeserializeOwned;
 
 use memory::measured;
 use messages::{
-    answer, client_message, client_reply, client_variant, error, peer_message, peer_variant, reply_variant,
+    answer, batch, client_message, client_reply, client_variant, error, peer_message, peer_variant,
+    reply_variant,
 };
 
 /// The most that decoding `len` bytes may hold: serde gives a list that claims to be long up to 1 MiB ahead, and
@@ -47,10 +48,13 @@ fn decode_as_everything(body: &[u8]) -> usize {
         // What `check` says does not matter here, that it returns does.
         let _ = message.check();
     }
-    [one::<PeerMessage>(body), one::<ClientMessage>(body), one::<Result<ClientReply, StoreError>>(body)]
-        .into_iter()
-        .max()
-        .unwrap_or(0)
+    let held = [
+        one::<PeerMessage>(body),
+        one::<Batch>(body),
+        one::<ClientMessage>(body),
+        one::<Result<ClientReply, StoreError>>(body),
+    ];
+    held.into_iter().max().unwrap_or(0)
 }
 
 /// The body of any message that a socket may carry.
@@ -59,6 +63,7 @@ fn body() -> impl Strategy<Value = Vec<u8>> {
         peer_message().prop_map(|message| body_of(&message)),
         client_message().prop_map(|message| body_of(&message)),
         answer().prop_map(|answer| body_of(&answer)),
+        batch().prop_map(|batch| body_of(&batch)),
     ]
 }
 
@@ -96,6 +101,17 @@ proptest! {
     }
 
     #[test]
+    fn no_message_is_longer_than_it_is_taken_for(message in peer_message()) {
+        let len = body_of(&message).len();
+        prop_assert!(message.len_max().is_none_or(|most| len <= most), "{len} bytes: {message:?}");
+    }
+
+    #[test]
+    fn batches_return(batch in batch()) {
+        returns(FrameKind::Batch, &batch);
+    }
+
+    #[test]
     fn client_messages_return(message in client_message()) {
         returns(FrameKind::Client, &message);
     }
@@ -121,10 +137,11 @@ proptest! {
         for end in 0..body.len() {
             decode_as_everything(&body[..end]);
         }
-        for kind in 0..3 {
+        for kind in 0..4 {
             let (whole, cut) = (&body[..], &body[..body.len() - 1]);
             let both = match kind {
                 0 => decode::<PeerMessage>(whole).is_ok() && decode::<PeerMessage>(cut).is_ok(),
+                3 => decode::<Batch>(whole).is_ok() && decode::<Batch>(cut).is_ok(),
                 1 => decode::<ClientMessage>(whole).is_ok() && decode::<ClientMessage>(cut).is_ok(),
                 _ => {
                     type Answer = Result<ClientReply, StoreError>;
@@ -224,12 +241,12 @@ fn every_variant_is_generated() {
     for_samples(&client_message(), 2_000, |message| {
         seen.insert(client_variant(&message));
     });
-    assert_eq!(seen, (0..19).collect());
+    assert_eq!(seen, (0..20).collect());
     seen.clear();
     for_samples(&client_reply(), 2_000, |reply| {
         seen.insert(reply_variant(&reply));
     });
-    assert_eq!(seen, (0..12).collect());
+    assert_eq!(seen, (0..13).collect());
     let mut kinds = BTreeSet::new();
     for_samples(&error(), 2_000, |error| {
         kinds.insert(error.kind().code());
@@ -248,7 +265,7 @@ fn every_variant_is_generated() {
 fn full_bodies_of_the_smallest_entries_stay_within_bounds() {
     let len = BODY_LEN_MAX as usize;
     let filled = |head: &[u8], entry: &[u8]| {
-        let count = (len - head.len() - 5) / entry.len();
+        let count = (len - head.len() - 8) / entry.len();
         let mut body = head.to_vec();
         body.extend(postcard::to_stdvec(&count).expect("a number"));
         body.extend(entry.repeat(count));
@@ -268,6 +285,10 @@ fn full_bodies_of_the_smallest_entries_stay_within_bounds() {
         ("SURPLUS", filled(&[28, 1, b'k', 0, 0, 0], &[0, 0])),
         ("reply: listed", [filled(&[0, 8], &[1, b'k', 0, 0]), vec![0]].concat()),
         ("reply: listed, one object, many holders", [filled(&[0, 8, 1, 1, b'k', 0], &[0]), vec![0]].concat()),
+        ("batch", filled(&[], &[0, 0, 2])),
+        ("batch of GET", filled(&[], &[0, 0, 3, 1, b'k', 0, 0])),
+        ("get many", [filled(&[19], &[1, b'k']), vec![0, 0, 0]].concat()),
+        ("reply: located many, all of them errors", [filled(&[0, 12, 0], &[1, 1, 0]), vec![0]].concat()),
         // Dimensions: refused after all of them were read.
         ("put: dimensions", filled(&[1, 1, b'k', 1], &[0])),
         ("DATA: dimensions", filled(&[4, 0, 0, 0, 1], &[0])),

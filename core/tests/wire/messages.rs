@@ -5,8 +5,9 @@ use std::borrow::Cow;
 
 use hetmem_core::receipt::{Carried, Moved, Path};
 use hetmem_core::wire::{
-    Announced, ClientMessage, ClientReply, Granted, Holder, IfExists, Listed, Located, Member, NodeStatus,
-    PeerMessage, PeerStatus, Present, PutHints, REPLICAS_MAX, Range, Role, Status, TierStatus,
+    Announced, Batch, Batched, CarriedBy, Carrier, ClientMessage, ClientReply, Granted, Holder, IfExists,
+    Listed, Located, LocatedMany, Member, NodeStatus, PeerMessage, PeerStatus, PlacedItem, Present, PutHints,
+    REPLICAS_MAX, Range, Role, Status, TierStatus,
 };
 use hetmem_core::{
     Checksum, ClientId, DType, Epoch, Extent, Generation, KEY_LEN_MAX, Key, LeaseId, NodeId, ObjectId,
@@ -162,8 +163,8 @@ fn path() -> impl Strategy<Value = Path> {
 fn carried() -> impl Strategy<Value = Carried> {
     (text(), text(), tier(), (number(), number()), any::<u32>(), number()).prop_map(
         |(fabric, from, from_tier, (bytes, staged_bytes), round_trips, threshold_bytes)| Carried {
-            fabric,
-            from,
+            fabric: fabric.into(),
+            from: from.into(),
             from_tier,
             moved: Moved { bytes, staged_bytes },
             round_trips,
@@ -316,7 +317,11 @@ pub(crate) fn peer_message() -> BoxedStrategy<PeerMessage> {
             .prop_map(|(room_bytes, under_replicated)| M::Heartbeat { room_bytes, under_replicated }),
         (key(), range(), number()).prop_map(|(key, range, inline_max)| M::Get { key, range, inline_max }),
         (object(), meta()).prop_map(|(object, meta)| M::Data { object, meta }),
-        (object(), meta(), granted()).prop_map(|(object, meta, granted)| M::Grant { object, meta, granted }),
+        (object(), meta(), granted()).prop_map(|(object, meta, granted)| M::Grant {
+            object,
+            meta,
+            granted: Box::new(granted)
+        }),
         holders().prop_map(|holders| M::Located { holders }),
         number().prop_map(|lease| M::Release { lease: LeaseId(lease) }),
         error().prop_map(|error| M::Failed { error }),
@@ -436,6 +441,14 @@ pub(crate) fn client_message() -> BoxedStrategy<ClientMessage> {
         Just(M::Status),
         any::<bool>().prop_map(|ring| M::Ahead { ring }),
         Just(M::Drain),
+        (vec(key(), 0..5), number(), any::<bool>(), prop::option::of(number())).prop_map(
+            |(keys, timeout_ms, keep, threshold_bytes)| M::GetMany {
+                keys,
+                timeout_ms,
+                keep,
+                threshold_bytes
+            }
+        ),
     ]
     .boxed()
 }
@@ -463,6 +476,7 @@ pub(crate) const fn client_variant(message: &ClientMessage) -> usize {
         M::Status => 16,
         M::Ahead { .. } => 17,
         M::Drain => 18,
+        M::GetMany { .. } => 19,
     }
 }
 
@@ -511,8 +525,42 @@ pub(crate) fn client_reply() -> BoxedStrategy<ClientReply> {
                 ring
             }
         ),
+        located_many().prop_map(R::LocatedMany),
     ]
     .boxed()
+}
+
+fn located_many() -> impl Strategy<Value = LocatedMany> {
+    let carrier = (text(), text(), tier()).prop_map(|(fabric, from, from_tier)| Carrier {
+        fabric: fabric.into(),
+        from: from.into(),
+        from_tier,
+    });
+    let by = (any::<[u32; 2]>(), number(), number(), number()).prop_map(
+        |([carrier, round_trips], bytes, staged_bytes, threshold_bytes)| CarriedBy {
+            carrier,
+            moved: Moved { bytes, staged_bytes },
+            round_trips,
+            threshold_bytes,
+        },
+    );
+    let item =
+        (located(), prop::option::of(by)).prop_map(|(located, carried)| PlacedItem { located, carried });
+    let item = prop_oneof![item.prop_map(Ok), error().prop_map(Err)];
+    (vec(carrier, 0..3), vec(item, 0..4), any::<u32>()).prop_map(|(carriers, items, left)| LocatedMany {
+        carriers,
+        items,
+        left,
+    })
+}
+
+pub(crate) fn batch() -> BoxedStrategy<Batch> {
+    let batched = (number(), number(), peer_message()).prop_map(|(request, payload_len, message)| Batched {
+        request,
+        payload_len,
+        message,
+    });
+    vec(batched, 0..4).prop_map(Batch).boxed()
 }
 
 /// As [`peer_variant`].
@@ -531,6 +579,7 @@ pub(crate) const fn reply_variant(reply: &ClientReply) -> usize {
         R::Deleted { .. } => 9,
         R::Status(_) => 10,
         R::Ahead { .. } => 11,
+        R::LocatedMany(_) => 12,
     }
 }
 

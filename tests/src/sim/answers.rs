@@ -162,6 +162,24 @@ impl World {
                     return Err(format!("{wanted} bytes were asked: {located:?}"));
                 }
             }
+            (Kind::GetMany { keys, timeout_ms, began }, Ok(ClientReply::LocatedMany(many))) => {
+                let numbers = keys.numbers();
+                if many.items.len() != numbers.len() || many.left != 0 {
+                    return Err(format!("{} keys were asked: {many:?}", numbers.len()));
+                }
+                for (&key, item) in numbers.iter().zip(&many.items) {
+                    let single = Asked { kind: Kind::Get { key, range: None, timeout_ms, began }, ..*asked };
+                    match item {
+                        Ok(item) if item.located.extent.len_bytes != item.located.meta.len_bytes => {
+                            return Err(format!("all bytes were asked: {item:?}"));
+                        }
+                        Ok(_) => {}
+                        Err(error) => {
+                            self.may_fail(&single, error).map_err(|why| format!("{why}: {error}"))?;
+                        }
+                    }
+                }
+            }
             (Kind::Stat { key }, Ok(ClientReply::Stat { meta, .. })) => {
                 self.history.saw_len(key, meta.len_bytes)?;
             }

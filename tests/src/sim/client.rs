@@ -2,11 +2,13 @@
 //! Invariant: a client writes only where it has a reservation, and reads only what it has pinned and looked at again,
 //! one step of virtual time after another.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 
 use bytes::Bytes;
 use hetmem_core::engine::{INLINE_PUT_MAX, Input};
-use hetmem_core::wire::{ClientMessage, ClientReply, IfExists, PROTOCOL_MAX, PROTOCOL_MIN, PutHints, Range};
+use hetmem_core::wire::{
+    ClientMessage, ClientReply, IfExists, Located, PROTOCOL_MAX, PROTOCOL_MIN, PutHints, Range,
+};
 use hetmem_core::{Checksum, ClientId, Extent, Generation, ObjectMeta, SegmentId, SlotId};
 
 use super::guards::Hold;
@@ -18,6 +20,8 @@ use super::world::{Due, World};
 
 /// How long a node waits for a directory, in milliseconds.
 const AWAIT_MS: u64 = 5_000;
+/// Keys of one question at most.
+const KEYS_MAX: usize = 8;
 
 /// A question that waits for its answer.
 #[derive(Clone, Debug)]
@@ -27,6 +31,19 @@ pub(super) struct Asked {
     pub(super) deadline: u64,
     pub(super) answered: bool,
     pub(super) kind: Kind,
+}
+
+/// The keys of one question, some of them perhaps twice.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Keys {
+    numbers: [usize; KEYS_MAX],
+    count: usize,
+}
+
+impl Keys {
+    pub(super) fn numbers(&self) -> &[usize] {
+        &self.numbers[..self.count]
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +56,7 @@ pub(super) enum Kind {
     Seal { attempt: usize, reservation: Generation },
     Abort,
     Get { key: usize, range: Option<Range>, timeout_ms: u64, began: u64 },
+    GetMany { keys: Keys, timeout_ms: u64, began: u64 },
     Segment,
     Wait { key: usize, timeout_ms: u64 },
     Stat { key: usize },
@@ -118,6 +136,8 @@ pub(super) struct Client {
     pub(super) alive: bool,
     pub(super) asked: Option<Asked>,
     pub(super) doing: Doing,
+    /// Objects of one answer that are pinned and not read yet, by key, and when their get began.
+    handed: VecDeque<(usize, u64, Located)>,
     next_request: u64,
     known: BTreeSet<SegmentId>,
     pub(super) granted: BTreeSet<SegmentId>,
@@ -138,6 +158,7 @@ impl Client {
             alive: true,
             asked: None,
             doing: Doing::Idle,
+            handed: VecDeque::new(),
             next_request: 1,
             known: BTreeSet::new(),
             granted: BTreeSet::new(),
@@ -171,7 +192,7 @@ impl World {
             Kind::Put { attempt } | Kind::Reserve { attempt } | Kind::Seal { attempt, .. } => {
                 put_ms(*attempt)
             }
-            Kind::Get { .. } | Kind::Stat { .. } => timeout_ms,
+            Kind::Get { .. } | Kind::GetMany { .. } | Kind::Stat { .. } => timeout_ms,
             Kind::Wait { .. } => timeout_ms.max(list_ms),
             Kind::Delete { .. } => 5_000 + list_ms,
             Kind::List { .. } => 1_500 + list_ms,
@@ -240,7 +261,11 @@ impl World {
         }
     }
 
+    /// Reads the next object that was handed over with others, or does nothing for a moment.
     pub(super) fn rest(&mut self, id: ClientId) {
+        if let Some((key, began, located)) = self.client(id).handed.pop_front() {
+            return self.begin_located(id, key, 0, &located, began);
+        }
         self.client(id).doing = Doing::Idle;
         let pause = self.plan.pause_ns;
         self.step_later(id, 0, pause);
@@ -268,6 +293,7 @@ impl World {
             (4, 9),
             (1, 10),
             (1, 11),
+            (12, 12),
         ]);
         self.rng.next();
         let key = self.rng.index(self.plan.keys);
@@ -324,6 +350,7 @@ impl World {
                     ClientMessage::Evict { key: self.key(key), force },
                 );
             }
+            12 => self.get_many(id),
             10 => self.ask_plain(id, Kind::Status, 0, ClientMessage::Status),
             11 => match self.client(id).granted.first().copied() {
                 Some(segment) => {
@@ -456,6 +483,20 @@ impl World {
         self.step_later(id, 0, most);
     }
 
+    fn get_many(&mut self, id: ClientId) {
+        let count = self.rng.index(KEYS_MAX) + 1;
+        let numbers = std::array::from_fn(|_| self.rng.index(self.plan.keys));
+        let keys = Keys { numbers, count };
+        let (began, timeout_ms) = (self.now(), self.rng.pick(&[20, 300, 3_000]));
+        let message = ClientMessage::GetMany {
+            keys: keys.numbers().iter().map(|key| self.key(*key)).collect(),
+            timeout_ms,
+            keep: self.rng.percent(50),
+            threshold_bytes: self.rng.percent(30).then_some(u64::MAX),
+        };
+        self.ask_plain(id, Kind::GetMany { keys, timeout_ms, began }, timeout_ms, message);
+    }
+
     fn ask_get(&mut self, id: ClientId, key: usize, range: Option<Range>, began: u64) {
         let touring = self.client(id).tour.is_some();
         let timeout_ms = if touring { 5_000 } else { self.rng.pick(&[20, 300, 3_000]) };
@@ -524,6 +565,12 @@ impl World {
         let reading = Reading { key, start, object_len, extent, began, place, bytes: Vec::new(), twice };
         self.client(id).doing = Doing::Reading(reading);
         self.step_later(id, 0, 50_000);
+    }
+
+    /// The same for an object that the node has pinned.
+    fn begin_located(&mut self, id: ClientId, key: usize, start: u64, located: &Located, began: u64) {
+        let place = usize::try_from(located.pin).unwrap_or(usize::MAX);
+        self.begin_reading(id, key, (start, located.meta.len_bytes), located.extent, began, place);
     }
 
     fn read_on(&mut self, id: ClientId, mut reading: Reading) {
@@ -606,8 +653,13 @@ impl World {
             (Kind::Mapped | Kind::Write | Kind::Segment, Some(_)) => self.step_later(id, 1_000, 200_000),
             (Kind::Get { key, range, began, .. }, Some(ClientReply::Located(located))) => {
                 let start = range.map_or(0, |range| range.start);
-                let place = usize::try_from(located.pin).unwrap_or(usize::MAX);
-                self.begin_reading(id, key, (start, located.meta.len_bytes), located.extent, began, place);
+                self.begin_located(id, key, start, &located, began);
+            }
+            (Kind::GetMany { keys, began, .. }, Some(ClientReply::LocatedMany(many))) => {
+                let items = keys.numbers().iter().zip(many.into_located());
+                client.handed = items.filter_map(|(key, item)| Some((*key, began, item.ok()?))).collect();
+                self.tally.handed += client.handed.len() as u64;
+                self.rest(id);
             }
             (Kind::List { all: true }, Some(ClientReply::Listed { objects, more })) => {
                 let numbers: Vec<usize> = objects.iter().map(|listed| self.key_number(&listed.key)).collect();

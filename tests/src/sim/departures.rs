@@ -124,6 +124,7 @@ impl World {
             own && Some(hold) != kept
         });
         self.feed(at, Input::ClientLeft { client: id });
+        self.nodes[at].items.retain(|(of, _), _| *of != id);
     }
 
     /// The process has ended: nobody writes to its segments any more.

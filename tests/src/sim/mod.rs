@@ -53,6 +53,10 @@ pub struct Tally {
     pub eager: u64,
     /// Gets answered by GRANT and Read, on nodes that lived to the end.
     pub rendezvous: u64,
+    /// Objects that were handed over with others, in one answer.
+    pub handed: u64,
+    /// Frames with several messages.
+    pub batches: u64,
     /// Reads whose last byte came after their lease had run out.
     pub late_reads: u64,
     /// Completions that were reported twice.
@@ -95,6 +99,8 @@ impl Tally {
         self.ahead += other.ahead;
         self.eager += other.eager;
         self.rendezvous += other.rendezvous;
+        self.handed += other.handed;
+        self.batches += other.batches;
         self.late_reads += other.late_reads;
         self.repeats += other.repeats;
         self.known_reads += other.known_reads;
@@ -115,7 +121,7 @@ impl fmt::Display for Tally {
         write!(
             f,
             "{} operations, {} faults, {} deaths of clients, {} engine inputs, {} gets compared ({} bytes; {} in place, {} raced a withdrawal), \
-             {} objects sealed ({} puts that asked nobody), {} fetched eagerly, {} by read ({} too late; {} at a known place in {} reads, {} places given up), {} completions repeated, {} evicted, {} keys found everywhere at the end, \
+             {} objects handed over in batches, {} objects sealed ({} puts that asked nobody), {} fetched eagerly, {} frames of several messages, {} by read ({} too late; {} at a known place in {} reads, {} places given up), {} completions repeated, {} evicted, {} keys found everywhere at the end, \
              {} objects on several nodes, {} outlived their node, {} replicas held, the directory changed hands {} times, {} deletes known for good",
             self.operations,
             self.faults,
@@ -125,9 +131,11 @@ impl fmt::Display for Tally {
             self.verified,
             self.hits,
             self.misses,
+            self.handed,
             self.sealed,
             self.ahead,
             self.eager,
+            self.batches,
             self.rendezvous,
             self.late_reads,
             self.known,

@@ -2,18 +2,20 @@
 //! and not the network. Invariant: actions are carried out as `hetmem-node` does: memory in order, a `PinScan` before
 //! any other input, the fabric's in order.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, Weak};
 
 use hetmem_core::engine::{
-    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, PublishedObject, ReadEnd, RingState,
-    Time,
+    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, Payload, Pinned, PublishedObject,
+    ReadEnd, RingState, Time,
 };
 use hetmem_core::receipt::Path;
-use hetmem_core::wire::{ClientReply, FrameHeader, Member, PeerMessage, decode};
+use hetmem_core::wire::{
+    Batch, ClientReply, FrameHeader, FrameKind, Located, LocatedMany, Member, PeerMessage, decode,
+};
 use hetmem_core::{
-    ClientId, Epoch, Extent, Generation, Key, LeaseId, LinkId, NodeId, RemoteExtent, RemoteKey, SegmentId,
-    SlotId, StoreError, TransferId,
+    ClientId, Epoch, Extent, Generation, Key, LandingId, LeaseId, LinkId, NodeId, RemoteExtent, RemoteKey,
+    SegmentId, SlotId, StoreError, TransferId,
 };
 use hetmem_transport::{
     Access, Fabric, FabricEvent, FabricSink, HeapRegion, Landing, LandingToken, RegionMemory, SimFabric,
@@ -55,6 +57,9 @@ impl Clock {
     }
 }
 
+/// Where parts of a payload go: each from a byte of it on.
+pub(super) type Places = (LandingId, Vec<(u64, Extent)>);
+
 /// A read under way, the lease that it is under (whose, of which incarnation, until when of the owner's clock), and
 /// which generation was there when it began.
 struct Read {
@@ -89,6 +94,8 @@ pub(super) struct Node {
     words: Arc<HeapRegion>,
     words_key: RemoteKey,
     pub(super) pages: BTreeMap<ClientId, Page>,
+    /// Requests for many keys of which some have an answer.
+    pub(super) items: BTreeMap<(ClientId, u64), BTreeMap<u32, Result<Located, StoreError>>>,
     pub(super) touched: Vec<SlotId>,
     pub(super) guards: Guards,
     pub(super) rings: BTreeMap<ClientId, Ring>,
@@ -104,8 +111,8 @@ pub(super) struct Node {
     /// Where reads that ended after their lease, or had none, have put their bytes; and whose index would have to
     /// hold which generation still for these to be an object.
     spoiled: BTreeMap<(SegmentId, u64), Option<(RemoteKey, Generation)>>,
-    landings: BTreeMap<u64, Extent>,
-    sends: BTreeMap<u64, Extent>,
+    landings: BTreeMap<LandingId, Vec<(u64, Extent)>>,
+    sends: BTreeMap<u64, Vec<Extent>>,
     leases: BTreeMap<LeaseId, (LinkId, SegmentId, u64)>,
     copies: BTreeMap<Generation, (Extent, Extent)>,
 }
@@ -128,17 +135,22 @@ impl Sink {
 
 impl FabricSink for Sink {
     fn message(&self, link: LinkId, header: FrameHeader, body: &[u8]) -> Landing {
-        let input = match decode::<PeerMessage>(body) {
-            Ok(message) => {
-                Input::PeerMessage { link, request: header.request, message, payload_len: header.payload_len }
+        let FrameHeader { kind, request, payload_len, .. } = header;
+        let input = match kind {
+            FrameKind::Batch => {
+                decode(body).map(|batch: Batch| Input::PeerBatch { link, batch, payload_len })
             }
-            Err(why) => Input::Refused { link, why },
+            _ => decode(body).map(|message: PeerMessage| Input::PeerMessage {
+                link,
+                request,
+                message,
+                payload_len,
+            }),
         };
+        let input = input.unwrap_or_else(|why| Input::Refused { link, why });
         match self.with(|world| world.feed(self.node, input)).flatten() {
-            Some(extent) if header.payload_len > 0 => {
-                Landing::Into { extent, token: LandingToken(header.request) }
-            }
-            _ => Landing::Discard,
+            Some((landing, places)) => Landing::scattered(LandingToken(landing.0), payload_len, places),
+            None => Landing::Discard,
         }
     }
 
@@ -173,6 +185,7 @@ impl Node {
             words,
             words_key: key,
             pages: BTreeMap::new(),
+            items: BTreeMap::new(),
             touched: Vec::new(),
             guards: Guards::default(),
             rings: BTreeMap::new(),
@@ -225,6 +238,7 @@ fn config(plan: &Plan, number: usize, epoch: u64, key: RemoteKey) -> EngineConfi
         client_quota_bytes: plan.quota_bytes,
         objects_max: plan.objects_max,
         index_keys: vec![(FABRIC, key)],
+        gather_max: vec![(FABRIC, plan.network.gather_max)],
         generation_base: 0,
         generation_stride: SLOT_LEN,
         threshold_bytes: plan.threshold_bytes,
@@ -234,8 +248,8 @@ fn config(plan: &Plan, number: usize, epoch: u64, key: RemoteKey) -> EngineConfi
 }
 
 impl World {
-    /// Hands an input to a node and carries out what follows. Says where the payload of a message goes.
-    pub(super) fn feed(&mut self, at: usize, input: Input) -> Option<Extent> {
+    /// Hands an input to a node and carries out what follows. Says where the payload of a frame goes.
+    pub(super) fn feed(&mut self, at: usize, input: Input) -> Option<Places> {
         let landed = matches!(input, Input::ReadDone { .. } | Input::SendDone { .. } | Input::Landed { .. });
         if !landed {
             self.drain_rings(at);
@@ -246,7 +260,7 @@ impl World {
     }
 
     /// The same without a look at what clients have published.
-    pub(super) fn hand_in(&mut self, at: usize, input: Input) -> Option<Extent> {
+    pub(super) fn hand_in(&mut self, at: usize, input: Input) -> Option<Places> {
         let mut landing = None;
         let mut inputs = VecDeque::from([input]);
         while let Some(input) = inputs.pop_front() {
@@ -260,6 +274,9 @@ impl World {
                 }
             }
         }
+        if let Some((number, places)) = &landing {
+            self.nodes[at].landings.insert(*number, places.clone());
+        }
         landing
     }
 
@@ -268,26 +285,21 @@ impl World {
         let node = &mut self.nodes[at];
         match input {
             Input::SendDone { send } => {
-                if let Some(extent) = node.sends.remove(send) {
+                for extent in node.sends.remove(send).unwrap_or_default() {
                     node.guards.remove(extent.segment, Hold::Sending(*send));
                 }
             }
-            Input::Landed { request, .. } => {
-                if let Some(extent) = node.landings.remove(request) {
-                    node.guards.remove(extent.segment, Hold::Landing(*request));
+            Input::Landed { landing, .. } => {
+                for (_, extent) in node.landings.remove(landing).unwrap_or_default() {
+                    node.guards.remove(extent.segment, Hold::Landing(landing.0));
                 }
             }
             Input::ReadDone { transfer, result } => {
                 self.read_over(at, *transfer, result.as_ref().ok().copied());
             }
-            Input::PeerMessage { link, message: PeerMessage::Release { lease }, .. }
-                if node.leases.get(lease).is_some_and(|(of, ..)| of == link) =>
-            {
-                node.end_lease(*lease);
-            }
-            Input::PeerMessage { link, message: PeerMessage::Grant { granted, .. }, .. } => {
-                let place = (granted.extent.key, granted.extent.offset);
-                node.grants.entry(place).or_default().insert((granted.lease, *link));
+            Input::PeerMessage { link, message, .. } => node.hears(*link, message),
+            Input::PeerBatch { link, batch, .. } => {
+                batch.0.iter().for_each(|batched| node.hears(*link, &batched.message));
             }
             Input::LinkDown { link, .. } => {
                 let of_link = node.leases.iter().filter(|(_, (of, ..))| of == link);
@@ -388,7 +400,7 @@ impl World {
         }
     }
 
-    fn act(&mut self, at: usize, action: Action, landing: &mut Option<Extent>) -> Option<Input> {
+    fn act(&mut self, at: usize, action: Action, landing: &mut Option<Places>) -> Option<Input> {
         match action {
             Action::Reply { client, request, reply, attachment } => {
                 let descriptor = match attachment {
@@ -397,28 +409,8 @@ impl World {
                 };
                 self.replied(at, client, request, reply, descriptor);
             }
-            Action::PinAndReply { client, request, mut located } => {
-                let place = (located.extent.segment, located.extent.offset);
-                let empty = located.extent.len_bytes == 0;
-                if located.path == Path::Read && !empty && self.nodes[at].spoiled.contains_key(&place) {
-                    self.fail(format!(
-                        "node {at}: a read without a live lease was a success, and its place had been given up: {located:?}"
-                    ));
-                }
-                let page = self.nodes[at].pages.get_mut(&client);
-                let free = page.and_then(|page| {
-                    let place = page.pins.iter().position(Option::is_none)?;
-                    page.pins[place] = Some(located.generation);
-                    Some(place)
-                });
-                let reply = match free {
-                    Some(place) => {
-                        located.pin = u32::try_from(place).unwrap_or_default();
-                        self.hold(at, located.extent, Hold::Pinned(client, place));
-                        Ok(ClientReply::Located(located))
-                    }
-                    None => Err(StoreError::busy("get", "the page is full")),
-                };
+            Action::PinAndReply { client, request, located } => {
+                let reply = self.pin(at, client, located).map(ClientReply::Located);
                 self.replied(at, client, request, reply, None);
             }
             Action::GrantAhead { client, request, chunk, reply, .. } => {
@@ -437,6 +429,21 @@ impl World {
             Action::RecallAhead { client } => {
                 let ring = self.nodes[at].rings.get_mut(&client).map(Ring::close).unwrap_or_default();
                 return Some(Input::AheadChanged { client, ring });
+            }
+            Action::Item { client, request, item, located } => {
+                let located = located.and_then(|located| self.pin(at, client, located));
+                let items = self.nodes[at].items.entry((client, request)).or_default();
+                if items.insert(item, located).is_some() {
+                    self.fail(format!("node {at}: item {item} of request {request} is answered again"));
+                }
+            }
+            Action::ReplyItems { client, request, count } => {
+                let items = self.nodes[at].items.remove(&(client, request)).unwrap_or_default();
+                if !items.keys().copied().eq(0..count) {
+                    self.fail(format!("node {at}: {count} items of request {request}: {items:?}"));
+                }
+                let many = LocatedMany::of(items.into_values());
+                self.replied(at, client, request, Ok(ClientReply::LocatedMany(many)), None);
             }
             Action::CloseClient { client, why } => {
                 self.fail(format!("node {at} closes client {client}, which did nothing wrong: {why}"));
@@ -462,7 +469,7 @@ impl World {
             Action::ScanPins => {
                 let node = &mut self.nodes[at];
                 let pins = node.pages.values().flat_map(|page| page.pins.iter().flatten());
-                let pinned: HashSet<Generation> = pins.copied().collect();
+                let pinned: Pinned = pins.copied().collect();
                 let touched = std::mem::take(&mut node.touched);
                 return Some(Input::PinScan { pinned, touched });
             }
@@ -473,10 +480,9 @@ impl World {
                 self.later(delay, Due::Segment { at, epoch, segment, len_bytes });
             }
             Action::RetireSegment { segment, len_bytes } => self.retire(at, segment, len_bytes),
-            Action::Land { request, extent } => {
-                self.hold(at, extent, Hold::Landing(request));
-                self.nodes[at].landings.insert(request, extent);
-                *landing = Some(extent);
+            Action::Land { landing: number, start, extent } => {
+                self.hold(at, extent, Hold::Landing(number.0));
+                landing.get_or_insert_with(|| (number, Vec::new())).1.push((start, extent));
             }
             Action::Note(event) => self.note(at, &event),
             other => {
@@ -485,6 +491,27 @@ impl World {
             }
         }
         None
+    }
+
+    /// Pins what is handed over to a client.
+    fn pin(&mut self, at: usize, client: ClientId, mut located: Located) -> Result<Located, StoreError> {
+        let place = (located.extent.segment, located.extent.offset);
+        let empty = located.extent.len_bytes == 0;
+        if located.path == Path::Read && !empty && self.nodes[at].spoiled.contains_key(&place) {
+            self.fail(format!(
+                "node {at}: a read without a live lease was a success, and its place had been given up: {located:?}"
+            ));
+        }
+        let page = self.nodes[at].pages.get_mut(&client);
+        let free = page.and_then(|page| {
+            let place = page.pins.iter().position(Option::is_none)?;
+            page.pins[place] = Some(located.generation);
+            Some(place)
+        });
+        let Some(place) = free else { return Err(StoreError::busy("get", "the page is full")) };
+        located.pin = u32::try_from(place).unwrap_or_default();
+        self.hold(at, located.extent, Hold::Pinned(client, place));
+        Ok(located)
     }
 
     fn hold_for_fabric(&mut self, at: usize, action: &Action) {
@@ -501,17 +528,36 @@ impl World {
                 };
                 self.nodes[at].reads.insert(*transfer, read);
             }
-            Action::Send { link, message: PeerMessage::Release { lease }, .. } => {
+            Action::Send { link, message, payload, .. } => {
+                self.says(at, *link, message);
+                self.hold_for_send(at, payload.as_ref());
+            }
+            Action::SendBatch { link, batch, payload } => {
+                batch.0.iter().for_each(|batched| self.says(at, *link, &batched.message));
+                self.hold_for_send(at, payload.as_ref());
+            }
+            _ => {}
+        }
+    }
+
+    fn hold_for_send(&mut self, at: usize, payload: Option<&Payload>) {
+        let Some(Payload { send, extents }) = payload else { return };
+        for extent in extents {
+            self.hold(at, *extent, Hold::Sending(*send));
+        }
+        self.nodes[at].sends.insert(*send, extents.clone());
+    }
+
+    /// A node says something about leases.
+    fn says(&mut self, at: usize, link: LinkId, message: &PeerMessage) {
+        match message {
+            PeerMessage::Release { lease } => {
                 // What is read there from now on is read without it.
                 for leases in self.nodes[at].grants.values_mut() {
-                    leases.remove(&(*lease, *link));
+                    leases.remove(&(*lease, link));
                 }
             }
-            Action::Send { payload: Some((extent, send)), .. } => {
-                self.hold(at, *extent, Hold::Sending(*send));
-                self.nodes[at].sends.insert(*send, *extent);
-            }
-            Action::Send { link, message: PeerMessage::Grant { granted, .. }, .. } => {
+            PeerMessage::Grant { granted, .. } => {
                 let Some(&segment) = self.nodes[at].keys.get(&granted.extent.key) else {
                     return self.fail(format!("node {at} grants a key that it does not have: {granted:?}"));
                 };
@@ -519,7 +565,7 @@ impl World {
                     Extent { segment, offset: granted.extent.offset, len_bytes: granted.extent.len_bytes };
                 let until = self.nodes[at].clock.at(self.now()) + u64::from(granted.lease_ms) * MS;
                 self.hold(at, extent, Hold::Leased(granted.lease, until));
-                self.nodes[at].leases.insert(granted.lease, (*link, segment, until));
+                self.nodes[at].leases.insert(granted.lease, (link, segment, until));
                 self.nodes[at].granted_until.insert(granted.lease, until);
             }
             _ => {}
@@ -671,6 +717,20 @@ impl World {
 }
 
 impl Node {
+    /// It hears something about leases.
+    fn hears(&mut self, link: LinkId, message: &PeerMessage) {
+        match message {
+            PeerMessage::Release { lease } if self.leases.get(lease).is_some_and(|(of, ..)| *of == link) => {
+                self.end_lease(*lease);
+            }
+            PeerMessage::Grant { granted, .. } => {
+                let place = (granted.extent.key, granted.extent.offset);
+                self.grants.entry(place).or_default().insert((granted.lease, link));
+            }
+            _ => {}
+        }
+    }
+
     fn end_lease(&mut self, lease: LeaseId) {
         if let Some((_, segment, until)) = self.leases.remove(&lease) {
             self.guards.remove(segment, Hold::Leased(lease, until));

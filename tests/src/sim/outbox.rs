@@ -4,10 +4,10 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use hetmem_core::engine::{Action, Input, ReadEnd};
+use hetmem_core::engine::{Action, Input, Payload, ReadEnd};
 use hetmem_core::receipt::Moved;
-use hetmem_core::wire::{FrameKind, PeerMessage, encode};
-use hetmem_core::{ErrorKind, Extent, LinkId, StoreError};
+use hetmem_core::wire::{Batch, FrameKind, PeerMessage, encode};
+use hetmem_core::{ErrorKind, LandingId, LinkId, StoreError};
 use hetmem_transport::{Fabric, FabricEvent, SendToken, Sent};
 
 use super::node::FABRIC;
@@ -15,9 +15,14 @@ use super::plan::MS;
 use super::world::{Due, World};
 
 pub(super) struct Message {
-    request: u64,
-    message: PeerMessage,
-    payload: Option<(Extent, u64)>,
+    said: Said,
+    payload: Option<Payload>,
+}
+
+#[derive(Debug)]
+enum Said {
+    One { request: u64, message: PeerMessage },
+    Many(Batch),
 }
 
 impl World {
@@ -49,7 +54,7 @@ impl World {
             FabricEvent::SendDone { token, .. } => Input::SendDone { send: token.0 },
             FabricEvent::Landed { token, result, .. } => {
                 let result = result.map(|s| Moved { bytes: s.bytes, staged_bytes: s.staged_bytes });
-                Input::Landed { request: token.0, result }
+                Input::Landed { landing: LandingId(token.0), result }
             }
         };
         if let Some(again) = repeated(&input)
@@ -64,7 +69,7 @@ impl World {
     }
 
     fn payload_over(&mut self, at: usize, message: &Message) {
-        if let Some((_, send)) = message.payload {
+        if let Some(Payload { send, .. }) = message.payload {
             self.feed(at, Input::SendDone { send });
         }
     }
@@ -83,16 +88,11 @@ impl World {
         let fabric = Arc::clone(&self.nodes[at].fabric);
         match action {
             Action::Send { link, request, message, payload } => {
-                let message = Message { request, message, payload };
-                if let Some(waiting) = self.nodes[at].deferred.get_mut(&link) {
-                    waiting.push_back(message);
-                    return;
-                }
-                if let Some(message) = self.try_send(at, link, message) {
-                    self.nodes[at].deferred.entry(link).or_default().push_back(message);
-                    let epoch = self.nodes[at].epoch;
-                    self.later(MS / 5, Due::Deferred { at, epoch, link });
-                }
+                self.send(at, link, Message { said: Said::One { request, message }, payload });
+            }
+            Action::SendBatch { link, batch, payload } => {
+                self.tally.batches += 1;
+                self.send(at, link, Message { said: Said::Many(batch), payload });
             }
             Action::Read { link, transfer, bytes, word } => {
                 let begun = match (bytes, word) {
@@ -118,19 +118,35 @@ impl World {
         }
     }
 
+    fn send(&mut self, at: usize, link: LinkId, message: Message) {
+        if let Some(waiting) = self.nodes[at].deferred.get_mut(&link) {
+            waiting.push_back(message);
+            return;
+        }
+        if let Some(message) = self.try_send(at, link, message) {
+            self.nodes[at].deferred.entry(link).or_default().push_back(message);
+            let epoch = self.nodes[at].epoch;
+            self.later(MS / 5, Due::Deferred { at, epoch, link });
+        }
+    }
+
     /// Returns the message if the link is busy.
     fn try_send(&mut self, at: usize, link: LinkId, message: Message) -> Option<Message> {
-        let payload_len = message.payload.map_or(0, |(extent, _)| extent.len_bytes);
-        let frame = match encode(FrameKind::Peer, message.request, &message.message, payload_len) {
+        let payload_len = message.payload.as_ref().map_or(0, Payload::len_bytes);
+        let frame = match &message.said {
+            Said::One { request, message } => encode(FrameKind::Peer, *request, message, payload_len),
+            Said::Many(batch) => encode(FrameKind::Batch, 0, batch, payload_len),
+        };
+        let frame = match frame {
             Ok(frame) => frame,
             Err(error) => {
-                self.fail(format!("node {at}: {:?} cannot be encoded: {error}", message.message));
+                self.fail(format!("node {at}: {:?} cannot be encoded: {error}", message.said));
                 return None;
             }
         };
         let fabric = Arc::clone(&self.nodes[at].fabric);
-        let (extent, send) = message.payload.unzip();
-        match fabric.send(link, frame, extent, SendToken(send.unwrap_or_default())) {
+        let (extents, send) = message.payload.as_ref().map_or((&[][..], 0), |p| (&p.extents[..], p.send));
+        match fabric.send(link, frame, extents, SendToken(send)) {
             Ok(Sent::Done) => self.payload_over(at, &message),
             Ok(Sent::Pending) => {}
             Err(error) if error.kind() == ErrorKind::Busy => return Some(message),
@@ -168,8 +184,8 @@ fn repeated(input: &Input) -> Option<Input> {
         Input::ReadDone { transfer, result } => {
             Some(Input::ReadDone { transfer: *transfer, result: result.clone() })
         }
-        Input::Landed { request, result } => {
-            Some(Input::Landed { request: *request, result: result.clone() })
+        Input::Landed { landing, result } => {
+            Some(Input::Landed { landing: *landing, result: result.clone() })
         }
         Input::SendDone { send } => Some(Input::SendDone { send: *send }),
         _ => None,

@@ -143,6 +143,7 @@ fn network(rng: &mut Rng, weather: Weather) -> SimFaults {
         network.busy_chance = rng.pick(&[0, 20_000, 200_000]);
     }
     network.detect_ns = rng.pick(&[(MS, 50 * MS), (MS, 400 * MS)]);
+    network.gather_max = rng.pick(&[1, 2, 5, 1_024]);
     network.immediate_chance = rng.pick(&[0, 500_000, 1_000_000]);
     network
 }

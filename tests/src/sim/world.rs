@@ -271,6 +271,7 @@ impl World {
         self.tally.inputs += 1;
         let detail = match input {
             Input::PeerMessage { request, message, .. } => (message.name(), *request),
+            Input::PeerBatch { batch, .. } => ("BATCH", batch.0.len() as u64),
             Input::ClientRequest { request, message, .. } => (message.name(), *request),
             _ => ("", 0),
         };
@@ -290,7 +291,9 @@ impl World {
             Action::Fill { extent, .. } | Action::Land { extent, .. } => Some(*extent),
             Action::Read { bytes, .. } => bytes.map(|(_, local)| local),
             Action::Copy { to, .. } => Some(*to),
-            Action::PinAndReply { located, .. } => Some(located.extent),
+            Action::PinAndReply { located, .. } | Action::Item { located: Ok(located), .. } => {
+                Some(located.extent)
+            }
             _ => None,
         };
         self.fold(at, (std::mem::discriminant(action), extent));
@@ -446,6 +449,8 @@ impl World {
                     "node {at} at rest: {} bytes are granted ahead",
                     status.tiers[0].ahead_bytes
                 ));
+            } else if !self.nodes[at].items.is_empty() {
+                self.fail(format!("node {at}: items at rest: {:?}", self.nodes[at].items));
             } else if held != (0, 0, 0, 0) {
                 self.fail(format!("node {at}: draining, reservations, leases, clients at rest: {held:?}"));
             } else if used != sealed || status.objects != shown {

@@ -59,7 +59,7 @@ pub fn a_lost_peer_fails_what_was_under_way(bench: &dyn Bench) {
     let mut pending = Vec::new();
     for number in 0..20 {
         let token = SendToken(1000 + number);
-        if let Ok(Sent::Pending) = a.fabric.send(link_a, frame(number, 4 << 20), Some(payload), token) {
+        if let Ok(Sent::Pending) = a.fabric.send(link_a, frame(number, 4 << 20), &[payload], token) {
             pending.push(token);
         }
     }
@@ -79,7 +79,7 @@ pub fn a_lost_peer_fails_what_was_under_way(bench: &dyn Bench) {
     assert_eq!(why.kind(), ErrorKind::PeerLost, "{why}");
     assert!(why.to_string().contains(&address), "{why} names the peer");
     drop(log);
-    let error = a.fabric.send(link_a, frame(1, 0), None, SendToken(1)).expect_err("down");
+    let error = a.fabric.send(link_a, frame(1, 0), &[], SendToken(1)).expect_err("down");
     assert_eq!(error.kind(), ErrorKind::PeerLost, "{error}");
 }
 
@@ -87,11 +87,11 @@ pub fn disconnecting_fails_what_was_under_way(bench: &dyn Bench) {
     let Connected { a, b, link_a, link_b, .. } = connected(bench);
     b.answers(|_, header, _| {
         let extent = Extent { segment: SHARED, offset: 0, len_bytes: header.payload_len };
-        Landing::Into { extent, token: LandingToken(header.request) }
+        Landing::whole(extent, LandingToken(header.request))
     });
     let reads = begin_large_reads(&a, &b, link_a);
     let payload = Extent { segment: SHARED, offset: 0, len_bytes: 16 << 20 };
-    let (token, sent) = a.send(link_a, &frame(1, 16 << 20), Some(payload));
+    let (token, sent) = a.send(link_a, &frame(1, 16 << 20), &[payload]);
     a.fabric.disconnect(link_a);
     a.wait("LinkDown", |log| log.downs.iter().any(|(down, _)| *down == link_a));
     b.wait("LinkDown of the peer", |log| log.downs.iter().any(|(down, _)| *down == link_b));
@@ -128,6 +128,6 @@ pub fn nothing_is_heard_after_stop(bench: &dyn Bench) {
     assert_eq!(Arc::strong_count(&a.memory), 1, "the fabric has let go of the memory");
     b.wait("LinkDown of the peer", |log| log.downs.len() == 1);
     assert_eq!(calls(&a.sink), before);
-    assert!(a.fabric.send(link_a, frame(1, 0), None, SendToken(1)).is_err());
+    assert!(a.fabric.send(link_a, frame(1, 0), &[], SendToken(1)).is_err());
     a.fabric.stop();
 }

@@ -3,6 +3,7 @@
 //! no test waits by sleeping, and none asserts an upper time bound.
 #![allow(missing_docs, clippy::missing_panics_doc, reason = "each test is named after what it asks for")]
 
+mod gathers;
 mod losses;
 mod reads;
 mod sends;
@@ -17,6 +18,7 @@ use hetmem_core::wire::{Frame, FrameHeader, FrameKind, decode, encode};
 use hetmem_core::{Extent, LinkId, RemoteExtent, RemoteKey, SegmentId, StoreError, TransferId};
 use parking_lot::Mutex;
 
+pub use self::gathers::*;
 pub use self::losses::*;
 pub use self::reads::*;
 pub use self::sends::*;
@@ -65,12 +67,20 @@ macro_rules! conformance_suite {
             wrong_sends_are_refused_by_name,
             landings_that_cannot_be_fail_alone,
             a_sink_may_call_back,
+            payloads_are_gathered_in_order_and_scattered_with_gaps,
+            more_parts_than_one_call_takes,
+            what_is_skipped_goes_nowhere_and_empty_parts_are_nothing,
+            scattered_landings_that_cannot_be_fail_alone,
+            deregistering_a_part_of_a_landing_ends_all_of_it,
+            deregistering_a_part_of_a_send_ends_all_of_it,
+            a_link_lost_in_the_middle_ends_gathers_and_scatters,
             reads_bring_every_byte,
             a_word_is_read,
             a_checked_read_brings_its_word_too,
             wrong_words_are_refused,
             an_empty_read_is_done,
             many_reads_at_once,
+            thousands_of_reads_end_one_by_one,
             wrong_reads_are_refused_by_name,
             a_cancelled_read_touches_nothing_afterwards,
             deregistering_the_target_fails_its_reads,
@@ -201,12 +211,12 @@ impl Side {
     }
 
     /// Sends, for a test that does not ask when the payload is free.
-    fn post(&self, link: LinkId, frame: &Frame, payload: Option<Extent>) {
+    fn post(&self, link: LinkId, frame: &Frame, payload: &[Extent]) {
         let (_, Sent::Done | Sent::Pending) = self.send(link, frame, payload);
     }
 
     /// Sends, waiting as long as the fabric is busy.
-    fn send(&self, link: LinkId, frame: &Frame, payload: Option<Extent>) -> (SendToken, Sent) {
+    fn send(&self, link: LinkId, frame: &Frame, payload: &[Extent]) -> (SendToken, Sent) {
         let token = SendToken(self.number());
         loop {
             match self.fabric.send(link, frame.clone(), payload, token) {

@@ -109,6 +109,31 @@ pub fn many_reads_at_once(bench: &dyn Bench) {
     }
 }
 
+/// A state dict of thousands of tensors that are all read, and some of them given up while they wait.
+pub fn thousands_of_reads_end_one_by_one(bench: &dyn Bench) {
+    const COUNT: usize = 6_000;
+    const LEN: u64 = 5_000;
+    let Connected { a, b, link_a, .. } = connected(bench);
+    let source = pattern(2, 32 << 20);
+    b.memory.write(0, &source);
+    let place = |number: usize| number as u64 * (LEN + 3);
+    let reads: Vec<TransferId> =
+        (0..COUNT).map(|number| a.begin_read(link_a, whole(&b, place(number), LEN), place(number))).collect();
+    reads.iter().skip(1).step_by(3).for_each(|transfer| a.fabric.cancel(*transfer));
+    for (number, transfer) in reads.iter().enumerate() {
+        match a.read_result(*transfer) {
+            Ok(_) => {
+                let at = usize::try_from(place(number)).expect("small");
+                let len = usize::try_from(LEN).expect("small");
+                assert!(a.memory.read(at, len) == source[at..at + len], "read {number}");
+            }
+            Err(error) => assert!(number % 3 == 1 && error.to_string().contains("cancelled"), "{error}"),
+        }
+    }
+    let after = a.begin_read(link_a, whole(&b, 0, LEN), 0);
+    a.read_result(after).expect("the link goes on");
+}
+
 pub fn wrong_reads_are_refused_by_name(bench: &dyn Bench) {
     let Connected { a, b, link_a, .. } = connected(bench);
     let end = b.memory.read(0, 0).len() as u64 + super::REGION_LEN as u64;

@@ -33,10 +33,10 @@ pub fn frames_arrive_whole_and_in_order(bench: &dyn Bench) {
     const COUNT: u64 = 2000;
     let Connected { a, b, link_a, link_b, .. } = connected(bench);
     for number in 0..COUNT {
-        let (token, sent) = a.send(link_a, &frame(number, 0), None);
+        let (token, sent) = a.send(link_a, &frame(number, 0), &[]);
         assert_eq!(sent, Sent::Done, "a frame without payload needs no event");
         assert!(!a.sink.log.lock().sends.contains_key(&token));
-        b.post(link_b, &frame(number, 0), None);
+        b.post(link_b, &frame(number, 0), &[]);
     }
     for (side, link) in [(&a, link_a), (&b, link_b)] {
         side.wait("all frames", |log| log.messages.len() as u64 == COUNT);
@@ -51,14 +51,14 @@ pub fn payloads_land_where_the_sink_says(bench: &dyn Bench) {
     let Connected { a, b, link_a, .. } = connected(bench);
     b.answers(|_, header, _| {
         let extent = Extent { segment: SHARED, offset: 5 + header.request, len_bytes: header.payload_len };
-        Landing::Into { extent, token: LandingToken(header.request) }
+        Landing::whole(extent, LandingToken(header.request))
     });
     for (number, len) in [1, 8, 100, 4000, 4096, 65_537, 300_000, 1 << 20].into_iter().enumerate() {
         let number = number as u64;
         let bytes = pattern(number, len);
         a.memory.write(3, &bytes);
         let payload = Extent { segment: SHARED, offset: 3, len_bytes: len as u64 };
-        let (token, sent) = a.send(link_a, &frame(number, len as u64), Some(payload));
+        let (token, sent) = a.send(link_a, &frame(number, len as u64), &[payload]);
         b.wait("the landing", |log| log.landings.contains_key(&LandingToken(number)));
         let stats = b.sink.log.lock().landings[&LandingToken(number)].clone().expect("landed");
         assert_eq!(stats.bytes, len as u64);
@@ -78,8 +78,8 @@ pub fn a_payload_that_nobody_wants_is_dropped(bench: &dyn Bench) {
     let Connected { a, b, link_a, .. } = connected(bench);
     for len_bytes in [1, 5000, 3 << 20] {
         let payload = Extent { segment: SHARED, offset: 0, len_bytes };
-        a.post(link_a, &frame(1, len_bytes), Some(payload));
-        a.post(link_a, &frame(2, 0), None);
+        a.post(link_a, &frame(1, len_bytes), &[payload]);
+        a.post(link_a, &frame(2, 0), &[]);
     }
     b.wait("all frames", |log| log.messages.len() == 6);
     let numbers: Vec<u64> = b.sink.log.lock().messages.iter().map(|(_, header, _)| header.request).collect();
@@ -96,7 +96,7 @@ pub fn a_full_queue_is_busy_and_loses_nothing(bench: &dyn Bench) {
     let (mut taken, mut pending) = (0_u64, Vec::new());
     loop {
         assert!(taken < LIMIT, "no queue may grow without bound");
-        match a.fabric.send(link_a, frame(taken, LEN), Some(payload), SendToken(taken)) {
+        match a.fabric.send(link_a, frame(taken, LEN), &[payload], SendToken(taken)) {
             Ok(sent) => {
                 if sent == Sent::Pending {
                     pending.push(SendToken(taken));
@@ -110,7 +110,7 @@ pub fn a_full_queue_is_busy_and_loses_nothing(bench: &dyn Bench) {
         }
     }
     a.wait("all extents to be free", |log| pending.iter().all(|token| log.sends.contains_key(token)));
-    a.post(link_a, &frame(taken, 0), None);
+    a.post(link_a, &frame(taken, 0), &[]);
     b.wait("all frames", |log| log.messages.len() as u64 == taken + 1);
     let log = b.sink.log.lock();
     assert!(log.messages.iter().enumerate().all(|(at, (_, header, _))| header.request == at as u64));
@@ -121,15 +121,18 @@ pub fn wrong_sends_are_refused_by_name(bench: &dyn Bench) {
     let outside = Extent { segment: PRIVATE, offset: 7, len_bytes: 9 << 20 };
     let nowhere = Extent { segment: SegmentId(99), offset: 0, len_bytes: 10 };
     let inside = Extent { segment: SHARED, offset: 0, len_bytes: 10 };
+    let many = a.fabric.gather_max() + 1;
     let wrong = [
-        (link_a, frame(1, 9 << 20), Some(outside), ErrorKind::Invalid, "9437184 bytes at 7"),
-        (link_a, frame(1, 10), Some(nowhere), ErrorKind::Invalid, "segment 99"),
-        (link_a, frame(1, 11), Some(inside), ErrorKind::Invalid, "11 bytes of payload"),
-        (link_a, frame(1, 11), None, ErrorKind::Invalid, "11 bytes of payload"),
-        (LinkId(987_654), frame(1, 0), None, ErrorKind::PeerLost, "link 987654"),
+        (link_a, frame(1, 9 << 20), vec![outside], ErrorKind::Invalid, "9437184 bytes at 7"),
+        (link_a, frame(1, 10), vec![nowhere], ErrorKind::Invalid, "segment 99"),
+        (link_a, frame(1, 11), vec![inside], ErrorKind::Invalid, "11 bytes of payload"),
+        (link_a, frame(1, 11), vec![], ErrorKind::Invalid, "11 bytes of payload"),
+        (link_a, frame(1, 19), vec![inside; 2], ErrorKind::Invalid, "its 2 extents have 20"),
+        (link_a, frame(1, 10 * many as u64), vec![inside; many], ErrorKind::Invalid, "gathered at once"),
+        (LinkId(987_654), frame(1, 0), vec![], ErrorKind::PeerLost, "link 987654"),
     ];
     for (link, frame, payload, kind, word) in wrong {
-        let error = a.fabric.send(link, frame, payload, SendToken(1)).expect_err("wrong");
+        let error = a.fabric.send(link, frame, &payload, SendToken(1)).expect_err("wrong");
         assert_eq!(error.kind(), kind, "{error}");
         assert!(error.to_string().contains(word), "{error} should say {word}");
     }
@@ -146,13 +149,13 @@ pub fn landings_that_cannot_be_fail_alone(bench: &dyn Bench) {
             _ => (SHARED, header.payload_len),
         };
         let token = LandingToken(header.request);
-        Landing::Into { extent: Extent { segment, offset: 0, len_bytes }, token }
+        Landing::whole(Extent { segment, offset: 0, len_bytes }, token)
     });
     let bytes = pattern(4, 70_000);
     a.memory.write(0, &bytes);
     for number in 0..3 {
         let payload = Extent { segment: SHARED, offset: 0, len_bytes: 70_000 };
-        a.post(link_a, &frame(number, 70_000), Some(payload));
+        a.post(link_a, &frame(number, 70_000), &[payload]);
     }
     b.wait("all landings", |log| log.landings.len() == 3);
     let log = b.sink.log.lock();
@@ -176,14 +179,12 @@ pub fn a_sink_may_call_back(bench: &dyn Bench) {
         // Counted first: the asker may see the answer before `send` has returned.
         count.fetch_add(1, Ordering::SeqCst);
         // A simulated queue may be full for no reason: as often as it takes.
-        while fabric
-            .send(link, frame(header.request, 1000), Some(payload), SendToken(header.request))
-            .is_err()
-        {}
+        while fabric.send(link, frame(header.request, 1000), &[payload], SendToken(header.request)).is_err() {
+        }
         Landing::Discard
     });
     for number in 0..COUNT {
-        a.post(link_a, &frame(number, 0), None);
+        a.post(link_a, &frame(number, 0), &[]);
         a.wait("the answer", |log| log.messages.len() as u64 == number + 1);
     }
     assert_eq!(answered.load(Ordering::SeqCst), COUNT);

@@ -7,8 +7,8 @@ use hetmem_core::wire::Frame;
 use hetmem_core::{Extent, LinkId, StoreError};
 
 use super::net::{Event, Net};
-use crate::fabric::{FabricEvent, LandingStats, LandingToken, SendToken, Sent};
-use crate::region::Piece;
+use crate::fabric::{FabricEvent, LandingPart, LandingStats, LandingToken, SendToken, Sent};
+use crate::payload::{Gather, Scatter};
 
 /// The most frames under way to one end.
 const FRAMES_MAX: usize = 64;
@@ -45,7 +45,7 @@ struct Message {
 struct Sending {
     number: u64,
     token: SendToken,
-    piece: Piece,
+    gather: Gather,
     taken: usize,
     /// Whether the extent went away under it.
     failed: bool,
@@ -54,7 +54,7 @@ struct Sending {
 struct PayloadLanding {
     number: u64,
     token: LandingToken,
-    target: Option<Piece>,
+    target: Option<Scatter>,
     bytes: Vec<u8>,
     done: usize,
     error: Option<StoreError>,
@@ -233,14 +233,11 @@ impl Net {
         node: usize,
         link: LinkId,
         frame: Frame,
-        payload: Option<Extent>,
+        payload: &[Extent],
         token: SendToken,
     ) -> Result<Sent, StoreError> {
-        crate::fabric::check_payload(&frame, payload)?;
-        let piece = payload
-            .filter(|extent| extent.len_bytes > 0)
-            .map(|extent| self.nodes[node].regions.local("send", extent))
-            .transpose()?;
+        crate::fabric::check_payload(&frame, payload, self.faults.gather_max.max(1))?;
+        let gather = Gather::of(&self.nodes[node].regions, payload)?;
         let (delay_ns, peer) = {
             let end = self.own_end("send", node, link)?;
             (end.delay_ns, end.peer)
@@ -258,13 +255,13 @@ impl Net {
         let arrives_at = self.now + delay_ns + self.jitter();
         let mut message = Message { number, frame, payload: Vec::new(), whole: true, arrives_at };
         let mut sent = Sent::Done;
-        if let Some(piece) = piece {
+        if let Some(mut gather) = gather {
             if self.rng.chance(immediate) {
-                message.payload = piece.copy_out(0, piece.len()).unwrap_or_default();
+                message.payload = gather.copy_out(gather.len()).unwrap_or_default();
             } else {
                 message.whole = false;
                 sent = Sent::Pending;
-                self.begin_capture(link, number, token, piece);
+                self.begin_capture(link, number, token, gather);
             }
         }
         // A peer that is gone hears nothing; this end will notice.
@@ -277,14 +274,14 @@ impl Net {
         Ok(sent)
     }
 
-    fn begin_capture(&mut self, link: LinkId, number: u64, token: SendToken, piece: Piece) {
+    fn begin_capture(&mut self, link: LinkId, number: u64, token: SendToken, gather: Gather) {
         let mut at = self.now;
-        for upto in self.tear(piece.len()) {
+        for upto in self.tear(gather.len()) {
             at += self.jitter();
             self.at(at, Event::Capture { end: link, number, upto });
         }
         if let Some(end) = self.ends.get_mut(&link) {
-            end.sending.push(Sending { number, token, piece, taken: 0, failed: false });
+            end.sending.push(Sending { number, token, gather, taken: 0, failed: false });
         }
     }
 
@@ -296,10 +293,10 @@ impl Net {
         let Some(sending) = end.sending.iter_mut().find(|sending| sending.number == number) else {
             return;
         };
-        let bytes = sending.piece.copy_out(sending.taken, upto - sending.taken);
+        let bytes = sending.gather.copy_out(upto - sending.taken);
         sending.failed |= bytes.is_none();
         sending.taken = upto;
-        let (whole, failed) = (upto == sending.piece.len(), sending.failed);
+        let (whole, failed) = (upto == sending.gather.len(), sending.failed);
         let message = peer
             .and_then(|peer| self.ends.get_mut(&peer))
             .and_then(|peer| peer.coming.iter_mut().find(|message| message.number == number));
@@ -378,19 +375,14 @@ impl Net {
         self.pump(id);
     }
 
-    pub(super) fn begin_landing(&mut self, delivery: &Delivery, extent: Extent, token: LandingToken) {
+    pub(super) fn begin_landing(&mut self, delivery: &Delivery, parts: &[LandingPart], token: LandingToken) {
         if !self.ends.contains_key(&delivery.end) {
             return;
         }
         let (bytes, number) = (delivery.payload.clone(), delivery.number);
-        let target = if extent.len_bytes == bytes.len() as u64 {
-            self.nodes[delivery.node].regions.local("receive", extent)
-        } else {
-            let why = format!("{} bytes of payload into {} bytes", bytes.len(), extent.len_bytes);
-            Err(StoreError::invalid("landing", why))
-        };
+        let target = Scatter::of(&self.nodes[delivery.node].regions, parts, bytes.len() as u64);
         let (target, error) = match target {
-            Ok(piece) => (Some(piece), None),
+            Ok(scatter) => (Some(scatter), None),
             Err(error) => (None, Some(error)),
         };
         let mut at = self.now;
@@ -410,8 +402,8 @@ impl Net {
         let Some(landing) = landing.filter(|landing| landing.number == number) else {
             return;
         };
-        if let Some(piece) = &landing.target
-            && !piece.copy_in(landing.done, &landing.bytes[landing.done..upto])
+        if let Some(scatter) = &mut landing.target
+            && !scatter.copy_in(&landing.bytes[landing.done..upto])
         {
             let why = "its target segment was deregistered";
             landing.error.get_or_insert(StoreError::stale("receive", "payload", why));
@@ -426,10 +418,8 @@ impl Net {
         let Some(landing) = end.landing.take_if(|landing| landing.number == number) else {
             return;
         };
-        let result = match landing.error {
-            Some(error) => Err(error),
-            None => Ok(LandingStats { bytes: landing.bytes.len() as u64, staged_bytes: 0 }),
-        };
+        let bytes = landing.target.as_ref().map_or(0, Scatter::landing_len) as u64;
+        let result = landing.error.map_or(Ok(LandingStats { bytes, staged_bytes: 0 }), Err);
         end.busy = false;
         let node = end.node;
         self.reports.push_back((node, FabricEvent::Landed { link: id, token: landing.token, result }));

@@ -37,6 +37,8 @@ pub struct SimFaults {
     pub busy_chance: u32,
     /// The chance that a send takes its payload over before it returns.
     pub immediate_chance: u32,
+    /// The most extents that one send gathers.
+    pub gather_max: usize,
     /// How long until a lost peer is noticed, in nanoseconds.
     pub detect_ns: (u64, u64),
     /// After how long connecting to a node that does not answer is given up, in nanoseconds.
@@ -54,6 +56,7 @@ impl Default for SimFaults {
             late_ns: 20_000_000,
             busy_chance: 20_000,
             immediate_chance: 500_000,
+            gather_max: 5,
             detect_ns: (1_000_000, 50_000_000),
             connect_timeout_ns: 5_000_000_000,
         }
@@ -72,6 +75,7 @@ impl SimFaults {
             late_ns: 0,
             busy_chance: 0,
             immediate_chance: 1_000_000,
+            gather_max: 1024,
             detect_ns: (1_000_000, 1_000_000),
             connect_timeout_ns: 5_000_000_000,
         }
@@ -203,11 +207,15 @@ impl Fabric for SimFabric {
         self.shared.net.lock().disconnect(self.node, link);
     }
 
+    fn gather_max(&self) -> usize {
+        self.shared.net.lock().faults.gather_max.max(1)
+    }
+
     fn send(
         &self,
         link: LinkId,
         frame: Frame,
-        payload: Option<Extent>,
+        payload: &[Extent],
         token: SendToken,
     ) -> Result<Sent, StoreError> {
         self.shared.net.lock().send(self.node, link, frame, payload, token)

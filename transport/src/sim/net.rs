@@ -295,7 +295,7 @@ impl Net {
     fn land(&mut self, delivery: &Delivery, landing: Landing) {
         match landing {
             Landing::Discard => self.discard(delivery.end, delivery.number),
-            Landing::Into { extent, token } => self.begin_landing(delivery, extent, token),
+            Landing::Into { parts, token } => self.begin_landing(delivery, &parts, token),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What one control stream has received: frames are cut out of a small buffer, and payloads go past it, straight
-//! into their extents. Not what frames mean. Invariant: a body is handed over only when it is whole and its header
-//! was within every limit; of a payload, only what came in one piece with the frame before it is staged (at most
-//! `BUFFER_LEN` bytes).
+//! into their extents, however many these are. Not what frames mean. Invariant: a body is handed over only when it is
+//! whole and its header was within every limit; of a payload, only what came in one piece with the frame before it is
+//! staged (at most `BUFFER_LEN` bytes).
 
 use std::os::fd::AsFd;
 
@@ -10,7 +10,8 @@ use hetmem_core::wire::{FrameHeader, HEADER_LEN};
 
 use super::sys::{Got, Socket};
 use crate::fabric::{LandingStats, LandingToken};
-use crate::region::{Piece, Unmoved};
+use crate::payload::Scatter;
+use crate::region::Unmoved;
 
 /// The buffer's usual length: a small object's answer fits, so it takes one call to receive; of a larger payload
 /// this much is copied and the rest received in place.
@@ -22,12 +23,15 @@ pub(super) struct Inbox {
     buffer: Vec<u8>,
     start: usize,
     end: usize,
+    /// How many bytes may wait: those of the frame that is being received, and no more of what follows it than a
+    /// small frame brings along.
+    wanted: usize,
     payload: Option<Payload>,
 }
 
 /// A payload that is being received.
 struct Payload {
-    target: Option<(Piece, LandingToken)>,
+    target: Option<(Scatter, LandingToken)>,
     /// Why it is dropped rather than landed, to be reported at its end.
     failed: Option<(LandingToken, StoreError)>,
     len: u64,
@@ -50,7 +54,7 @@ impl Inbox {
     pub(super) fn new(bytes: &[u8]) -> Self {
         let mut buffer = vec![0; BUFFER_LEN.max(bytes.len())];
         buffer[..bytes.len()].copy_from_slice(bytes);
-        Self { buffer, start: 0, end: bytes.len(), payload: None }
+        Self { buffer, start: 0, end: bytes.len(), wanted: BUFFER_LEN, payload: None }
     }
 
     /// The bytes received and not used yet.
@@ -78,8 +82,10 @@ impl Inbox {
         let frame_len = HEADER_LEN + header.body_len as usize;
         if self.waiting().len() < frame_len {
             self.make_room(frame_len);
+            self.wanted = frame_len.max(BUFFER_LEN);
             return Ok(Item::Hungry);
         }
+        self.wanted = BUFFER_LEN;
         let body = self.start + HEADER_LEN..self.start + frame_len;
         self.start = body.end;
         Ok(Item::Frame(header, &self.buffer[body]))
@@ -89,7 +95,7 @@ impl Inbox {
     pub(super) fn expect(
         &mut self,
         len: u64,
-        target: Option<(Piece, LandingToken)>,
+        target: Option<(Scatter, LandingToken)>,
         failed: Option<(LandingToken, StoreError)>,
     ) {
         self.payload = Some(Payload { target, failed, len, done: 0, staged: 0 });
@@ -108,10 +114,13 @@ impl Inbox {
             return Some(Item::Hungry);
         }
         let payload = self.payload.take()?;
-        let stats = LandingStats { bytes: payload.len, staged_bytes: payload.staged };
         match (payload.target, payload.failed) {
             (_, Some((token, error))) => Some(Item::Landed(token, Err(error))),
-            (Some((_, token)), None) => Some(Item::Landed(token, Ok(stats))),
+            (Some((scatter, token)), None) => {
+                let stats =
+                    LandingStats { bytes: scatter.landing_len() as u64, staged_bytes: payload.staged };
+                Some(Item::Landed(token, Ok(stats)))
+            }
             (None, None) => None,
         }
     }
@@ -127,16 +136,16 @@ impl Inbox {
             }
         }
         if let Some(payload) = &mut self.payload
-            && let Some((piece, token)) = &payload.target
+            && let Some((scatter, token)) = &mut payload.target
         {
-            let done = usize::try_from(payload.done).unwrap_or(usize::MAX);
-            let left = piece.len() - done;
-            match piece.receive(socket.as_fd(), done, &mut self.buffer) {
-                Ok(0) => return Ok((Got::End, false)),
-                Ok(count) => {
-                    payload.done += count.min(left) as u64;
-                    self.end = count.saturating_sub(left);
-                    return Ok((Got::Bytes(count), count == left + self.buffer.len()));
+            // What follows the payload is staged, so only as much of it as a small frame has.
+            let rest = self.buffer.len().min(BUFFER_LEN);
+            match scatter.receive(socket.as_fd(), &mut self.buffer[..rest]) {
+                Ok((0, 0, _)) => return Ok((Got::End, false)),
+                Ok((landed, rest, drained)) => {
+                    payload.done += landed as u64;
+                    self.end = rest;
+                    return Ok((Got::Bytes(landed + rest), !drained));
                 }
                 Err(Unmoved::Closed) => {
                     let why = StoreError::stale("receive", "payload", "its target segment was deregistered");
@@ -146,12 +155,18 @@ impl Inbox {
                 Err(Unmoved::Os(error)) => return Self::received(Got::of(Err(error)), 0),
             }
         }
-        if self.payload.is_some() && self.buffer.len() < DISCARD_LEN {
-            self.buffer.resize(DISCARD_LEN, 0);
+        let mut wanted = self.wanted;
+        if let Some(payload) = &self.payload {
+            let left = usize::try_from(payload.len - payload.done).unwrap_or(usize::MAX);
+            wanted = wanted.saturating_add(left);
+            if self.buffer.len() < DISCARD_LEN {
+                self.buffer.resize(DISCARD_LEN, 0);
+            }
         }
         self.make_room(1);
-        let room = self.buffer.len() - self.end;
-        let got = socket.receive(&mut self.buffer[self.end..]);
+        let until = self.start.saturating_add(wanted).clamp(self.end + 1, self.buffer.len());
+        let room = until - self.end;
+        let got = socket.receive(&mut self.buffer[self.end..until]);
         if let Ok(Got::Bytes(count)) = got {
             self.end += count;
         }
@@ -185,9 +200,8 @@ impl Inbox {
 
 impl Payload {
     fn stage(&mut self, bytes: &[u8]) {
-        if let Some((piece, token)) = &self.target {
-            let done = usize::try_from(self.done).unwrap_or(usize::MAX);
-            if piece.copy_in(done, bytes) {
+        if let Some((scatter, token)) = &mut self.target {
+            if scatter.copy_in(bytes) {
                 self.staged += bytes.len() as u64;
             } else {
                 let why = StoreError::stale("receive", "payload", "its target segment was deregistered");

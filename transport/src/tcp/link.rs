@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use hetmem_core::wire::{Frame, FrameHeader, FrameKind, PROTOCOL_MAX, PROTOCOL_MIN, negotiate};
-use hetmem_core::{Extent, LinkId, StoreError};
+use hetmem_core::{LinkId, StoreError};
 use parking_lot::Mutex;
 use rustix::event::epoll::EventFlags;
 
@@ -19,8 +19,8 @@ use super::shared::{Conn, Shared, Task};
 use super::sys::{Got, Socket, random};
 use super::turn::Turn;
 use super::wire::{FabricMessage, StreamToken};
-use crate::fabric::{FabricEvent, Landing, LandingToken, SendToken, Sent};
-use crate::region::Piece;
+use crate::fabric::{FabricEvent, Landing, LandingPart, LandingToken, SendToken, Sent};
+use crate::payload::{Gather, Scatter};
 
 /// Bytes received before other connections get their turn.
 const RECEIVE_BUDGET: usize = 8 << 20;
@@ -177,7 +177,7 @@ impl Link {
         self: &Arc<Self>,
         shared: &Arc<Shared>,
         frame: Frame,
-        payload: Option<Piece>,
+        payload: Option<Gather>,
         token: SendToken,
     ) -> Result<Sent, StoreError> {
         let Some(socket) = self.socket.get() else {
@@ -417,7 +417,7 @@ impl Link {
             match landing {
                 Landing::Discard if header.payload_len == 0 => {}
                 Landing::Discard => inbox.expect(header.payload_len, None, None),
-                Landing::Into { extent, token } => self.land(shared, inbox, header, extent, token),
+                Landing::Into { parts, token } => self.land(shared, inbox, header, &parts, token),
             }
         }
     }
@@ -443,7 +443,7 @@ impl Link {
     }
 
     fn frame(&self, shared: &Shared, header: FrameHeader, body: &[u8]) -> Result<Landing, StoreError> {
-        if header.kind != FrameKind::Peer {
+        if !matches!(header.kind, FrameKind::Peer | FrameKind::Batch) {
             return Err(StoreError::protocol(format!("a frame of kind {:?} came over a link", header.kind)));
         }
         Ok(shared.message(self.id, header, body))
@@ -454,19 +454,11 @@ impl Link {
         shared: &Shared,
         inbox: &mut Inbox,
         header: FrameHeader,
-        extent: Extent,
+        parts: &[LandingPart],
         token: LandingToken,
     ) {
-        let piece = if extent.len_bytes == header.payload_len {
-            shared.regions.local("receive", extent)
-        } else {
-            Err(StoreError::invalid(
-                "landing",
-                format!("{} bytes of payload into {} bytes", header.payload_len, extent.len_bytes),
-            ))
-        };
-        match piece {
-            Ok(piece) => inbox.expect(header.payload_len, Some((piece, token)), None),
+        match Scatter::of(&shared.regions, parts, header.payload_len) {
+            Ok(scatter) => inbox.expect(header.payload_len, Some((scatter, token)), None),
             Err(error) => inbox.expect(header.payload_len, None, Some((token, error))),
         }
     }

@@ -42,6 +42,8 @@ use crate::fabric::{
     check_payload, check_word,
 };
 use crate::memory::RegionMemory;
+use crate::payload::Gather;
+use crate::region::PARTS_MAX;
 
 /// The shortest slice: below, a request costs more than what it asks for.
 const SLICE_BYTES_MIN: usize = 256 << 10;
@@ -303,17 +305,21 @@ impl Fabric for TcpFabric {
         }
     }
 
+    /// One system call takes so many, beside the frame.
+    fn gather_max(&self) -> usize {
+        PARTS_MAX - 1
+    }
+
     fn send(
         &self,
         link: LinkId,
         frame: Frame,
-        payload: Option<Extent>,
+        payload: &[Extent],
         token: SendToken,
     ) -> Result<Sent, StoreError> {
-        check_payload(&frame, payload)?;
-        let payload = payload.filter(|extent| extent.len_bytes > 0);
-        let piece = payload.map(|extent| self.shared.regions.local("send", extent)).transpose()?;
-        self.link("send", link)?.send(&self.shared, frame, piece, token)
+        check_payload(&frame, payload, self.gather_max())?;
+        let gather = Gather::of(&self.shared.regions, payload)?;
+        self.link("send", link)?.send(&self.shared, frame, gather, token)
     }
 
     fn read(

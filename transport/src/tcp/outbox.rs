@@ -1,5 +1,5 @@
 //! The frames of one control stream that the socket has not taken yet. Not their meaning. Invariant: bytes go out
-//! in the order of the sends, each frame directly followed by its payload, which is gathered from its region at
+//! in the order of the sends, each frame directly followed by its payload, which is gathered from its regions at
 //! the moment of writing; and the queue never holds more than `FRAMES_MAX` frames or `BYTES_MAX` bytes of frames.
 
 use std::collections::VecDeque;
@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use super::reads::WORD_LEN;
 use super::sys::Socket;
 use crate::fabric::SendToken;
+use crate::payload::Gather;
 use crate::region::{Piece, Unmoved};
 
 /// The most frames that wait on one link. Enough for a burst of answers, small enough to be felt.
@@ -24,7 +25,7 @@ const WRITE_BUDGET: usize = 8 << 20;
 /// One frame under way.
 pub(super) struct Outgoing {
     pub(super) head: Vec<u8>,
-    pub(super) payload: Option<Piece>,
+    pub(super) payload: Option<Gather>,
     /// A word that goes behind the head. It is loaded when its turn has come: what was asked for before is read before.
     pub(super) word: Option<Piece>,
     pub(super) token: SendToken,
@@ -38,7 +39,7 @@ impl Outgoing {
     }
 
     fn len(&self) -> usize {
-        self.head_len() + self.payload.as_ref().map_or(0, Piece::len)
+        self.head_len() + self.payload.as_ref().map_or(0, Gather::len)
     }
 }
 
@@ -138,11 +139,9 @@ pub(super) fn write_one(socket: &Socket, outgoing: &mut Outgoing) -> Result<bool
     let len = outgoing.len();
     while outgoing.sent < len {
         let head = outgoing.head.get(outgoing.sent..).unwrap_or_default();
-        let wrote = match &outgoing.payload {
+        let wrote = match &mut outgoing.payload {
             None => socket.send(head).map_err(Unmoved::Os),
-            Some(piece) => {
-                piece.send(socket.as_fd(), head, outgoing.sent.saturating_sub(outgoing.head.len()))
-            }
+            Some(gather) => gather.send(socket.as_fd(), head),
         };
         match wrote {
             Ok(count) => outgoing.sent += count,

@@ -21,8 +21,8 @@ const WINDOW: usize = 4;
 const SMALL_LEN: usize = 64 << 10;
 /// The most requests under way on one stream.
 const QUEUE_MAX: usize = 64;
-/// The most reads in progress on one link.
-const TRANSFERS_MAX: usize = 4096;
+/// The most reads in progress on one link: as many as there may be objects in the hands of one client.
+const TRANSFERS_MAX: usize = 16_384;
 /// Bytes of a word.
 pub(super) const WORD_LEN: usize = 8;
 /// How often a slice is asked for before the read fails, when its streams end under it though the link is up.
@@ -103,7 +103,8 @@ pub(super) struct Reads {
     state: State,
     peer: Option<(SocketAddr, StreamToken)>,
     transfers: HashMap<TransferId, Transfer>,
-    /// What is still to be asked for; large reads are cut as streams come free.
+    /// What is still to be asked for; large reads are cut as streams come free. Slices of reads that were given up stay
+    /// until they come up, or until there are more of them than of others.
     waiting: VecDeque<Slice>,
     books: Vec<Book>,
     next_number: u32,
@@ -153,6 +154,9 @@ impl Reads {
 
     /// How many streams are wanted beyond those that there are, `streams` being the most.
     pub(super) fn streams_wanted(&self, slice_bytes: usize, streams: usize) -> usize {
+        if self.books.len() >= streams {
+            return 0;
+        }
         let bytes = self.waiting.iter().fold(0_usize, |sum, slice| sum.saturating_add(slice.len()));
         let useful = bytes.div_ceil(slice_bytes).clamp(usize::from(!self.waiting.is_empty()), streams);
         useful.saturating_sub(self.books.len())
@@ -193,6 +197,10 @@ impl Reads {
             stats: ReadStats { bytes: len as u64, ..ReadStats::default() },
         };
         self.transfers.insert(transfer, begun);
+        if self.waiting.len() > 2 * self.transfers.len() {
+            let transfers = &self.transfers;
+            self.waiting.retain(|slice| is_wanted(transfers, slice));
+        }
         match bytes {
             Some((remote, local)) => {
                 let slice = Slice { transfer, remote, local: Some(local), number: 0, tries: 0 };
@@ -218,6 +226,10 @@ impl Reads {
     /// Gives waiting bytes to streams that have room for them.
     pub(super) fn assign(&mut self, slice_bytes: usize, next: &mut Next) {
         while let Some(front) = self.waiting.front() {
+            if !is_wanted(&self.transfers, front) {
+                self.waiting.pop_front();
+                continue;
+            }
             let window = if front.is_small() { QUEUE_MAX } else { WINDOW };
             let room = self.books.iter_mut().filter(|book| book.under_way.len() < window);
             let Some(book) = room.min_by_key(|book| book.under_way_bytes) else {
@@ -396,7 +408,6 @@ impl Reads {
         transfer.error.get_or_insert(error);
         transfer.unasked = 0;
         transfer.word = Word::Done;
-        self.waiting.retain(|slice| slice.transfer != number);
     }
 
     fn finish_if_over(&mut self, number: TransferId, next: &mut Next) {
@@ -424,6 +435,11 @@ impl Book {
         self.under_way_bytes += slice.len();
         self.under_way.push_back(slice);
     }
+}
+
+/// Whether a slice that waits is still to be asked for.
+fn is_wanted(transfers: &HashMap<TransferId, Transfer>, slice: &Slice) -> bool {
+    transfers.get(&slice.transfer).is_some_and(|transfer| transfer.error.is_none())
 }
 
 impl Slice {

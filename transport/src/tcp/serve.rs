@@ -18,6 +18,7 @@ use super::sys::{Got, Socket};
 use super::turn::Turn;
 use super::wire::{ANSWER_LEN, Answer, REQUEST_LEN, Request, error_bytes};
 use crate::fabric::SendToken;
+use crate::payload::Gather;
 
 /// The most answers that wait on one stream; further requests stay in the socket until some have gone out.
 const ANSWERS_MAX: usize = 64;
@@ -147,7 +148,8 @@ fn answer_to(shared: &Shared, request: Request) -> Result<Outgoing, StoreError> 
     let RemoteExtent { len_bytes, .. } = request.extent;
     let piece = shared.regions.remote(request.extent)?;
     let head = Answer { error: None, number: request.number, len_bytes }.to_bytes().to_vec();
-    let (payload, word) = if piece.is_word() { (None, Some(piece)) } else { (Some(piece), None) };
+    let (payload, word) =
+        if piece.is_word() { (None, Some(piece)) } else { (Some(Gather::one(piece)), None) };
     Ok(Outgoing { head, payload, word, token: SendToken(0), sent: 0 })
 }
 

@@ -176,7 +176,10 @@ fn plasma_3628_giving_back_what_one_does_not_hold_ends_nothing() {
     for number in [0, 1, 2, u64::MAX] {
         let transfer = TransferId(number);
         world.feed(0, Input::SendDone { send: number });
-        world.feed(0, Input::Landed { request: number, result: Ok(crate::receipt::Moved::default()) });
+        world.feed(
+            0,
+            Input::Landed { landing: crate::LandingId(number), result: Ok(crate::receipt::Moved::default()) },
+        );
         world.feed(0, Input::ReadDone { transfer, result: Ok(crate::engine::ReadEnd::default()) });
         let word = crate::engine::ReadEnd { word: Some(1), ..Default::default() };
         world.feed(0, Input::ReadDone { transfer, result: Ok(word) });

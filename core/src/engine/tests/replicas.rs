@@ -622,7 +622,7 @@ fn a_read_whose_holder_is_lost_goes_on_at_another_at_once() {
         let expected = range.map_or(&bytes[..], |_| &bytes[1_000..31_000]);
         assert_eq!(world.nodes[reader].bytes(located.extent), expected);
         let carried = located.carried.expect("from a peer");
-        assert_eq!(carried.from, format!("n{}", giver.expect("a giver")));
+        assert_eq!(*carried.from, format!("n{}", giver.expect("a giver")));
         tried.push(giver.expect("a giver"));
         tried.sort_unstable();
         tried.dedup();

@@ -1,12 +1,13 @@
 //! One to three engines and everything that their actions touch. Not a transport: messages arrive in the order in
 //! which they were sent, at once. Invariant: a payload that no `Land` claims is dropped.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bytes::Bytes;
 
 use crate::engine::{
-    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, PublishedObject, ReadEnd, Time,
+    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, Payload, Pinned, PublishedObject,
+    ReadEnd, Time,
 };
 use crate::error::{ErrorKind, StoreError};
 use crate::key::Key;
@@ -16,8 +17,8 @@ use crate::tier::{
     TransferId,
 };
 use crate::wire::{
-    Announced, ClientMessage, ClientReply, IfExists, Located, Member, PROTOCOL_MAX, PROTOCOL_MIN,
-    PeerMessage, PutHints, Role, Status,
+    Announced, Batched, ClientMessage, ClientReply, IfExists, Located, LocatedMany, Member, PROTOCOL_MAX,
+    PROTOCOL_MIN, PeerMessage, PutHints, Role, Status,
 };
 use crate::{Checksum, ObjectId};
 
@@ -26,6 +27,8 @@ use super::ring::Ring;
 pub(super) const FABRIC: FabricId = FabricId(0);
 pub(super) const LEASE_MS: u32 = 1_000;
 pub(super) const HEARTBEAT_MS: u64 = 100;
+/// Extents that one send gathers.
+pub(super) const GATHER_MAX: usize = 20;
 
 pub(super) fn key(name: &str) -> Key {
     Key::new(name).expect("a key")
@@ -78,7 +81,12 @@ pub(super) struct Node {
     pub(super) rings: BTreeMap<ClientId, Ring>,
     /// No ring can be made.
     pub(super) fail_rings: bool,
+    /// Frames that it sent with what is in them, inputs that it handled, payloads of which something landed.
+    pub(super) frames: Vec<Vec<Batched>>,
+    pub(super) passes: usize,
+    pub(super) landings: usize,
     answers: BTreeMap<(ClientId, u64), Answer>,
+    pub(super) items: BTreeMap<(ClientId, u64), BTreeMap<u32, Result<Located, StoreError>>>,
     links: BTreeMap<LinkId, (usize, LinkId)>,
     next_link: u64,
     next_request: u64,
@@ -141,6 +149,7 @@ pub(super) fn config(name: usize, epoch: u64, join: Vec<String>, shape: &Shape) 
         client_quota_bytes: shape.quota_bytes,
         objects_max: shape.objects_max,
         index_keys: vec![(FABRIC, RemoteKey(1))],
+        gather_max: vec![(FABRIC, GATHER_MAX)],
         generation_base: 0,
         generation_stride: 64,
         threshold_bytes: shape.threshold_bytes,
@@ -165,11 +174,22 @@ impl Node {
             sent: Vec::new(),
             rings: BTreeMap::new(),
             fail_rings: false,
+            frames: Vec::new(),
+            passes: 0,
+            landings: 0,
             answers: BTreeMap::new(),
+            items: BTreeMap::new(),
             links: BTreeMap::new(),
             next_link: 1,
             next_request: 1,
         }
+    }
+
+    fn pin(&mut self, client: ClientId, mut located: Located) -> Located {
+        let pins = self.pins.entry(client).or_default();
+        located.pin = u32::try_from(pins.len()).expect("few pins");
+        pins.push(located.generation);
+        located
     }
 
     pub(super) fn bytes(&self, extent: Extent) -> &[u8] {
@@ -303,11 +323,21 @@ impl World {
         self.feed_with(node, input, None);
     }
 
+    /// The same for a frame with a payload.
+    pub(super) fn feed_payload(&mut self, node: usize, input: Input, payload: &[u8]) {
+        self.feed_with(node, input, Some(payload.to_vec()));
+    }
+
     fn feed_with(&mut self, node: usize, input: Input, payload: Option<Vec<u8>>) {
-        if matches!(
+        let may_miss = matches!(
             input,
-            Input::ClientRequest { .. } | Input::PeerMessage { .. } | Input::Tick | Input::ClientLeft { .. }
-        ) {
+            Input::ClientRequest { .. }
+                | Input::PeerMessage { .. }
+                | Input::PeerBatch { .. }
+                | Input::Tick
+                | Input::ClientLeft { .. }
+        );
+        if may_miss {
             self.drain_rings(node);
         }
         self.hand_in_with(node, input, payload);
@@ -317,18 +347,30 @@ impl World {
         self.hand_in_with(node, input, None);
     }
 
-    fn hand_in_with(&mut self, node: usize, input: Input, mut payload: Option<Vec<u8>>) {
+    fn hand_in_with(&mut self, node: usize, input: Input, payload: Option<Vec<u8>>) {
         let mut inputs = VecDeque::from([input]);
+        let (mut landed, mut of) = (BTreeMap::new(), None);
         while let Some(input) = inputs.pop_front() {
+            self.nodes[node].passes += 1;
             for action in self.nodes[node].engine.handle(self.now, input) {
-                if let Action::Land { request, extent } = action {
-                    let bytes = payload.take().expect("a payload to land, once");
-                    self.write(node, extent, &bytes);
-                    self.push(node, Input::Landed { request, result: Ok(crate::receipt::Moved::default()) });
+                if let Action::Land { landing, start, extent } = action {
+                    let bytes = payload.as_ref().expect("a payload to land");
+                    let part = span(start, extent.len_bytes);
+                    assert!(landed.insert(part.end, part.start).is_none(), "byte {start} lands twice");
+                    self.write(node, extent, &bytes[part]);
+                    assert!(of.replace(landing).is_none_or(|of| of == landing), "one number for a payload");
                 } else if let Some(next) = self.act(node, action) {
                     inputs.push_front(next);
                 }
             }
+        }
+        let ends = landed.keys().zip(landed.values().skip(1));
+        assert!(ends.into_iter().all(|(end, start)| end <= start), "parts overlap: {landed:?}");
+        if let Some(landing) = of {
+            let bytes = landed.iter().map(|(end, start)| (end - start) as u64).sum();
+            let moved = crate::receipt::Moved { bytes, staged_bytes: 0 };
+            self.nodes[node].landings += 1;
+            self.push(node, Input::Landed { landing, result: Ok(moved) });
         }
     }
 
@@ -339,10 +381,8 @@ impl World {
                 at.attachments.extend(attachment);
                 self.answered(node, client, request, reply);
             }
-            Action::PinAndReply { client, request, mut located } => {
-                let pins = at.pins.entry(client).or_default();
-                located.pin = u32::try_from(pins.len()).expect("few pins");
-                pins.push(located.generation);
+            Action::PinAndReply { client, request, located } => {
+                let located = at.pin(client, located);
                 self.answered(node, client, request, Ok(ClientReply::Located(located)));
             }
             Action::GrantAhead { client, request, chunk, reply, attachment } => {
@@ -361,6 +401,17 @@ impl World {
                 let ring = at.rings.get_mut(&client).map(Ring::close).unwrap_or_default();
                 return Some(Input::AheadChanged { client, ring });
             }
+            Action::Item { client, request, item, located } => {
+                let located = located.map(|located| at.pin(client, located));
+                let before = at.items.entry((client, request)).or_default().insert(item, located);
+                assert!(before.is_none(), "item {item} of request {request} was answered twice");
+            }
+            Action::ReplyItems { client, request, count } => {
+                let items = at.items.remove(&(client, request)).expect("items");
+                assert!(items.keys().copied().eq(0..count), "all items and no others: {items:?}");
+                let many = LocatedMany::of(items.into_values());
+                self.answered(node, client, request, Ok(ClientReply::LocatedMany(many)));
+            }
             Action::CloseClient { client, .. } => at.closed_clients.push(client),
             Action::Fill { extent, bytes } => self.write(node, extent, &bytes),
             Action::Copy { generation, from, to } => {
@@ -375,7 +426,7 @@ impl World {
             Action::Publish { slot, object } => assert!(at.index.insert(slot, object).is_none()),
             Action::Withdraw { slot } => assert!(at.index.remove(&slot).is_some()),
             Action::ScanPins => {
-                let pinned: HashSet<Generation> = at.pins.values().flatten().copied().collect();
+                let pinned: Pinned = at.pins.values().flatten().copied().collect();
                 return Some(Input::PinScan { pinned, touched: Vec::new() });
             }
             Action::CreateSegment { segment, len_bytes, owner } => {
@@ -408,21 +459,28 @@ impl World {
             Action::Connect { address } => self.connect(node, address),
             Action::Disconnect { link } => self.cut(node, link),
             Action::Send { link, request, message, payload } => {
-                let at = &mut self.nodes[node];
-                at.sent.push(message.clone());
-                let bytes = payload.map(|(extent, _)| at.bytes(extent).to_vec());
-                let end = at.links.get(&link).copied();
-                if let Some((_, send)) = payload {
-                    if self.hold_sends {
-                        self.sends.push((node, send));
-                    } else {
-                        self.push(node, Input::SendDone { send });
-                    }
-                }
-                let Some((peer, link)) = end else { return };
-                let payload_len = bytes.as_ref().map_or(0, |bytes| bytes.len() as u64);
-                let input = Input::PeerMessage { link, request, message, payload_len };
-                self.queue.push_back((peer, input, bytes));
+                self.nodes[node].sent.push(message.clone());
+                let payload_len = payload.as_ref().map_or(0, Payload::len_bytes);
+                let batched = Batched { request, payload_len, message: message.clone() };
+                self.nodes[node].frames.push(vec![batched]);
+                self.deliver(node, link, payload, |link, payload_len| Input::PeerMessage {
+                    link,
+                    request,
+                    message,
+                    payload_len,
+                });
+            }
+            Action::SendBatch { link, batch, payload } => {
+                assert!(batch.0.len() > 1, "one message goes alone");
+                let payload_len = payload.as_ref().map_or(0, Payload::len_bytes);
+                assert_eq!(batch.check(payload_len), Ok(()));
+                self.nodes[node].sent.extend(batch.0.iter().map(|batched| batched.message.clone()));
+                self.nodes[node].frames.push(batch.0.clone());
+                self.deliver(node, link, payload, |link, payload_len| Input::PeerBatch {
+                    link,
+                    batch,
+                    payload_len,
+                });
             }
             Action::Read { link, transfer, bytes, word } => {
                 let read = Held { node, link, transfer, bytes, word };
@@ -446,6 +504,30 @@ impl World {
             }
             other => panic!("{other:?} is not for the fabric"),
         }
+    }
+
+    /// A frame goes out and, if its link is there, is on its way.
+    fn deliver(
+        &mut self,
+        node: usize,
+        link: LinkId,
+        payload: Option<Payload>,
+        input: impl FnOnce(LinkId, u64) -> Input,
+    ) {
+        let at = &mut self.nodes[node];
+        let extents = payload.iter().flat_map(|payload| &payload.extents);
+        let bytes: Vec<u8> = extents.flat_map(|extent| at.bytes(*extent)).copied().collect();
+        let end = at.links.get(&link).copied();
+        if let Some(Payload { send, extents }) = payload {
+            assert!(!extents.is_empty() && extents.len() <= GATHER_MAX, "{} extents", extents.len());
+            if self.hold_sends {
+                self.sends.push((node, send));
+            } else {
+                self.push(node, Input::SendDone { send });
+            }
+        }
+        let Some((peer, link)) = end else { return };
+        self.queue.push_back((peer, input(link, bytes.len() as u64), Some(bytes)));
     }
 
     fn connect(&mut self, node: usize, address: String) {
@@ -677,6 +759,24 @@ impl World {
         })
     }
 
+    pub(super) fn ask_many(&mut self, node: usize, client: ClientId, names: &[String], keep: bool) -> u64 {
+        let keys = names.iter().map(|name| key(name)).collect();
+        let message = ClientMessage::GetMany { keys, timeout_ms: 3_000, keep, threshold_bytes: None };
+        self.ask(node, client, message)
+    }
+
+    pub(super) fn many(
+        &mut self,
+        node: usize,
+        client: ClientId,
+        request: u64,
+    ) -> Option<Vec<Result<Located, StoreError>>> {
+        match self.answer(node, client, request)? {
+            Ok(ClientReply::LocatedMany(many)) => Some(many.into_located().collect()),
+            other => panic!("{other:?} answers a question about many keys"),
+        }
+    }
+
     /// Gets, compares and unpins; says how the bytes came.
     pub(super) fn fetch(
         &mut self,
@@ -701,6 +801,7 @@ impl World {
         self.nodes[node].pins.remove(&client);
         self.feed(node, Input::ClientLeft { client });
         self.nodes[node].rings.remove(&client);
+        self.nodes[node].items.retain(|(of, _), _| *of != client);
         self.settle();
     }
 
@@ -717,6 +818,12 @@ impl World {
         let name = key(name);
         let has = |node: &usize| self.nodes[*node].index.values().any(|object| object.key == name);
         (0..self.nodes.len()).filter(|node| !self.dead.contains(node)).filter(has).collect()
+    }
+
+    /// The same once a client has left.
+    pub(super) fn assert_drained_but(&mut self, node: usize, client: ClientId) {
+        self.leave(node, client);
+        self.assert_drained();
     }
 
     /// Nothing is held by anyone.
