@@ -252,7 +252,7 @@ fn frames_that_are_none_close_their_link_and_are_counted() {
         ("a batch before HELLO", false, empty.clone()),
         ("a batch of nothing", true, batch(Vec::new(), 0)),
         ("a batch that is cut short", true, with(empty.clone(), 16, 5)),
-        ("a batch with noise in it", true, with(empty.clone(), 35, 200)),
+        ("a batch with noise in it", true, with(empty, 35, 200)),
         ("a batch of too many", true, batch(vec![beat(); 1025], 0)),
         ("a batch with another HELLO", true, batch(vec![beat(), plain(other.clone())], 0)),
         ("a batch without its payload", true, batch(vec![Batched { payload_len: 9, ..plain(data(9)) }], 0)),

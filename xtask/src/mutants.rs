@@ -87,7 +87,7 @@ const MUTANTS: &[Mutant] = &[
     },
     Mutant {
         what: "an extent is freed while bytes may still land in it",
-        file: "core/src/engine/fetch.rs",
+        file: "core/src/engine/fetch/setbacks.rs",
         find: "self.out.push(Action::CancelRead { transfer });",
         replace: "if let Some((filled, _)) = self.transfers.remove(&transfer) { self.free_object(filled); }\n                self.out.push(Action::CancelRead { transfer });",
     },

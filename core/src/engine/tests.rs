@@ -10,6 +10,7 @@ mod locations;
 mod public_defects;
 mod remote;
 mod replicas;
+mod requests;
 mod ring;
 mod room;
 mod succession;

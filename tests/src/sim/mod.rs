@@ -16,6 +16,7 @@ mod departures;
 mod guards;
 mod history;
 mod losses;
+mod memory;
 mod node;
 mod outbox;
 mod pattern;
