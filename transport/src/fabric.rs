@@ -332,6 +332,24 @@ pub(crate) fn check_payload(frame: &Frame, payload: &[Extent], gather_max: usize
     Ok(())
 }
 
+/// The length of a word in bytes.
+const WORD_LEN: u64 = 8;
+
+pub(crate) fn check_lengths(remote: RemoteExtent, local: Extent) -> Result<(), StoreError> {
+    if remote.len_bytes == local.len_bytes {
+        return Ok(());
+    }
+    let why = format!("{} remote bytes into {} local bytes", remote.len_bytes, local.len_bytes);
+    Err(StoreError::invalid("read", why))
+}
+
+pub(crate) fn check_word(word: RemoteExtent) -> Result<(), StoreError> {
+    if word.len_bytes == WORD_LEN {
+        return Ok(());
+    }
+    Err(StoreError::invalid("read", format!("a word of {} bytes, it has {WORD_LEN}", word.len_bytes)))
+}
+
 #[cfg(test)]
 mod tests {
     use hetmem_core::SegmentId;
@@ -359,22 +377,4 @@ mod tests {
         let Landing::Into { parts, .. } = Landing::scattered(token, 30, apart) else { panic!("parts") };
         assert_eq!(parts.len(), 3, "neighbours in the payload that are none in memory: {parts:?}");
     }
-}
-
-/// The length of a word in bytes.
-const WORD_LEN: u64 = 8;
-
-pub(crate) fn check_lengths(remote: RemoteExtent, local: Extent) -> Result<(), StoreError> {
-    if remote.len_bytes == local.len_bytes {
-        return Ok(());
-    }
-    let why = format!("{} remote bytes into {} local bytes", remote.len_bytes, local.len_bytes);
-    Err(StoreError::invalid("read", why))
-}
-
-pub(crate) fn check_word(word: RemoteExtent) -> Result<(), StoreError> {
-    if word.len_bytes == WORD_LEN {
-        return Ok(());
-    }
-    Err(StoreError::invalid("read", format!("a word of {} bytes, it has {WORD_LEN}", word.len_bytes)))
 }
