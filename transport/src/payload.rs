@@ -74,12 +74,13 @@ impl Gather {
         self.len
     }
 
-    /// Writes `head`, then what has not gone out yet, as much as one call takes; says how many bytes went.
-    pub(crate) fn send(&mut self, socket: BorrowedFd<'_>, head: &[u8]) -> Result<usize, Unmoved> {
+    /// Writes `head`, then what has not gone out yet, as much as one call takes; says how many bytes went. If `more`
+    /// follows, the last of them may wait for that.
+    pub(crate) fn send(&mut self, socket: BorrowedFd<'_>, head: &[u8], more: bool) -> Result<usize, Unmoved> {
         let count = match self.pieces.get(self.at.number..).unwrap_or_default() {
-            [] => send_pieces(socket, head, &[], 0)?,
-            [last] => last.send(socket, head, self.at.done)?,
-            several => send_pieces(socket, head, several, self.at.done)?,
+            [] => send_pieces(socket, head, &[], 0, more)?,
+            [last] => last.send(socket, head, self.at.done, more)?,
+            several => send_pieces(socket, head, several, self.at.done, more)?,
         };
         let pieces = &self.pieces;
         let sent = count.saturating_sub(head.len());
@@ -188,7 +189,7 @@ impl Scatter {
         let left = self.left;
         let (count, room) = match self.targets.get(self.at.number..).unwrap_or_default() {
             [Target::Piece(last)] => {
-                (last.receive(socket, self.at.done, rest)?, last.len() - self.at.done + rest.len())
+                (last.receive(socket, &mut [], self.at.done, rest)?, last.len() - self.at.done + rest.len())
             }
             several => receive_targets(socket, several, self.at.done, &mut self.discard, rest)?,
         };

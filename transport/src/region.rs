@@ -292,26 +292,35 @@ impl Piece {
         }
     }
 
-    /// Writes `head`, then the piece from `done` on, to a socket; says how many bytes it took.
-    pub(crate) fn send(&self, socket: BorrowedFd<'_>, head: &[u8], done: usize) -> Result<usize, Unmoved> {
+    /// Writes `head`, then the piece from `done` on, to a socket; says how many bytes it took. If `more` follows, the last
+    /// of them may wait for that.
+    pub(crate) fn send(
+        &self,
+        socket: BorrowedFd<'_>,
+        head: &[u8],
+        done: usize,
+        more: bool,
+    ) -> Result<usize, Unmoved> {
         let entered = self.region.enter().ok_or(Unmoved::Closed)?;
-        send_parts(socket, &[IoSlice::new(head), IoSlice::new(self.bytes_to_send(&entered, done))])
+        send_parts(socket, &[IoSlice::new(head), IoSlice::new(self.bytes_to_send(&entered, done))], more)
     }
 
-    /// Receives into the piece from `done` on, and what comes after its end into `rest`; says how many bytes came.
+    /// Receives into `head`, then into the piece from `done` on, and what comes after its end into `rest`; says how many
+    /// bytes came.
     pub(crate) fn receive(
         &self,
         socket: BorrowedFd<'_>,
+        head: &mut [u8],
         done: usize,
         rest: &mut [u8],
     ) -> Result<usize, Unmoved> {
         let entered = self.region.enter().ok_or(Unmoved::Closed)?;
         let bytes = self.room_to_receive(&entered, done);
-        if rest.is_empty() {
+        if head.is_empty() && rest.is_empty() {
             let (count, _) = rustix::net::recv(socket, bytes, RecvFlags::DONTWAIT).map_err(Unmoved::Os)?;
             return Ok(count);
         }
-        let mut parts = [IoSliceMut::new(bytes), IoSliceMut::new(rest)];
+        let mut parts = [IoSliceMut::new(head), IoSliceMut::new(bytes), IoSliceMut::new(rest)];
         rustix::io::readv(socket, &mut parts).map_err(Unmoved::Os)
     }
 
@@ -373,10 +382,11 @@ impl Piece {
     }
 }
 
-fn send_parts(socket: BorrowedFd<'_>, parts: &[IoSlice<'_>]) -> Result<usize, Unmoved> {
+fn send_parts(socket: BorrowedFd<'_>, parts: &[IoSlice<'_>], more: bool) -> Result<usize, Unmoved> {
     let mut control = SendAncillaryBuffer::default();
-    rustix::net::sendmsg(socket, parts, &mut control, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
-        .map_err(Unmoved::Os)
+    let mut flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    flags.set(SendFlags::MORE, more);
+    rustix::net::sendmsg(socket, parts, &mut control, flags).map_err(Unmoved::Os)
 }
 
 /// Enters the regions of all pieces, of neighbours once. Which of the results a piece has is found again by going
@@ -403,12 +413,14 @@ impl<'e, 'a> Along<'e, 'a> {
     }
 }
 
-/// Writes `head`, then the pieces, the first from `done` on, as many as one call takes; says how many bytes went.
+/// Writes `head`, then the pieces, the first from `done` on, as many as one call takes; says how many bytes went. If
+/// `more` follows, the last of them may wait for that.
 pub(crate) fn send_pieces(
     socket: BorrowedFd<'_>,
     head: &[u8],
     pieces: &[Piece],
     done: usize,
+    more: bool,
 ) -> Result<usize, Unmoved> {
     let pieces = &pieces[..pieces.len().min(PARTS_MAX - 1)];
     let entered = enter_all(pieces.iter())?;
@@ -419,7 +431,7 @@ pub(crate) fn send_pieces(
         let done = if number == 0 { done } else { 0 };
         parts.push(IoSlice::new(piece.bytes_to_send(along.of(piece), done)));
     }
-    send_parts(socket, &parts)
+    send_parts(socket, &parts, more)
 }
 
 /// Receives into the targets, the first from `done` on, and what comes after the last into `rest`; what is skipped

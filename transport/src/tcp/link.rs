@@ -191,7 +191,7 @@ impl Link {
             return Err(self.lost("send"));
         }
         if outbox.is_empty() {
-            match outbox::write_one(socket, &mut outgoing) {
+            match outbox::write_one(socket, &mut outgoing, false) {
                 Ok(true) => return Ok(Sent::Done),
                 Ok(false) => {}
                 Err(Failure::Skipped(error)) => return Err(error),

@@ -10,6 +10,7 @@
 //! streams are watched for one event at a time: while one thread receives or sends at length, what arrives meanwhile
 //! wakes no other.
 
+mod answers;
 mod inbound;
 mod inbox;
 mod link;

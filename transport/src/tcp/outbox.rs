@@ -88,9 +88,13 @@ impl Outbox {
     /// The stream cannot go on: the socket failed, or a payload went away in the middle.
     pub(super) fn write(&mut self, socket: &Socket, settled: &mut Vec<Settled>) -> Result<Wrote, StoreError> {
         let mut budget = WRITE_BUDGET;
-        while let Some(front) = self.queue.front_mut() {
+        loop {
+            let more = self.queue.get(1).is_some_and(|next| next.word.is_some());
+            let Some(front) = self.queue.front_mut() else {
+                return Ok(Wrote::All);
+            };
             let before = front.sent;
-            let wrote = write_one(socket, front);
+            let wrote = write_one(socket, front, more);
             budget = budget.saturating_sub(front.sent - before);
             let result = match wrote {
                 Ok(true) => Ok(()),
@@ -108,7 +112,6 @@ impl Outbox {
                 return Ok(Wrote::Enough);
             }
         }
-        Ok(Wrote::All)
     }
 
     /// Gives everything up.
@@ -127,8 +130,9 @@ pub(super) enum Failure {
     Broken(StoreError),
 }
 
-/// Writes one frame until it is out (true) or the socket is full (false).
-pub(super) fn write_one(socket: &Socket, outgoing: &mut Outgoing) -> Result<bool, Failure> {
+/// Writes one frame until it is out (true) or the socket is full (false). If more follows at once, the end of its payload
+/// may wait for that, so that who receives is woken once.
+pub(super) fn write_one(socket: &Socket, outgoing: &mut Outgoing, more: bool) -> Result<bool, Failure> {
     if let Some(word) = outgoing.word.take() {
         let Some(bytes) = word.word() else {
             let error = StoreError::stale("send", "a word", "its segment was deregistered");
@@ -141,7 +145,7 @@ pub(super) fn write_one(socket: &Socket, outgoing: &mut Outgoing) -> Result<bool
         let head = outgoing.head.get(outgoing.sent..).unwrap_or_default();
         let wrote = match &mut outgoing.payload {
             None => socket.send(head).map_err(Unmoved::Os),
-            Some(gather) => gather.send(socket.as_fd(), head),
+            Some(gather) => gather.send(socket.as_fd(), head, more),
         };
         match wrote {
             Ok(count) => outgoing.sent += count,

@@ -30,11 +30,22 @@ const TRIES_MAX: u8 = 3;
 
 /// How a request was answered.
 pub(super) enum Answered {
-    /// Its bytes have landed.
-    Bytes,
+    /// Its bytes have landed, so many of them by way of a buffer.
+    Bytes {
+        staged_bytes: u64,
+    },
     Word(u64),
     /// Why the owner refused.
     Refused(StoreError),
+}
+
+/// What comes next on a stream.
+#[derive(Default)]
+pub(super) struct Expected {
+    /// Whose answer, if anything is asked for.
+    pub(super) slice: Option<Slice>,
+    /// Whether the answer after that is a word.
+    pub(super) word_follows: bool,
 }
 
 /// A read that is over.
@@ -269,9 +280,13 @@ impl Reads {
         }
     }
 
-    /// The slice whose answer comes next on a stream.
-    pub(super) fn expected(&self, stream: &Arc<ReadStream>) -> Option<Slice> {
-        self.books.iter().find(|book| Arc::ptr_eq(&book.stream, stream))?.under_way.front().cloned()
+    /// What comes next on a stream.
+    pub(super) fn expected(&self, stream: &Arc<ReadStream>) -> Expected {
+        let Some(book) = self.books.iter().find(|book| Arc::ptr_eq(&book.stream, stream)) else {
+            return Expected::default();
+        };
+        let word_follows = book.under_way.get(1).is_some_and(|slice| slice.local.is_none());
+        Expected { slice: book.under_way.front().cloned(), word_follows }
     }
 
     /// The answer to a stream's oldest request is complete.
@@ -292,9 +307,13 @@ impl Reads {
         book.under_way_bytes -= slice.len();
         if let Some(transfer) = self.transfers.get_mut(&slice.transfer) {
             transfer.under_way -= 1;
-            if let Answered::Word(word) = answered {
-                transfer.word = Word::Done;
-                transfer.stats.word = Some(word);
+            match answered {
+                Answered::Bytes { staged_bytes } => transfer.stats.staged_bytes += staged_bytes,
+                Answered::Word(word) => {
+                    transfer.word = Word::Done;
+                    transfer.stats.word = Some(word);
+                }
+                Answered::Refused(_) => {}
             }
         }
         if let Answered::Refused(error) = answered {

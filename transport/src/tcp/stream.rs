@@ -3,7 +3,6 @@
 //! turn, and a lost stream's slices are given back within a turn too, so nothing lands for them afterwards.
 
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -13,13 +12,13 @@ use parking_lot::Mutex;
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 
+use super::answers::{Answers, Received};
 use super::link::Link;
-use super::reads::{Answered, Next, Slice, WORD_LEN};
+use super::reads::{Answered, Next};
 use super::shared::{Conn, Shared, Task};
-use super::sys::{Got, Socket};
+use super::sys::Socket;
 use super::turn::Turn;
-use super::wire::{ANSWER_LEN, Answer, FabricMessage, Request, StreamToken, error_from};
-use crate::region::{Piece, Unmoved};
+use super::wire::{FabricMessage, Request, StreamToken};
 
 /// Bytes received before other connections get their turn.
 const RECEIVE_BUDGET: usize = 8 << 20;
@@ -31,7 +30,7 @@ pub(super) struct ReadStream {
     writable: AtomicBool,
     lost: Mutex<Lost>,
     out: Mutex<Out>,
-    inbox: Mutex<Inbox>,
+    answers: Mutex<Answers>,
 }
 
 /// Whether the stream is to be given up.
@@ -49,20 +48,6 @@ enum Lost {
 struct Out {
     connected: bool,
     bytes: Vec<u8>,
-}
-
-/// What has been received of the answer under way.
-#[derive(Default)]
-struct Inbox {
-    head: [u8; ANSWER_LEN],
-    head_len: usize,
-    answer: Option<Incoming>,
-}
-
-enum Incoming {
-    Bytes { slice: Slice, local: Piece, done: usize },
-    Word { bytes: [u8; WORD_LEN], done: usize },
-    Refusal { kind: ErrorKind, text: Vec<u8>, len: usize },
 }
 
 impl ReadStream {
@@ -87,7 +72,7 @@ impl ReadStream {
             writable: AtomicBool::new(false),
             lost: Mutex::default(),
             out: Mutex::new(Out { connected: false, bytes: hello.into_bytes() }),
-            inbox: Mutex::default(),
+            answers: Mutex::default(),
         });
         shared.insert(id, Conn::Read(Arc::clone(&stream)));
         shared.set_deadline(id, shared.config.handshake_timeout);
@@ -238,27 +223,24 @@ impl ReadStream {
     }
 
     fn receive(self: &Arc<Self>, shared: &Arc<Shared>) -> Result<(), StoreError> {
-        let mut inbox = self.inbox.lock();
+        let mut answers = self.answers.lock();
         let mut budget = RECEIVE_BUDGET;
         while budget > 0 && !self.is_lost() {
-            let (got, wanted) = inbox.receive(&self.socket)?;
-            let count = match got {
-                Got::Bytes(count) => count,
-                Got::Nothing => return Ok(()),
-                Got::End => return Err(StoreError::unavailable("its data stream", "the peer closed it")),
+            let expected = self.link.reads.lock().expected(self);
+            let (count, may_have_more) = match answers.receive(&self.socket, &expected)? {
+                Received::Bytes(count, may_have_more) => (count, may_have_more),
+                Received::Nothing => return Ok(()),
+                Received::End => {
+                    return Err(StoreError::unavailable("its data stream", "the peer closed it"));
+                }
             };
             budget = budget.saturating_sub(count);
-            if let Some(answered) = inbox.complete() {
+            let mut expected = expected;
+            while let Some(answered) = answers.next(&expected)? {
                 self.answered(shared, answered);
+                expected = self.link.reads.lock().expected(self);
             }
-            if inbox.head_len == ANSWER_LEN && inbox.answer.is_none() {
-                let slice = self.link.reads.lock().expected(self);
-                inbox.begin(slice)?;
-                // An answer without bytes is complete at once.
-                if let Some(answered) = inbox.complete() {
-                    self.answered(shared, answered);
-                }
-            } else if count < wanted {
+            if !may_have_more {
                 return Ok(());
             }
         }
@@ -274,89 +256,5 @@ impl ReadStream {
         if !next.finished.is_empty() {
             self.link.report_finished(shared, next.finished);
         }
-    }
-}
-
-impl Inbox {
-    /// Receives once: the rest of the answer under way and the next answer's head, in one call. Returns what came
-    /// and what there was room for.
-    fn receive(&mut self, socket: &Socket) -> Result<(Got, usize), StoreError> {
-        let failed = |error: Errno| StoreError::os("receive a read's bytes", error);
-        match &mut self.answer {
-            None => {
-                let room = &mut self.head[self.head_len..];
-                let wanted = room.len();
-                let got = socket.receive(room).map_err(failed)?;
-                if let Got::Bytes(count) = got {
-                    self.head_len += count;
-                }
-                Ok((got, wanted))
-            }
-            Some(Incoming::Refusal { text, len, .. }) => {
-                let mut buffer = vec![0; *len - text.len()];
-                let got = socket.receive(&mut buffer).map_err(failed)?;
-                if let Got::Bytes(count) = got {
-                    text.extend_from_slice(&buffer[..count]);
-                }
-                Ok((got, buffer.len()))
-            }
-            Some(Incoming::Word { bytes, done }) => {
-                let wanted = bytes.len() - *done;
-                let got = socket.receive(&mut bytes[*done..]).map_err(failed)?;
-                if let Got::Bytes(count) = got {
-                    *done += count;
-                }
-                Ok((got, wanted))
-            }
-            Some(Incoming::Bytes { slice, local, done }) => {
-                let left = local.len() - *done;
-                let wanted = left + self.head.len();
-                match local.receive(socket.as_fd(), *done, &mut self.head) {
-                    Ok(count) => {
-                        *done += count.min(left);
-                        self.head_len = count.saturating_sub(left);
-                        Ok((Got::of(Ok(count)).map_err(failed)?, wanted))
-                    }
-                    Err(Unmoved::Os(error)) => Ok((Got::of(Err(error)).map_err(failed)?, wanted)),
-                    Err(Unmoved::Closed) => {
-                        let subject = format!("transfer {}", slice.transfer);
-                        Err(StoreError::stale("read", subject, "the local segment was deregistered"))
-                    }
-                }
-            }
-        }
-    }
-
-    /// A head is there: from now on its bytes are received.
-    fn begin(&mut self, slice: Option<Slice>) -> Result<(), StoreError> {
-        let Some(slice) = slice else {
-            return Err(StoreError::protocol("an answer came on a data stream that asked for nothing"));
-        };
-        let answer = Answer::parse(self.head, slice.number, slice.remote.len_bytes)?;
-        self.head_len = 0;
-        self.answer = Some(match (answer.error, slice.local.clone()) {
-            (None, Some(local)) => Incoming::Bytes { slice, local, done: 0 },
-            (None, None) => Incoming::Word { bytes: [0; WORD_LEN], done: 0 },
-            (Some(kind), _) => {
-                let len = usize::try_from(answer.len_bytes).unwrap_or(0);
-                Incoming::Refusal { kind, text: Vec::with_capacity(len), len }
-            }
-        });
-        Ok(())
-    }
-
-    /// Takes the answer if it is complete.
-    fn complete(&mut self) -> Option<Answered> {
-        let answered = match self.answer.as_ref()? {
-            Incoming::Bytes { local, done, .. } if *done == local.len() => Answered::Bytes,
-            // As it lies in the owner's memory: the protocol fixes little-endian for what it means.
-            Incoming::Word { bytes, done } if *done == WORD_LEN => Answered::Word(u64::from_le_bytes(*bytes)),
-            Incoming::Refusal { kind, text, len } if text.len() == *len => {
-                Answered::Refused(error_from(*kind, text))
-            }
-            Incoming::Bytes { .. } | Incoming::Word { .. } | Incoming::Refusal { .. } => return None,
-        };
-        self.answer = None;
-        Some(answered)
     }
 }

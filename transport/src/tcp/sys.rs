@@ -208,7 +208,12 @@ impl Socket {
     }
 
     pub(super) fn receive(&self, buffer: &mut [u8]) -> Result<Got, Errno> {
-        Got::of(rustix::net::recv(&self.fd, buffer, RecvFlags::DONTWAIT).map(|(count, _)| count))
+        Got::of(self.receive_into(buffer))
+    }
+
+    /// Says how many bytes came, 0 at the end.
+    pub(super) fn receive_into(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
+        rustix::net::recv(&self.fd, buffer, RecvFlags::DONTWAIT).map(|(count, _)| count)
     }
 
     pub(super) fn send(&self, bytes: &[u8]) -> Result<usize, Errno> {
