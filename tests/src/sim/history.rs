@@ -332,14 +332,16 @@ impl History {
         self.forced.iter().any(|(key, at)| *key == attempt.key && *at >= attempt.invoked)
     }
 
-    /// Whether anything that clients did explains that an object of this key left the node's index.
-    pub(super) fn may_leave(&self, key: usize, node: usize, epoch: u64) -> bool {
-        let here = |attempt: &&Attempt| attempt.node == node && attempt.epoch == epoch;
+    /// Whether anything that clients did explains that an object of this key left the index of the node it was put on.
+    pub(super) fn may_leave(&self, key: usize, object: ObjectId, node: usize, epoch: u64) -> bool {
+        if let Some(put) = self.put_of(object) {
+            return !self.is_durable(&self.attempts[put], u64::MAX);
+        }
+        // Any attempt whose object is not known may be the one that left.
+        let maybe =
+            |attempt: &&Attempt| (attempt.node, attempt.epoch) == (node, epoch) && attempt.object.is_none();
         let attempts = self.by_key[key].iter().map(|&index| &self.attempts[index]);
-        attempts.filter(here).all(|attempt| {
-            // An attempt that is told of later may be the one that left.
-            !self.is_durable(attempt, u64::MAX)
-        })
+        attempts.filter(maybe).all(|attempt| !self.is_durable(attempt, u64::MAX))
     }
 
     /// Whether an object that was put on a node that died since has to outlive it where there is a copy.

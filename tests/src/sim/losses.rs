@@ -20,7 +20,7 @@ pub(super) const HEAL_NS: u64 = 8_000 * MS;
 #[derive(Debug, Default)]
 pub(super) struct Losses {
     /// When a node died last.
-    last_death: u64,
+    last_death: Option<u64>,
     /// The node that is away, and until when.
     away: Option<(usize, u64)>,
     /// Since when the cluster was whole.
@@ -90,19 +90,21 @@ impl World {
     pub(super) fn node_dies(&mut self, at: usize) {
         let now = self.now();
         let spaced = self.plan.weather == Weather::Losses;
+        // What the node that died before had may be on its way here yet, and whoever has a copy may give it up, as far
+        // as they know: also for one that has died meanwhile.
+        let unhealed = self.losses.last_death.is_some_and(|last| now < last + HEAL_NS);
         for attempt in self.history.replicated() {
             let Some(object) = self.history.attempts[attempt].object else { continue };
             let here = self.nodes[at].index.values().any(|shown| shown.object.object == object);
             let others = self.holders_of(object) - usize::from(here);
-            let soon = now < self.losses.last_death + HEAL_NS || !self.is_calm(now, now);
-            // Others may be about to give theirs up for this one, as far as they know.
-            if here && (others == 0 || (soon && !spaced && others < 2)) {
+            let excused = unhealed || (others < 2 && !self.is_calm(now, now));
+            if here && (others == 0 || (excused && !spaced)) {
                 self.history.is_gone(attempt);
             } else if here {
                 self.tally.outlived += u64::from(self.history.attempts[attempt].node == at);
             }
         }
-        self.losses.last_death = now;
+        self.losses.last_death = Some(now);
         self.losses.whole_since = None;
     }
 
@@ -176,7 +178,7 @@ impl World {
         let away = self.losses.away.map(|(at, _)| at);
         let known = self.plan.weather == Weather::Losses
             && self.plan.heirs > 1
-            && self.losses.last_death < began
+            && self.losses.last_death.is_none_or(|last| last < began)
             && self.losses.whole_since.is_some_and(|since| since < began)
             && self.is_whole_without(away);
         self.tally.deleted_for_good += u64::from(known && away.is_some());
@@ -201,7 +203,8 @@ impl World {
         if let Some(at) = away {
             // The node that keeps the directory may die meanwhile, if another one may keep it.
             let heirs = (0..self.plan.heirs).filter(|&heir| self.nodes[heir].alive).count();
-            let rested = now > since + GRACE_NS && now > self.losses.last_death + HEAL_NS;
+            let rested =
+                now > since + GRACE_NS && self.losses.last_death.is_none_or(|last| now > last + HEAL_NS);
             if let Some(keeper) = self.heir().filter(|&keeper| keeper != at && heirs > 1 && rested)
                 && self.rng.percent(20)
             {

@@ -40,7 +40,7 @@ impl World {
             return self.copy_left(at, &object);
         }
         let key = self.key_number(&object.key);
-        if !self.history.may_leave(key, at, epoch) {
+        if !self.history.may_leave(key, object.object, at, epoch) {
             self.fail(format!(
                 "node {at}: original {:?} of {:?} left without a delete",
                 object.object, object.key

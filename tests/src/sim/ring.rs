@@ -194,12 +194,12 @@ impl World {
         self.hand_in(at, Input::PutsAhead { client: id, puts, ring });
         let now = self.now();
         for record in records {
-            let shown = self.nodes[at].index.values().any(|shown| {
-                (shown.object.extent.segment, shown.object.extent.offset)
-                    == (record.extent.segment, record.extent.offset)
-            });
-            if shown {
+            let place = |extent: Extent| (extent.segment, extent.offset);
+            let mut objects = self.nodes[at].index.values().map(|shown| &shown.object);
+            let shown = objects.find(|object| place(object.extent) == place(record.extent));
+            if let Some(object) = shown.map(|object| object.object) {
                 self.tally.sealed += 1;
+                self.history.became(record.attempt, object, 0);
             } else {
                 // Another object of the key was there, and is kept.
                 self.ended(record.attempt, Outcome::Never(now));
