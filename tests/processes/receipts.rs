@@ -105,10 +105,10 @@ fn gets_say_how_their_bytes_came_here() {
     assert_eq!((eager.fabric.as_deref(), &*eager.from.node), (Some("tcp"), "owner"));
     assert!(&*eager.to.node == "reader" && eager.elapsed.is_some());
 
-    // A question and a read; then, where it was found, a read on every stream and a look at the word.
-    for path in ["asked", "known"] {
+    // A question and a read; then, where it was found, a read with the word behind it.
+    for (trips, place) in [(2, "asked for"), (1, "known")] {
         let read = get(&here, "large", LARGE, &away);
-        assert_eq!(numbers(&read), (Path::Read, LARGE as u64, 0, 2), "{path}");
+        assert_eq!(numbers(&read), (Path::Read, LARGE as u64, 0, trips), "{place}");
     }
     let range = Some(Range { start: 1_000_001, len_bytes: 3 << 20 });
     let part = get(&here, "part", LARGE, &GetOptions { range, ..away });

@@ -18,7 +18,8 @@ struct Loopback {
 
 impl Bench for Loopback {
     fn pair(&self, a: Arc<dyn FabricSink>, b: Arc<dyn FabricSink>) -> Pair {
-        let config = TcpConfig { streams: self.streams, ..TcpConfig::default() };
+        // Short slices, so that reads are spread over the streams.
+        let config = TcpConfig { streams: self.streams, slice_bytes: 256 << 10, ..TcpConfig::default() };
         let a = TcpFabric::start(config.clone(), a).expect("listen");
         let b = TcpFabric::start(config, b).expect("listen");
         let killed = Arc::clone(&b);

@@ -8,6 +8,7 @@ use hetmem_node::{Config, Node};
 
 use super::Size;
 use super::baseline::{TcpLoop, iperf3};
+use super::processors::Halves;
 use super::rows::{Pair, Row, Target, timed};
 use crate::demo::nodes::{Folder, Process};
 
@@ -33,6 +34,14 @@ pub(super) struct Pairing {
 
 impl Pairing {
     pub(super) fn start() -> Result<Self, StoreError> {
+        Self::start_on(None)
+    }
+
+    /// The owner on one half of the processors, this thread and the node in this process on the other, if they are to be
+    /// apart.
+    pub(super) fn start_on(halves: Option<&Halves>) -> Result<Self, StoreError> {
+        let keep_to = |half| halves.map_or(Ok(()), |halves| halves.keep_to(half));
+        keep_to(0)?;
         let folder = Folder::create()?;
         let socket = |name: &str| folder.path().join(name).display().to_string();
         let owner = Process::start(
@@ -43,6 +52,7 @@ impl Pairing {
                 ("host", "512MiB".to_owned()),
             ],
         )?;
+        keep_to(1)?;
         let put = Store::connect(Some(&owner.socket))?;
         let here = [
             ("name", "bench-here".to_owned()),

@@ -27,6 +27,7 @@ mod wire;
 
 use std::fmt;
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::num::NonZero;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
@@ -68,6 +69,9 @@ pub struct TcpConfig {
     pub send_buffer_bytes: usize,
     /// The receive buffer of data streams in bytes; 0 leaves it to the system.
     pub receive_buffer_bytes: usize,
+    /// How long a caller of `progress` goes on looking for events before it sleeps; zero: not at all. The fabric's own
+    /// threads sleep at once.
+    pub busy_poll: Duration,
     /// How long connecting and the handshake may take together.
     pub handshake_timeout: Duration,
     /// The most connections that have not introduced themselves.
@@ -84,20 +88,30 @@ impl Default for TcpConfig {
             listen: "127.0.0.1:0".to_owned(),
             threads: 2,
             serving_threads: 2,
-            // 64 MiB over loopback on 2 idle cores, in GiB/s: 5.0 with 1 stream, 5.6 with 2, 5.0 to 5.8 with 4 (with
-            // bbr: 3.9, 4.6, 4.0); a bare blocking loop 2.9.
-            streams: 2,
-            // The same with slices of 4 MiB is no faster.
-            slice_bytes: 1 << 20,
+            // 64 MiB over loopback on 2 cores, in GiB/s, with slices of 1 and of 4 MiB: over 1 stream 5.2 and 5.1, over 2
+            // 4.9 and 4.3; with each node on a core of its own 4.5 and 6.5, 5.9 and 4.7; a bare blocking loop 2.6. Sending
+            // and receiving take a core each: a second stream needs two more.
+            streams: if processors() < 4 { 1 } else { 2 },
+            slice_bytes: 4 << 20,
             // The same over 1 stream with buffers of 512 KiB: 4.4, of 2 MiB: 5.3; the system's own sizes do as well.
             send_buffer_bytes: 0,
             receive_buffer_bytes: 0,
+            // A get by a process that is its own node, on 2 cores (medians of 6 runs in turn with 0, 20 and 50 us): 1 KiB 91,
+            // 50 and 42 us, 32 KiB 101, 96 and 51, 1 MiB 287, 225 and 188; gets through a daemon and longer ones do not
+            // change. With the owner's threads looking too, 1 KiB takes 24 us, but 57 rather than 43 through a daemon, which
+            // has no core left.
+            busy_poll: Duration::from_micros(50),
             handshake_timeout: Duration::from_secs(5),
             handshakes_max: 256,
             links_max: 1024,
             streams_per_peer_max: 16,
         }
     }
+}
+
+/// Processors that this process may use.
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZero::get)
 }
 
 /// A fabric over TCP sockets.

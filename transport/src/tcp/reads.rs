@@ -15,7 +15,8 @@ use super::wire::{Request, StreamToken};
 use crate::fabric::ReadStats;
 use crate::region::Piece;
 
-/// Slices under way on one stream, so that the owner never waits for a request while large reads last.
+/// Slices under way on one stream, so that the owner never waits for a request while large reads last. A read of no more
+/// slices than that keeps to one stream, where its word follows its bytes; a longer one is spread over all.
 const WINDOW: usize = 4;
 /// Reads up to this length go out at once on the emptiest stream, past those that wait, unless it has `QUEUE_MAX`.
 const SMALL_LEN: usize = 64 << 10;
@@ -81,14 +82,14 @@ struct Transfer {
 enum Word {
     /// There is none, or it is there.
     Done,
-    /// To be asked for: behind the last slice if that is the only one under way, on its stream, whose owner answers in
-    /// order; else when all slices are there.
+    /// To be asked for: behind the last slice if all that are under way are on its stream, whose owner answers in order;
+    /// else when all slices are there.
     Unasked(RemoteExtent),
     Asked,
 }
 
 impl Transfer {
-    /// The word, if its time has come.
+    /// The word, if its time has come: nothing is left to be asked for, nor under way but what it would follow.
     fn take_due_word(&mut self, under_way: usize) -> Option<RemoteExtent> {
         match self.word {
             Word::Unasked(word)
@@ -163,14 +164,16 @@ impl Reads {
         self.peer.filter(|_| matches!(self.state, State::Open))
     }
 
-    /// How many streams are wanted beyond those that there are, `streams` being the most.
+    /// How many streams are wanted beyond those that there are, `streams` being the most: one for every window of bytes
+    /// that wait, beside those that have no room.
     pub(super) fn streams_wanted(&self, slice_bytes: usize, streams: usize) -> usize {
-        if self.books.len() >= streams {
+        if self.books.len() >= streams || self.waiting.is_empty() {
             return 0;
         }
         let bytes = self.waiting.iter().fold(0_usize, |sum, slice| sum.saturating_add(slice.len()));
-        let useful = bytes.div_ceil(slice_bytes).clamp(usize::from(!self.waiting.is_empty()), streams);
-        useful.saturating_sub(self.books.len())
+        let full = self.books.iter().filter(|book| book.under_way.len() >= WINDOW).count();
+        let useful = full.saturating_add(bytes.div_ceil(slice_bytes.saturating_mul(WINDOW)));
+        useful.clamp(1, streams).saturating_sub(self.books.len())
     }
 
     pub(super) fn add_stream(&mut self, stream: Arc<ReadStream>) {
@@ -241,14 +244,13 @@ impl Reads {
                 self.waiting.pop_front();
                 continue;
             }
-            let window = if front.is_small() { QUEUE_MAX } else { WINDOW };
-            let room = self.books.iter_mut().filter(|book| book.under_way.len() < window);
-            let Some(book) = room.min_by_key(|book| book.under_way_bytes) else {
+            let Some(at) = self.stream_for(front, slice_bytes) else {
                 return;
             };
             let Some(mut slice) = self.waiting.pop_front() else {
                 return;
             };
+            let book = &mut self.books[at];
             if slice.len() > slice_bytes {
                 let (first, rest) = slice.cut(slice_bytes);
                 self.waiting.push_front(rest);
@@ -263,7 +265,8 @@ impl Reads {
                         transfer.unasked -= slice.len();
                         transfer.stats.slices += 1;
                         transfer.stats.round_trips = 1;
-                        behind = transfer.take_due_word(1);
+                        let with_it = book.under_way.iter().filter(|slice| slice.transfer == number).count();
+                        behind = transfer.take_due_word(with_it + 1);
                     }
                     None => transfer.stats.round_trips += 1,
                 }
@@ -278,6 +281,17 @@ impl Reads {
                 next.flush.push(Arc::clone(&book.stream));
             }
         }
+    }
+
+    /// The stream that the next part of a read goes to, if one has room: the one that carries the read already, unless it
+    /// is to be spread; else the one that has the fewest bytes to bring.
+    fn stream_for(&self, slice: &Slice, slice_bytes: usize) -> Option<usize> {
+        let window = if slice.is_small() { QUEUE_MAX } else { WINDOW };
+        let whole = self.transfers.get(&slice.transfer)?.stats.bytes;
+        let spread = whole > slice_bytes.saturating_mul(WINDOW) as u64;
+        let away = |book: &Book| !spread && book.under_way.iter().all(|it| it.transfer != slice.transfer);
+        let room = self.books.iter().enumerate().filter(|(_, book)| book.under_way.len() < window);
+        room.min_by_key(|(_, book)| (away(book), book.under_way_bytes)).map(|(at, _)| at)
     }
 
     /// What comes next on a stream.

@@ -225,7 +225,12 @@ impl Shared {
             }
             match seat {
                 Seat::Leader => {
-                    let wait = |news: bool| self.epoll.wait(Some(if news { Duration::ZERO } else { left }));
+                    let wait = |news: bool| {
+                        if news {
+                            return self.epoll.wait(Some(Duration::ZERO));
+                        }
+                        self.look(left).or_else(|| self.epoll.wait(Some(left)))
+                    };
                     let event = self.seats.lead(seen, wait);
                     self.seats.leave(&seat, false);
                     if let Some((id, flags)) = event {
@@ -237,6 +242,23 @@ impl Shared {
                     self.seats.leave(&seat, false);
                 }
             }
+        }
+    }
+
+    /// Looks for an event for a short while without going to sleep: waking a thread, and the processor that it slept on,
+    /// takes longer than most answers. Whoever else could run on this processor runs first.
+    fn look(&self, at_most: Duration) -> Option<(u64, EventFlags)> {
+        let time = self.config.busy_poll.min(at_most);
+        if time.is_zero() {
+            return None;
+        }
+        let until = Instant::now() + time;
+        loop {
+            let event = self.epoll.wait(Some(Duration::ZERO));
+            if event.is_some() || Instant::now() >= until {
+                return event;
+            }
+            std::thread::yield_now();
         }
     }
 
