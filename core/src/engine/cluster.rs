@@ -73,8 +73,8 @@ pub(super) struct Ask {
     pub(super) key: Key,
     pub(super) why: AskFor,
     pub(super) left: usize,
-    /// Nodes that have it and announce to another directory.
-    pub(super) strangers: Vec<NodeId>,
+    /// Nodes that say they have it.
+    pub(super) found: Vec<NodeId>,
     pub(super) deadline: Time,
 }
 

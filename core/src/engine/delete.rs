@@ -196,7 +196,7 @@ impl Engine {
         }
         let left = links.len() * objects.len();
         if let Some(delete) = self.deletes.get_mut(&operation) {
-            delete.existed = !holders.is_empty();
+            delete.existed = !holders.is_empty() || !delete.found.is_empty();
             delete.left = left;
         }
         if left == 0 {

@@ -79,10 +79,6 @@ impl Keeping {
         self.list.len() > 1
     }
 
-    pub(super) fn has_joined(&self, node: NodeId) -> bool {
-        self.joined.contains(&node)
-    }
-
     pub(super) fn joined(&self) -> impl Iterator<Item = NodeId> + '_ {
         self.joined.iter().copied()
     }

@@ -174,7 +174,7 @@ impl Engine {
         let operation = self.next_operation;
         self.next_operation += 1;
         let deadline = self.now.after_ms(ASK_MS);
-        let ask = Ask { key: key.clone(), why, left: links.len(), strangers: Vec::new(), deadline };
+        let ask = Ask { key: key.clone(), why, left: links.len(), found: Vec::new(), deadline };
         self.asks.insert(operation, ask);
         if links.is_empty() {
             return self.ask_over(operation);
@@ -185,22 +185,16 @@ impl Engine {
         }
     }
 
+    /// A node says whether it holds what everyone was asked for. That is not for the books: what it holds it announces,
+    /// and that it has let go of it may have been heard already, over another link than this answer's.
     pub(super) fn asked(&mut self, operation: u64, node: Option<NodeId>, object: Option<Announced>) {
-        let object_id = object.as_ref().map(|announced| announced.object);
-        let (joined, now) = (node.is_some_and(|node| self.keeping.has_joined(node)), self.now);
-        if let (Some(node), Some(announced), Some(directory)) = (node, object, &mut self.directory) {
-            if joined {
-                directory.announce(node, &announced, false, now);
-            } else if let Some(ask) = self.asks.get_mut(&operation) {
-                ask.strangers.push(node);
-            }
-        }
         let Some(ask) = self.asks.get_mut(&operation) else {
             return;
         };
         ask.left = ask.left.saturating_sub(1);
+        ask.found.extend(node.filter(|_| object.is_some()));
         if let AskFor::Delete(delete) = ask.why {
-            self.delete_found(delete, object_id);
+            self.delete_found(delete, object.map(|announced| announced.object));
         }
         let Some(ask) = self.asks.get(&operation) else {
             return;
@@ -215,11 +209,15 @@ impl Engine {
     /// Who has what everyone was asked for.
     fn holders_asked(&self, ask: &Ask) -> Vec<Holder> {
         let mut holders = self.live_holders(&ask.key, self.asker_of(&ask.why));
-        let stranger = |node: &NodeId| {
+        let found = |node: &NodeId| {
+            if holders.iter().any(|holder| holder.node == *node) {
+                return None;
+            }
             let address = self.peers.get(node)?.member.address.clone();
             Some(Holder { node: *node, address })
         };
-        holders.extend(ask.strangers.iter().filter_map(stranger));
+        let found: Vec<Holder> = ask.found.iter().filter_map(found).collect();
+        holders.extend(found);
         holders
     }
 

@@ -78,7 +78,9 @@ fn run(arguments: &Arguments) -> (Tally, Vec<Outcome>, u64) {
             let mut found = found.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             found.0.add(&outcome.tally);
             found.2 += 1;
-            if outcome.failure.is_some() {
+            if let Some(why) = &outcome.failure {
+                // A run that takes hours does not keep it to itself until its end.
+                let _ = writeln!(std::io::stderr(), "seed {}: {why}", outcome.seed);
                 found.1.push(outcome);
             }
             if found.1.len() >= arguments.failures {

@@ -189,6 +189,11 @@ impl History {
         self.by_key[key].iter().map(|&index| self.attempts[index].wanted).max().unwrap_or(0)
     }
 
+    /// The length of the longest object that may be one of this key.
+    pub(super) fn longest(&self, key: usize) -> u64 {
+        self.by_key[key].iter().map(|&index| self.attempts[index].len).max().unwrap_or(0)
+    }
+
     /// Too many of the nodes that had an object have died.
     pub(super) fn is_gone(&mut self, attempt: usize) {
         self.attempts[attempt].gone = true;

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 
 use hetmem_core::engine::PublishedObject;
-use hetmem_core::{ClientId, Generation, ObjectId};
+use hetmem_core::{ClientId, Generation, Key, ObjectId};
 
 use super::client::{Asked, Kind};
 use super::guards::Hold;
@@ -108,6 +108,15 @@ impl World {
         self.losses.whole_since = None;
     }
 
+    /// Whether a node surely has room for an object of a key that it has none of. For a long one, the room that there is
+    /// may lie in pieces.
+    fn could_take(&self, node: &super::node::Node, key: &Key, len: u64) -> bool {
+        let tier = &node.engine.status().tiers[0];
+        let slots = node.index.len() < self.plan.objects_max as usize / 2;
+        let bytes = tier.used_bytes < tier.capacity_bytes / 3 && len < tier.capacity_bytes / 16;
+        node.alive && !node.by_key.contains_key(key) && slots && bytes
+    }
+
     /// Which objects are on fewer nodes than they are to be although another node could have them.
     fn lacking(&self) -> Vec<String> {
         let live = self.nodes.iter().filter(|node| node.alive).count();
@@ -117,13 +126,7 @@ impl World {
             // Two objects of one key are one value.
             let has = |node: &&super::node::Node| node.alive && node.by_key.contains_key(&key);
             let there = self.nodes.iter().filter(has).count();
-            let roomy = |node: &super::node::Node| {
-                let tier = &node.engine.status().tiers[0];
-                let slots = node.index.len() < self.plan.objects_max as usize / 2;
-                slots && tier.used_bytes < tier.capacity_bytes / 3
-            };
-            let could =
-                |node: &super::node::Node| node.alive && !node.by_key.contains_key(&key) && roomy(node);
+            let could = |node: &super::node::Node| self.could_take(node, &key, put.len);
             there < usize::from(put.wanted).min(live) && self.nodes.iter().any(could)
         };
         let put = |attempt: usize| format!("{:?}", self.history.attempts[attempt]);
@@ -154,14 +157,8 @@ impl World {
         for key in &status.under_replicated_keys {
             let wanted = self.history.wanted(self.key_number(key));
             let live = self.nodes.iter().filter(|node| node.alive).count();
-            let could = |node: &super::node::Node| {
-                let tier = &node.engine.status().tiers[0];
-                let slots = node.index.len() < self.plan.objects_max as usize / 2;
-                node.alive
-                    && !node.by_key.contains_key(key)
-                    && slots
-                    && tier.used_bytes < tier.capacity_bytes / 3
-            };
+            let longest = self.history.longest(self.key_number(key));
+            let could = |node: &super::node::Node| self.could_take(node, key, longest);
             if usize::from(wanted) <= live && self.nodes.iter().any(could) {
                 return self.fail(format!("at rest, the directory's node has not repaired {key:?}"));
             }

@@ -7,7 +7,7 @@ use crate::meta::ObjectMeta;
 use crate::receipt::Path;
 use crate::tier::{ClientId, Epoch, LinkId, NodeId, ObjectId};
 use crate::wire::{
-    Announced, BATCH_MESSAGES_MAX, BATCH_PAYLOAD_LEN_MAX, Batch, Batched, ClientMessage, Holder,
+    Announced, BATCH_MESSAGES_MAX, BATCH_PAYLOAD_LEN_MAX, Batch, Batched, ClientMessage, ClientReply, Holder,
     KEYS_PER_MESSAGE_MAX, Located, Member, PROTOCOL_MAX, PROTOCOL_MIN, PeerMessage, Role,
 };
 
@@ -596,5 +596,29 @@ fn hostile_batches_are_refused_as_a_whole_and_cost_nothing() {
     liar.leave(&mut world);
     world.advance(3_100);
     assert!(world.many(0, client, request).expect("an answer").iter().all(Result::is_err));
+    world.assert_drained();
+}
+
+/// That a node has let go of an object may be heard before its answer that it has it: two nodes that have dialled each
+/// other have two links for a while.
+#[test]
+fn an_answer_that_is_out_of_date_does_not_get_into_the_books() {
+    let mut world = World::shaped(1, &eager());
+    let client = world.client(0, 1);
+    let all = names("k", 1);
+    let liar = Liar::join(&mut world, &all);
+    let list = || ClientMessage::List { prefix: String::new(), after: None, limit: 10 };
+    let gone = announced(&all[0], Liar::object(0), 100);
+    liar.says(&mut world, 0, PeerMessage::Withdraw { objects: vec![gone.clone()] }, 0);
+    let request = world.ask_many(0, client, &all, false);
+    let asked = world.nodes[0].frames.pop().expect("a question").remove(0);
+    assert!(matches!(asked.message, PeerMessage::Ask { .. }));
+    liar.says(&mut world, asked.request, PeerMessage::Asked { object: Some(gone) }, 0);
+    world.settle();
+    let Ok(ClientReply::Listed { objects, .. }) = world.call(0, client, list()) else { panic!("a list") };
+    assert!(objects.is_empty(), "{objects:?}");
+    world.advance(3_100);
+    assert!(world.many(0, client, request).expect("an answer")[0].is_err());
+    liar.leave(&mut world);
     world.assert_drained();
 }
