@@ -82,7 +82,7 @@ pub(super) fn run(size: Size) -> Result<Vec<Row>, StoreError> {
     let mut bare = TcpLoop::start(64 * MIB + ENVELOPE_LEN)?;
     let mut rows = Vec::new();
     for (len, samples, target) in [
-        (KIB, 500, Target::AtMost(1.5)),
+        (KIB, 500, Target::AtMost(1.3)),
         (32 * KIB, 200, Target::AtMost(1.5)),
         (MIB, 50, Target::AtLeast(0.95)),
         (64 * MIB, 3, Target::AtLeast(0.95)),
