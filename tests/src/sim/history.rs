@@ -39,8 +39,8 @@ pub(super) struct Attempt {
     pub(super) told: u32,
     /// Which object it has become.
     pub(super) object: Option<ObjectId>,
-    /// Its node has died.
-    died: bool,
+    /// When its node has died.
+    died: Option<u64>,
     /// It was on several nodes, and more of them have died than could be made up for.
     gone: bool,
     /// A delete that every node of the list knows of was acknowledged, at this time, after it had taken the object from
@@ -119,7 +119,7 @@ impl History {
             wanted: 1,
             told: 0,
             object: None,
-            died: false,
+            died: None,
             gone: false,
             deleted_for_good: None,
             left: None,
@@ -203,10 +203,9 @@ impl History {
         self.forced.push((key, now));
     }
 
-    pub(super) fn node_died(&mut self, node: usize, epoch: u64) {
-        for attempt in &mut self.attempts {
-            attempt.died |= attempt.node == node && attempt.epoch == epoch;
-        }
+    pub(super) fn node_died(&mut self, node: usize, epoch: u64, now: u64) {
+        let of_it = |attempt: &&mut Attempt| (attempt.node, attempt.epoch) == (node, epoch);
+        self.attempts.iter_mut().filter(of_it).for_each(|attempt| attempt.died = Some(now));
     }
 
     /// Whether a delete that was acknowledged before `began` had to take this object.
@@ -329,7 +328,7 @@ impl History {
         let aimed_at = self.deletions.iter().any(|deletion| {
             deletion.key == attempt.key && deletion.ended.is_none_or(|ended| ended >= attempt.invoked)
         });
-        let lost = if attempt.told > 1 { attempt.gone } else { attempt.died };
+        let lost = if attempt.told > 1 { attempt.gone } else { attempt.died.is_some() };
         sealed && !attempt.fleeting && !lost && !aimed_at && !self.was_forced(attempt)
     }
 
@@ -349,18 +348,21 @@ impl History {
         attempts.filter(maybe).all(|attempt| !self.is_durable(attempt, u64::MAX))
     }
 
-    /// Whether an object that was put on a node that died since has to outlive it where there is a copy.
-    pub(super) fn must_outlive(&self, key: usize, node: usize, epoch: u64) -> bool {
+    /// When the node died that an object was put on, if the object has to outlive it where there is a copy.
+    pub(super) fn must_outlive(&self, key: usize, node: usize, epoch: u64) -> Option<u64> {
         let deleted = self.deletions.iter().any(|deletion| deletion.key == key);
-        let of_node = |attempt: &Attempt| (attempt.node, attempt.epoch) == (node, epoch);
+        let of_node = |attempt: &&Attempt| (attempt.node, attempt.epoch) == (node, epoch);
         let lost = |attempt: &Attempt| {
-            attempt.died && matches!(attempt.outcome, Outcome::Sealed(_)) && !self.was_forced(attempt)
+            let sealed = matches!(attempt.outcome, Outcome::Sealed(_)) && !self.was_forced(attempt);
+            attempt.died.filter(|_| sealed)
         };
-        let mut attempts = self.by_key[key].iter().map(|&index| &self.attempts[index]);
+        let attempts = self.by_key[key].iter().map(|&index| &self.attempts[index]);
+        let mut of_it = attempts.filter(of_node);
         // What the dead node kept as cache, or for a time, may have gone from it before.
-        !deleted
-            && attempts.clone().filter(|attempt| of_node(attempt)).all(|attempt| !attempt.fleeting)
-            && attempts.any(|attempt| of_node(attempt) && lost(attempt))
+        if deleted || of_it.clone().any(|attempt| attempt.fleeting) {
+            return None;
+        }
+        of_it.find_map(lost)
     }
 
     /// Of two exclusive puts of one key, with nothing between that takes the first away, only one succeeds.

@@ -86,6 +86,14 @@ impl World {
 
     // Deaths.
 
+    /// Whether everyone has heard of a death by now: it was the last one, and nothing else keeps nodes apart.
+    pub(super) fn is_only_death(&self, died: u64) -> bool {
+        matches!(self.plan.weather, Weather::Deaths | Weather::Losses)
+            && self.partitions.is_empty()
+            && self.losses.last_death == Some(died)
+            && self.now() > died + GRACE_NS
+    }
+
     /// A node is about to die. What only it and nodes that died just before had is excused; all else has to live on.
     pub(super) fn node_dies(&mut self, at: usize) {
         let now = self.now();

@@ -58,8 +58,9 @@ impl World {
             let mut objects = node.index.values().map(|shown| &shown.object);
             node.alive && objects.any(|other| other.key == object.key)
         };
-        let wanted = self.is_calm(now, now) && self.history.must_outlive(key, origin, object.object.epoch.0);
-        if wanted && !self.nodes.iter().any(there) {
+        let Some(died) = self.history.must_outlive(key, origin, object.object.epoch.0) else { return };
+        let heard = self.is_calm(now, now) || self.is_only_death(died);
+        if heard && !self.nodes.iter().any(there) {
             self.fail(format!(
                 "node {at}: the last copy of {:?} of {:?} left, whose node died",
                 object.object, object.key

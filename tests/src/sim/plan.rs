@@ -67,6 +67,9 @@ pub(super) struct Plan {
     pub(super) repeats: u64,
 }
 
+/// Of so many objects, some are granted ahead while there are few, and lacking when there are many.
+const FEW_AHEAD: u32 = 36;
+
 impl Plan {
     pub(super) fn new(seed: u64) -> Self {
         let mut rng = Rng::new(seed ^ 0x5eed_0f0e_c105_7e55);
@@ -86,16 +89,22 @@ impl Plan {
         let capacity_bytes = rng.pick(&[512_u64, 768, 1_024, 2_048, 4_096]) << 10;
         let losses = weather == Weather::Losses;
         let nodes = rng.weighted(&[(45, 3), (25, 4), (15, 5), (10, 6), (5, 7)]) + if losses { 1 } else { 0 };
+        let objects_max = rng.weighted(if losses {
+            &[(35, 6), (10, 16), (5, FEW_AHEAD), (50, 256)]
+        } else {
+            &[(15, 6), (15, 16), (10, FEW_AHEAD), (60, 256)]
+        });
         Self {
             weather,
             nodes,
             heirs: rng.weighted(&[(55, 1), (25, 2), (20, 3)]),
             replicated: rng.pick(&[0, 10, 40]).max(if losses { 30 } else { 0 }),
             clients_per_node: if losses { 1 } else { rng.between(1, 4) },
-            keys: rng.pick(&[3, 8, 16, 40]),
+            // More than there is room for, where the room is that for a few puts ahead.
+            keys: if objects_max == FEW_AHEAD { 64 } else { rng.pick(&[3, 8, 16, 40]) },
             capacity_bytes,
             quota_bytes: rng.pick(&[0, capacity_bytes / 4, capacity_bytes / 2]),
-            objects_max: rng.weighted(&[(15, 6), (15, 16), (70, 256)]),
+            objects_max,
             threshold_bytes: rng.pick(&[Some(0), Some(0), Some(1_024), Some(8_192), None, Some(u64::MAX)]),
             lease_ms: u32::try_from(lease).unwrap_or(u32::MAX),
             // Long objects cost time and find little that shorter ones do not.
@@ -117,8 +126,8 @@ impl Plan {
             copy_failures: rng.pick(&[0, 0, 20]),
             client_deaths: rng.pick(&[0, 50, 100]),
             pins: rng.pick(&[2, 8]),
-            deletes: rng.pick(&[0, 2, 8, 15]),
-            puts: rng.pick(&[20, 35, 60]),
+            deletes: if objects_max == FEW_AHEAD { 0 } else { rng.pick(&[0, 2, 8, 15]) },
+            puts: if objects_max == FEW_AHEAD { 60 } else { rng.pick(&[20, 35, 60]) },
             network,
             clock_ppm: rng.pick(&[0, 20_000, 50_000]),
             repeats: if weather == Weather::Calm { 0 } else { rng.pick(&[0, 5, 30]) },

@@ -532,7 +532,8 @@ impl World {
         let node = &mut self.nodes[at];
         node.alive = false;
         let epoch = node.epoch;
-        self.history.node_died(at, epoch);
+        let now = self.now();
+        self.history.node_died(at, epoch, now);
         self.clients.retain(|_, client| client.node != at);
     }
 
