@@ -3,7 +3,7 @@
 //! program again, started with `owner`.
 //!
 //! `cargo run --release -p hetmem-transport --example loopback -- [KEY=VALUE ...]` with the keys `rounds`, `streams`,
-//! `slice_kib`, `send_kib`, `receive_kib`, `threads`, `len_mib`, `pings`, `bare_reno` (1: the bare streams use the
+//! `slice_kib`, `send_kib`, `receive_kib`, `threads`, `len_mib`, `pings`, `busy_us`, `bare_reno` (1: the bare streams use the
 //! congestion control that the fabric chooses on one machine, rather than the system's).
 
 use std::error::Error;
@@ -39,6 +39,7 @@ struct Options {
     threads: usize,
     len_mib: usize,
     pings: usize,
+    busy_us: u64,
     bare_reno: usize,
 }
 
@@ -54,11 +55,12 @@ impl Options {
             threads: defaults.threads,
             len_mib: 64,
             pings: 2000,
+            busy_us: u64::try_from(defaults.busy_poll.as_micros())?,
             bare_reno: 0,
         };
         for argument in arguments {
             let (key, value) = argument.split_once('=').ok_or("arguments are KEY=VALUE")?;
-            let value = value.parse()?;
+            let value: usize = value.parse()?;
             match key {
                 "rounds" => options.rounds = value,
                 "streams" => options.streams = value,
@@ -68,6 +70,7 @@ impl Options {
                 "threads" => options.threads = value,
                 "len_mib" => options.len_mib = value,
                 "pings" => options.pings = value,
+                "busy_us" => options.busy_us = value as u64,
                 "bare_reno" => options.bare_reno = value,
                 _ => return Err(format!("unknown key {key}").into()),
             }
@@ -90,6 +93,7 @@ impl Options {
             send_buffer_bytes: self.send_kib << 10,
             receive_buffer_bytes: self.receive_kib << 10,
             threads: self.threads,
+            busy_poll: Duration::from_micros(self.busy_us),
             ..TcpConfig::default()
         }
     }

@@ -26,7 +26,7 @@ enum Which {
     Local(Size),
     /// Two nodes over TCP on loopback: gets beside a bare TCP loop, and iperf3 where it is installed
     Remote(Size),
-    /// Gets of 256 B to 64 MiB from another node on other processors: always Send, always Read, and as the node has measured
+    /// Gets of 256 B to 64 MiB from a node on other processors: always Send, always Read, and as measured
     Sweep(Size),
     /// The other end of a measurement
     #[command(hide = true)]

@@ -209,15 +209,13 @@ impl Engine {
     /// Who has what everyone was asked for.
     fn holders_asked(&self, ask: &Ask) -> Vec<Holder> {
         let mut holders = self.live_holders(&ask.key, self.asker_of(&ask.why));
-        let found = |node: &NodeId| {
-            if holders.iter().any(|holder| holder.node == *node) {
-                return None;
+        for node in &ask.found {
+            if let Some(peer) = self.peers.get(node)
+                && holders.iter().all(|holder| holder.node != *node)
+            {
+                holders.push(Holder { node: *node, address: peer.member.address.clone() });
             }
-            let address = self.peers.get(node)?.member.address.clone();
-            Some(Holder { node: *node, address })
-        };
-        let found: Vec<Holder> = ask.found.iter().filter_map(found).collect();
-        holders.extend(found);
+        }
         holders
     }
 

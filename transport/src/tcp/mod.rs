@@ -88,18 +88,17 @@ impl Default for TcpConfig {
             listen: "127.0.0.1:0".to_owned(),
             threads: 2,
             serving_threads: 2,
-            // 64 MiB over loopback on 2 cores, in GiB/s, with slices of 1 and of 4 MiB: over 1 stream 5.2 and 5.1, over 2
-            // 4.9 and 4.3; with each node on a core of its own 4.5 and 6.5, 5.9 and 4.7; a bare blocking loop 2.6. Sending
-            // and receiving take a core each: a second stream needs two more.
+            // 64 MiB over loopback on 2 cores, in GiB/s, with slices of 1 and of 4 MiB: over 1 stream 5.6 and 6.0, over 2
+            // 6.0 and 6.1 (medians of 15 runs of the example `loopback` in turn; a bare blocking loop 3.0). Sending and
+            // receiving take a core each: a second stream has nothing to gain before there are two more.
             streams: if processors() < 4 { 1 } else { 2 },
             slice_bytes: 4 << 20,
             // The same over 1 stream with buffers of 512 KiB: 4.4, of 2 MiB: 5.3; the system's own sizes do as well.
             send_buffer_bytes: 0,
             receive_buffer_bytes: 0,
-            // A get by a process that is its own node, on 2 cores (medians of 6 runs in turn with 0, 20 and 50 us): 1 KiB 91,
-            // 50 and 42 us, 32 KiB 101, 96 and 51, 1 MiB 287, 225 and 188; gets through a daemon and longer ones do not
-            // change. With the owner's threads looking too, 1 KiB takes 24 us, but 57 rather than 43 through a daemon, which
-            // has no core left.
+            // With 0, 20 and 50 us, on 2 cores (medians of 9 runs of the same example in turn, `busy_us`): a round trip of
+            // 1 KiB 47, 24 and 24 us, reads of 1 MiB 5.5, 5.6 and 5.8 GiB/s. If the owner's threads looked too, gets through
+            // a daemon would take longer, as three processes have two cores.
             busy_poll: Duration::from_micros(50),
             handshake_timeout: Duration::from_secs(5),
             handshakes_max: 256,

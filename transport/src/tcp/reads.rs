@@ -171,7 +171,8 @@ impl Reads {
             return 0;
         }
         let bytes = self.waiting.iter().fold(0_usize, |sum, slice| sum.saturating_add(slice.len()));
-        let full = self.books.iter().filter(|book| book.under_way.len() >= WINDOW).count();
+        let window = self.waiting.front().map_or(WINDOW, Slice::window);
+        let full = self.books.iter().filter(|book| book.under_way.len() >= window).count();
         let useful = full.saturating_add(bytes.div_ceil(slice_bytes.saturating_mul(WINDOW)));
         useful.clamp(1, streams).saturating_sub(self.books.len())
     }
@@ -286,7 +287,7 @@ impl Reads {
     /// The stream that the next part of a read goes to, if one has room: the one that carries the read already, unless it
     /// is to be spread; else the one that has the fewest bytes to bring.
     fn stream_for(&self, slice: &Slice, slice_bytes: usize) -> Option<usize> {
-        let window = if slice.is_small() { QUEUE_MAX } else { WINDOW };
+        let window = slice.window();
         let whole = self.transfers.get(&slice.transfer)?.stats.bytes;
         let spread = whole > slice_bytes.saturating_mul(WINDOW) as u64;
         let away = |book: &Book| !spread && book.under_way.iter().all(|it| it.transfer != slice.transfer);
@@ -482,6 +483,11 @@ impl Slice {
 
     fn is_small(&self) -> bool {
         self.len() <= SMALL_LEN
+    }
+
+    /// How many slices a stream may have under way for it to take this one.
+    fn window(&self) -> usize {
+        if self.is_small() { QUEUE_MAX } else { WINDOW }
     }
 
     /// Of bytes; a word is shorter than any slice.
