@@ -70,9 +70,20 @@ impl Pairing {
 
     /// Puts an object of this length on the owner.
     pub(super) fn put(&self, len: usize) -> Result<Key, StoreError> {
-        let key = Key::new(&format!("bench/remote/{len}"))?;
+        self.put_as(&format!("bench/remote/{len}"), len)
+    }
+
+    /// The same, under a name of its own.
+    pub(super) fn put_as(&self, name: &str, len: usize) -> Result<Key, StoreError> {
+        let key = Key::new(name)?;
         self.put.put_bytes(&key, &vec![9; len])?;
         Ok(key)
+    }
+
+    /// Deletes what was put.
+    pub(super) fn delete(&self, key: &Key) -> Result<(), StoreError> {
+        self.put.delete(key)?;
+        Ok(())
     }
 }
 

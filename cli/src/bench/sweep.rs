@@ -1,6 +1,7 @@
 //! `hetmem bench sweep`: gets of every length with the eager threshold forced to always Send, to always Read, and as the
-//! node has measured it. Not a comparison with anything else. Invariant: in every round each of the three has one block
-//! of gets, all orders of the three come equally often, and each get moves its bytes.
+//! node has measured it: first gets of objects that the reader knows nothing of, where a Read needs a grant, and gets of
+//! an object whose place is known. Not a comparison with anything else. Invariant: in every round each of the three has
+//! one block of gets, all orders of the three come equally often, and each get moves its bytes.
 
 use std::hint::black_box;
 use std::io::Write as _;
@@ -14,7 +15,7 @@ use super::rows::{Row, percentile, rate, timed};
 
 const LEN_MIN_LOG: u32 = 8;
 const LEN_MAX_LOG: u32 = 26;
-/// Gets with the threshold as measured before anything counts: a node that has fetched nothing has measured nothing.
+/// Objects with the threshold as measured before anything counts: a node that has fetched nothing has measured nothing.
 const WARM_UP: usize = 600;
 /// A block of one way's gets takes about this long, in microseconds.
 const BLOCK_US: f64 = 15_000.0;
@@ -46,9 +47,44 @@ impl Way {
 
     const fn name(self) -> &'static str {
         match self {
-            Self::Send => "get, always Send",
-            Self::Read => "get, always Read",
-            Self::Automatic => "get, automatic",
+            Self::Send => "always Send",
+            Self::Read => "always Read",
+            Self::Automatic => "automatic",
+        }
+    }
+}
+
+/// What a block gets: always the same object, or objects that nobody got before.
+enum Objects<'pairing> {
+    Known(Key),
+    Fresh { pairing: &'pairing Pairing, next: u64 },
+}
+
+impl Objects<'_> {
+    const fn name(&self) -> &'static str {
+        match self {
+            Self::Known(_) => "get",
+            Self::Fresh { .. } => "first get",
+        }
+    }
+
+    /// One key for each get of a block.
+    fn keys(&mut self, len: usize, samples: usize) -> Result<Vec<Key>, StoreError> {
+        match self {
+            Self::Known(key) => Ok(vec![key.clone(); samples]),
+            Self::Fresh { pairing, next } => {
+                let first = *next;
+                *next += samples as u64;
+                (first..*next).map(|number| pairing.put_as(&format!("bench/first/{number}"), len)).collect()
+            }
+        }
+    }
+
+    /// After a block: what nobody will get again makes room.
+    fn done_with(&self, keys: &[Key]) -> Result<(), StoreError> {
+        match self {
+            Self::Known(_) => Ok(()),
+            Self::Fresh { pairing, .. } => keys.iter().try_for_each(|key| pairing.delete(key)),
         }
     }
 }
@@ -63,29 +99,42 @@ pub(super) fn run(size: Size) -> Result<Vec<Row>, StoreError> {
         None => "both nodes on the one processor that there is".to_owned(),
     };
     let _ = writeln!(std::io::stderr(), "{where_they_are}");
-    let lens: Vec<usize> = (LEN_MIN_LOG..=LEN_MAX_LOG).map(|log| 1 << log).collect();
-    let keys: Vec<Key> = lens.iter().map(|len| pairing.put(*len)).collect::<Result<_, _>>()?;
     let store = &pairing.inside;
-    for turn in 0..WARM_UP {
-        // Lengths on both sides of any threshold.
-        let at = turn % 14;
-        fetch(store, &keys[at], lens[at], Way::Automatic)?;
-    }
+    let mut fresh = Objects::Fresh { pairing: &pairing, next: 0 };
+    warm_up(store, &mut fresh)?;
     let mut rows = Vec::new();
-    for (key, len) in keys.iter().zip(&lens) {
-        rows.extend(sweep_len(size, store, key, *len)?);
+    for len in (LEN_MIN_LOG..=LEN_MAX_LOG).map(|log| 1 << log) {
+        rows.extend(sweep_len(size, store, &mut fresh, len)?);
+        let key = pairing.put(len)?;
+        rows.extend(sweep_len(size, store, &mut Objects::Known(key.clone()), len)?);
+        pairing.delete(&key)?;
     }
     let status = store.status()?;
     for peer in &status.peers {
         let _ = writeln!(
             std::io::stderr(),
-            "threshold towards {}: {} bytes ({})",
+            "threshold towards {}: {} bytes ({}); a known place is read from {} bytes on ({})",
             peer.name,
             peer.threshold_bytes,
-            peer.threshold_why
+            peer.threshold_why,
+            peer.known_from_bytes,
+            peer.known_from_why
         );
     }
     Ok(rows)
+}
+
+/// Gets of lengths on both sides of any threshold, each twice: by a grant or inside the answer, and of a known place.
+fn warm_up(store: &Store, fresh: &mut Objects<'_>) -> Result<(), StoreError> {
+    for turn in 0..WARM_UP {
+        let len = 1 << (LEN_MIN_LOG as usize + turn % 14);
+        let keys = fresh.keys(len, 1)?;
+        for key in keys.iter().chain(&keys) {
+            fetch(store, key, len, Way::Automatic)?;
+        }
+        fresh.done_with(&keys)?;
+    }
+    Ok(())
 }
 
 fn fetch(store: &Store, key: &Key, len: usize, way: Way) -> Result<Path, StoreError> {
@@ -99,37 +148,46 @@ fn fetch(store: &Store, key: &Key, len: usize, way: Way) -> Result<Path, StoreEr
 }
 
 /// Gets one way, one after the other; how long each took, in microseconds.
-fn block(store: &Store, key: &Key, len: usize, way: Way, samples: usize) -> Result<Vec<f64>, StoreError> {
+fn block(store: &Store, keys: &[Key], len: usize, way: Way) -> Result<Vec<f64>, StoreError> {
     let expected = match way {
         Way::Send => Some(Path::Eager),
         Way::Read => Some(Path::Read),
         Way::Automatic => None,
     };
-    let one = |_| {
+    let one = |key| {
         let (us, path) = timed(|| fetch(store, key, len, way));
         let path = path?;
         match expected {
             Some(expected) if expected != path => {
-                Err(StoreError::unavailable("the forced way", format!("{}: {path}", way.name())))
+                Err(StoreError::unavailable("the forced way", format!("{}: by {path}", way.name())))
             }
             _ => Ok(us),
         }
     };
-    (0..samples).map(one).collect()
+    keys.iter().map(one).collect()
 }
 
 /// The three ways for one length.
-fn sweep_len(size: Size, store: &Store, key: &Key, len: usize) -> Result<Vec<Row>, StoreError> {
+fn sweep_len(
+    size: Size,
+    store: &Store,
+    objects: &mut Objects<'_>,
+    len: usize,
+) -> Result<Vec<Row>, StoreError> {
     let mut all: [Vec<f64>; 3] = Default::default();
     let mut rounds: Vec<[f64; 3]> = Vec::new();
-    let once = timed(|| fetch(store, key, len, Way::Read)).0.max(1.0);
+    let one = objects.keys(len, 1)?;
+    let once = percentile(&block(store, &one, len, Way::Read)?, 50).max(1.0);
+    objects.done_with(&one)?;
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped right after")]
     let samples = ((BLOCK_US / once) as usize).clamp(SAMPLES_MIN, SAMPLES_MAX);
     // One round more, to warm up.
     for round in 0..=size.rounds().next_multiple_of(ORDERS.len()) {
         let mut times: [Vec<f64>; 3] = Default::default();
         for at in ORDERS[round % ORDERS.len()] {
-            times[at] = block(store, key, len, WAYS[at], samples)?;
+            let keys = objects.keys(len, samples)?;
+            times[at] = block(store, &keys, len, WAYS[at])?;
+            objects.done_with(&keys)?;
         }
         if round == 0 {
             continue;
@@ -148,7 +206,7 @@ fn sweep_len(size: Size, store: &Store, key: &Key, len: usize) -> Result<Vec<Row
     };
     let row = |at: usize| Row {
         workload: "sweep",
-        op: WAYS[at].name().to_owned(),
+        op: format!("{}, {}", objects.name(), WAYS[at].name()),
         size_bytes: len as u64,
         p50_us: medians[at],
         p99_us: percentile(&all[at], 99),

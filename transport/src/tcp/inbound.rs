@@ -150,7 +150,7 @@ impl Inbound {
             // From here on it is for the threads that may call the sink.
             shared.serving.remove(&self.socket);
             let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-            if let Err(why) = shared.epoll.add(&self.socket, self.socket.id, flags) {
+            if let Err(why) = shared.seats.events().add(&self.socket, self.socket.id, flags) {
                 link.fail(shared, why);
             }
         }

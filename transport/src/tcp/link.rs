@@ -151,7 +151,7 @@ impl Link {
         shared.insert(id, Conn::Link(Arc::clone(self)));
         shared.set_deadline(id, shared.config.handshake_timeout);
         let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-        shared.epoll.add(&socket, id, flags)
+        shared.seats.events().add(&socket, id, flags)
     }
 
     pub(super) fn address(&self) -> &str {
@@ -362,7 +362,7 @@ impl Link {
     /// Queues this connection behind the others that are ready.
     fn watch_again(&self, shared: &Shared, socket: &Socket) {
         let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-        shared.epoll.modify(socket, socket.id, flags);
+        shared.seats.events().modify(socket, socket.id, flags);
     }
 
     fn receive(self: &Arc<Self>, shared: &Arc<Shared>, socket: &Arc<Socket>) -> Result<(), StoreError> {

@@ -4,7 +4,8 @@
 //!
 //! There are two epolls. Threads that may call the sink, and callers of `progress`, share the one with control streams
 //! and the streams on which this end reads. Threads that never call the sink share the other, with the listener and the
-//! data streams on which peers read: a sink that is held up holds up no peer's read, nor a new stream for one.
+//! data streams on which peers read: a sink that is held up holds up no peer's read, nor a new stream for one. While a
+//! caller of `progress` waits, the threads beside it are not woken (`seats`).
 //!
 //! Control streams are watched edge-triggered: the next frame needs no further system call to be noticed. Data
 //! streams are watched for one event at a time: while one thread receives or sends at length, what arrives meanwhile

@@ -1,26 +1,39 @@
-//! Who waits inside `progress`, and how it learns that its own completion was handled by another thread.
+//! Who waits for the events of a fabric: its own threads (the crew), or callers inside `progress`, and how a caller
+//! learns that its own completion was handled by another thread. Not what is done with an event.
 //!
-//! The first caller is the leader: it waits on the shared epoll, on top of the fabric's threads, so the kernel wakes
-//! it first (the latest waiter of an epoll is woken first). Other callers are followers and sleep on a condition
-//! variable. Whoever has called the sink announces it: followers are notified, and a leader that sleeps gets its
-//! bell rung. A fabric's thread that came later than the leader may be woken by that bell instead; it rings again
-//! and stays out of the epoll until the leader has woken, so a bell goes astray at most once per such thread.
+//! While a caller waits, events are left to it: it has nothing else to do, and handing what came from one thread to
+//! another takes longer than most answers. The first caller is the leader and looks at the epoll itself; other callers are
+//! followers and sleep on a condition variable. The crew waits on an epoll of its own, whose only member is the epoll of
+//! the events; that membership is suspended from when a leader sits down until it gets up. A member of the crew that was
+//! woken takes one event and lets the next one be woken before it handles that. Whoever has called the sink announces
+//! it: followers are notified, and a leader that sleeps gets its bell rung.
 //!
-//! Invariant: an announcement that began after a waiter registered makes it look at its condition again.
+//! Invariant: an announcement that began after a waiter registered makes it look at its condition again; and while no
+//! leader sits, an event wakes one of the crew.
 
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use hetmem_core::StoreError;
 use parking_lot::{Condvar, Mutex};
+use rustix::event::epoll::EventFlags;
 
-use super::sys::Bell;
+use super::sys::{Bell, Epoll, wait_for_either};
+
+/// The only name in the crew's epoll.
+const EVENTS: u64 = 0;
+/// What suspends a membership.
+const NOTHING: EventFlags = EventFlags::empty();
 
 pub(super) struct Seats {
+    events: Epoll,
+    /// Has `events` as its member: once it has woken a thread, it wakes none until it is told to.
+    crew: Epoll,
     /// Callers of `progress` that are asleep or about to be; read without the lock by `announce`.
     waiting: AtomicU32,
     state: Mutex<State>,
     followers: Condvar,
-    astray: Condvar,
     bell: Bell,
 }
 
@@ -28,12 +41,11 @@ pub(super) struct Seats {
 struct State {
     announced: u64,
     leader: bool,
-    /// The leader is in, or on its way into, the epoll.
+    /// The leader is asleep, or about to be.
     leader_asleep: bool,
     /// The bell has been rung and the leader has not woken since.
     rung: bool,
     followers: u32,
-    astray: u32,
 }
 
 /// How a caller of `progress` waits this time.
@@ -43,14 +55,41 @@ pub(super) enum Seat {
 }
 
 impl Seats {
-    pub(super) fn new(bell: Bell) -> Self {
-        Self {
+    /// # Errors
+    /// [`hetmem_core::ErrorKind::Os`] at the limit of descriptors.
+    pub(super) fn new() -> Result<Self, StoreError> {
+        let (events, crew) = (Epoll::new()?, Epoll::new()?);
+        crew.add(&events, EVENTS, EventFlags::IN | EventFlags::ONESHOT)?;
+        Ok(Self {
+            events,
+            crew,
             waiting: AtomicU32::new(0),
             state: Mutex::default(),
             followers: Condvar::new(),
-            astray: Condvar::new(),
-            bell,
+            bell: Bell::new()?,
+        })
+    }
+
+    /// Where what brings events is added, edge-triggered or for one event at a time.
+    pub(super) fn events(&self) -> &Epoll {
+        &self.events
+    }
+
+    /// One of the crew waits for an event that no caller of `progress` takes. None: somebody else took it.
+    pub(super) fn wait(&self, timeout: Option<Duration>) -> Option<(u64, EventFlags)> {
+        self.crew.wait(timeout)?;
+        let event = self.events.wait(Some(Duration::ZERO));
+        let state = self.state.lock();
+        if !state.leader {
+            self.rouse_crew();
         }
+        drop(state);
+        event
+    }
+
+    /// From now on, and if there is an event already, one of the crew is woken.
+    fn rouse_crew(&self) {
+        self.crew.modify(&self.events, EVENTS, EventFlags::IN | EventFlags::ONESHOT);
     }
 
     /// Registers the caller as a waiter and says how many announcements there were; it then looks at its condition,
@@ -63,26 +102,45 @@ impl Seats {
             Seat::Follower
         } else {
             state.leader = true;
+            self.crew.modify(&self.events, EVENTS, NOTHING);
             Seat::Leader
         };
         (seat, state.announced)
     }
 
-    /// The leader's wait: `sleep` waits on the epoll, unless something was announced since `seen`.
-    pub(super) fn lead<T>(&self, seen: u64, sleep: impl FnOnce(bool) -> T) -> T {
-        let news = {
-            let mut state = self.state.lock();
-            state.leader_asleep = state.announced == seen;
-            !state.leader_asleep
-        };
-        let result = sleep(news);
-        let mut state = self.state.lock();
-        state.leader_asleep = false;
-        state.rung = false;
-        if state.astray > 0 {
-            self.astray.notify_all();
+    /// The leader's wait, unless something was announced since `seen`: it looks for an event for up to `busy`, without
+    /// going to sleep, then sleeps until there is one. Waking a thread, and the processor that it slept on, takes longer
+    /// than most answers; whoever else could run on this processor while it looks runs first.
+    pub(super) fn lead(&self, seen: u64, busy: Duration, timeout: Duration) -> Option<(u64, EventFlags)> {
+        let event = self.events.wait(Some(Duration::ZERO));
+        if event.is_some() {
+            return event;
         }
-        result
+        let until = Instant::now() + busy.min(timeout);
+        while Instant::now() < until {
+            std::thread::yield_now();
+            let event = self.events.wait(Some(Duration::ZERO));
+            if event.is_some() || self.state.lock().announced != seen {
+                return event;
+            }
+        }
+        {
+            let mut state = self.state.lock();
+            if state.announced != seen {
+                return None;
+            }
+            state.leader_asleep = true;
+        }
+        wait_for_either(self.events.as_fd(), self.bell.as_fd(), timeout);
+        let rung = {
+            let mut state = self.state.lock();
+            state.leader_asleep = false;
+            std::mem::take(&mut state.rung)
+        };
+        if rung {
+            self.bell.hush();
+        }
+        self.events.wait(Some(Duration::ZERO))
     }
 
     /// A follower's wait, until something is announced or the leader leaves.
@@ -102,8 +160,9 @@ impl Seats {
         let led = matches!(seat, Seat::Leader);
         if led {
             state.leader = false;
+            self.rouse_crew();
         }
-        // Someone must take the epoll over; a follower that stays does so itself.
+        // Someone must take the lead over; a follower that stays does so itself.
         if (led || exiting) && !state.leader && state.followers > 0 {
             self.followers.notify_one();
         }
@@ -125,18 +184,105 @@ impl Seats {
             self.bell.ring();
         }
     }
+}
 
-    /// For a thread of the fabric that got the leader's bell: rings again and waits until the leader has it.
-    pub(super) fn pass_on(&self) {
-        let mut state = self.state.lock();
-        if !state.rung {
-            return;
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicU64};
+
+    use super::*;
+
+    const EVENTS_TOTAL: u64 = 20_000;
+    const LATE: Duration = Duration::from_secs(10);
+
+    /// A caller of `progress` that comes and goes, all the time.
+    fn call(seats: &Seats, stopping: &AtomicBool, handle: &impl Fn(), busy: Duration) {
+        while !stopping.load(Ordering::SeqCst) {
+            let (seat, seen) = seats.register();
+            let event = match seat {
+                Seat::Leader => seats.lead(seen, busy, Duration::from_micros(300)),
+                Seat::Follower => {
+                    seats.follow(seen, Duration::from_micros(300));
+                    None
+                }
+            };
+            seats.leave(&seat, event.is_none());
+            if event.is_some() {
+                handle();
+            }
         }
-        self.bell.ring();
-        state.astray += 1;
-        while state.rung {
-            self.astray.wait(&mut state);
-        }
-        state.astray -= 1;
+    }
+
+    #[test]
+    fn every_event_is_handled_though_leaders_come_and_go() -> Result<(), StoreError> {
+        let (seats, source) = (Seats::new()?, Bell::new()?);
+        seats.events().add(&source, 7, EventFlags::IN | EventFlags::ET)?;
+        let (handled, lost, stopping) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
+        let handle = || {
+            handled.fetch_add(1, Ordering::SeqCst);
+            seats.announce();
+        };
+        std::thread::scope(|scope| {
+            for busy in [Duration::ZERO, Duration::from_micros(20), Duration::from_micros(20)] {
+                let (seats, stopping, handle) = (&seats, &stopping, &handle);
+                let source = &source;
+                scope.spawn(move || {
+                    call(seats, stopping, handle, busy);
+                    // It may have got what was rung for the crew.
+                    source.ring();
+                });
+            }
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !stopping.load(Ordering::SeqCst) {
+                        if seats.wait(None).is_some() {
+                            handle();
+                        }
+                    }
+                    source.ring();
+                });
+            }
+            for number in 1..=EVENTS_TOTAL {
+                source.ring();
+                let rung = Instant::now();
+                while handled.load(Ordering::SeqCst) < number && rung.elapsed() < LATE {
+                    std::thread::yield_now();
+                }
+                if handled.load(Ordering::SeqCst) < number {
+                    lost.store(number, Ordering::SeqCst);
+                    break;
+                }
+            }
+            stopping.store(true, Ordering::SeqCst);
+            source.ring();
+            seats.announce();
+        });
+        assert_eq!(lost.load(Ordering::SeqCst), 0, "an event that nobody handled");
+        Ok(())
+    }
+
+    #[test]
+    fn a_leader_that_sleeps_hears_what_is_announced() -> Result<(), StoreError> {
+        let seats = Seats::new()?;
+        let (seat, seen) = seats.register();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !seats.state.lock().leader_asleep {
+                    std::thread::yield_now();
+                }
+                seats.announce();
+            });
+            let begun = Instant::now();
+            assert_eq!(seats.lead(seen, Duration::ZERO, LATE), None);
+            assert!(begun.elapsed() < LATE);
+        });
+        seats.leave(&seat, true);
+        // The bell that was heard does not ring again.
+        let (seat, seen) = seats.register();
+        let begun = Instant::now();
+        assert_eq!(seats.lead(seen, Duration::ZERO, Duration::from_millis(20)), None);
+        assert!(begun.elapsed() >= Duration::from_millis(20));
+        seats.leave(&seat, true);
+        Ok(())
     }
 }

@@ -29,7 +29,6 @@ use crate::region::Regions;
 /// Names of the descriptors that are no connections.
 const LISTENER: u64 = 0;
 const TASK_BELL: u64 = 1;
-const LEADER_BELL: u64 = 2;
 const TIMER: u64 = 3;
 const SERVING_BELL: u64 = 4;
 const FIRST_CONNECTION: u64 = 16;
@@ -96,7 +95,6 @@ pub(super) struct Shared {
     pub(super) config: TcpConfig,
     pub(super) sink: Arc<dyn FabricSink>,
     pub(super) regions: Regions,
-    pub(super) epoll: Epoll,
     /// The listener, connections that have not introduced themselves, and data streams that the other end reads on:
     /// watched by threads that never call the sink.
     pub(super) serving: Epoll,
@@ -127,22 +125,19 @@ impl Shared {
         listener: OwnedFd,
         listen_port: u16,
     ) -> Result<Self, StoreError> {
-        let (epoll, task_bell, leader_bell, timer) =
-            (Epoll::new()?, Bell::new()?, Bell::new()?, Timer::new()?);
+        let (seats, task_bell, timer) = (Seats::new()?, Bell::new()?, Timer::new()?);
         let (serving, serving_bell) = (Epoll::new()?, Bell::new()?);
         serving.add(&listener, LISTENER, EventFlags::IN | EventFlags::ET)?;
         serving.add(&serving_bell, SERVING_BELL, EventFlags::IN | EventFlags::ET)?;
-        epoll.add(&task_bell, TASK_BELL, EventFlags::IN | EventFlags::ET)?;
-        epoll.add(&leader_bell, LEADER_BELL, EventFlags::IN | EventFlags::ET)?;
-        epoll.add(&timer, TIMER, EventFlags::IN | EventFlags::ET)?;
+        seats.events().add(&task_bell, TASK_BELL, EventFlags::IN | EventFlags::ET)?;
+        seats.events().add(&timer, TIMER, EventFlags::IN | EventFlags::ET)?;
         Ok(Self {
             config,
             sink,
             regions: Regions::default(),
-            epoll,
             serving,
             serving_bell,
-            seats: Seats::new(leader_bell),
+            seats,
             listen_port,
             links: RwLock::default(),
             transfers: Mutex::default(),
@@ -165,12 +160,8 @@ impl Shared {
     pub(super) fn serve(self: &Arc<Self>) {
         while !self.stopping() {
             self.run_tasks();
-            if let Some((id, flags)) = self.epoll.wait(None) {
-                if id == LEADER_BELL {
-                    self.seats.pass_on();
-                } else {
-                    self.handle(id, flags);
-                }
+            if let Some((id, flags)) = self.seats.wait(None) {
+                self.handle(id, flags);
             }
         }
         // Every bell wakes one thread: the next one is told here.
@@ -209,6 +200,9 @@ impl Shared {
         let deadline = Instant::now().checked_add(timeout);
         loop {
             self.run_tasks();
+            if until() {
+                return true;
+            }
             let (seat, seen) = self.seats.register();
             let done = until();
             let left = match deadline {
@@ -225,13 +219,7 @@ impl Shared {
             }
             match seat {
                 Seat::Leader => {
-                    let wait = |news: bool| {
-                        if news {
-                            return self.epoll.wait(Some(Duration::ZERO));
-                        }
-                        self.look(left).or_else(|| self.epoll.wait(Some(left)))
-                    };
-                    let event = self.seats.lead(seen, wait);
+                    let event = self.seats.lead(seen, self.config.busy_poll, left);
                     self.seats.leave(&seat, false);
                     if let Some((id, flags)) = event {
                         self.handle(id, flags);
@@ -245,26 +233,9 @@ impl Shared {
         }
     }
 
-    /// Looks for an event for a short while without going to sleep: waking a thread, and the processor that it slept on,
-    /// takes longer than most answers. Whoever else could run on this processor runs first.
-    fn look(&self, at_most: Duration) -> Option<(u64, EventFlags)> {
-        let time = self.config.busy_poll.min(at_most);
-        if time.is_zero() {
-            return None;
-        }
-        let until = Instant::now() + time;
-        loop {
-            let event = self.epoll.wait(Some(Duration::ZERO));
-            if event.is_some() || Instant::now() >= until {
-                return event;
-            }
-            std::thread::yield_now();
-        }
-    }
-
     fn handle(self: &Arc<Self>, id: u64, flags: EventFlags) {
         match id {
-            TASK_BELL | LEADER_BELL => {}
+            TASK_BELL => {}
             TIMER => self.expire(),
             id => {
                 let conn = self.conns.read().get(&id).cloned();
@@ -366,7 +337,7 @@ impl Shared {
     pub(super) fn remove(&self, socket: &sys::Socket) {
         self.conns.write().remove(&socket.id);
         self.deadlines.lock().remove(&socket.id);
-        self.epoll.remove(socket);
+        self.seats.events().remove(socket);
         self.serving.remove(socket);
     }
 

@@ -76,7 +76,7 @@ impl ReadStream {
         });
         shared.insert(id, Conn::Read(Arc::clone(&stream)));
         shared.set_deadline(id, shared.config.handshake_timeout);
-        let watched = shared.epoll.add(&stream.socket, id, EventFlags::OUT | EventFlags::ONESHOT);
+        let watched = shared.seats.events().add(&stream.socket, id, EventFlags::OUT | EventFlags::ONESHOT);
         if let Err(error) = watched {
             shared.remove(&stream.socket);
             return Err(error);
@@ -131,7 +131,7 @@ impl ReadStream {
         if !out.connected || !out.bytes.is_empty() {
             flags |= EventFlags::OUT;
         }
-        shared.epoll.modify(&self.socket, self.socket.id, flags);
+        shared.seats.events().modify(&self.socket, self.socket.id, flags);
     }
 
     /// Gives the stream up because it failed. Calls nobody: its slices go back in the next turn.

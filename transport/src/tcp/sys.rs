@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use hetmem_core::StoreError;
-use rustix::event::{EventfdFlags, epoll, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, epoll, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, ipproto, sockopt};
 use rustix::time::{
@@ -16,7 +16,7 @@ use rustix::time::{
 /// Connections that the kernel completes before they are accepted.
 const BACKLOG: i32 = 512;
 
-/// Wakes a thread that waits on an epoll. Registered edge-triggered and never read: every ring is one event.
+/// Wakes a thread that waits. In an epoll, edge-triggered and never read, every ring is one event.
 pub(super) struct Bell(OwnedFd);
 
 impl Bell {
@@ -29,6 +29,12 @@ impl Bell {
     pub(super) fn ring(&self) {
         // The counter would have to reach 2^64 for this to fail.
         let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
+    }
+
+    /// Takes back that it was rung.
+    pub(super) fn hush(&self) {
+        // Fails only if it was not rung.
+        let _ = rustix::io::read(&self.0, &mut [0; 8]);
     }
 }
 
@@ -115,6 +121,21 @@ impl Epoll {
                 None
             }
         }
+    }
+}
+
+impl AsFd for Epoll {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Sleeps until one of two descriptors can be read, or the time is over.
+pub(super) fn wait_for_either(one: BorrowedFd<'_>, other: BorrowedFd<'_>, timeout: Duration) {
+    let mut descriptors = [one, other].map(|descriptor| PollFd::from_borrowed_fd(descriptor, PollFlags::IN));
+    match poll(&mut descriptors, Some(&timespec(timeout))) {
+        Ok(_) | Err(Errno::INTR) => {}
+        Err(error) => tracing::error!(%error, "poll"),
     }
 }
 
