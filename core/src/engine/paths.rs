@@ -98,12 +98,15 @@ fn float(value: u64) -> f64 {
 /// measured, such as a busy machine, then moves both lines alike, and not where they cross. None for fewer than two
 /// classes.
 fn fit_both(one: &Times, other: &Times) -> Option<(Line, Line)> {
-    let both = one.medians().into_iter().zip(other.medians());
-    let both: Vec<_> = both.filter_map(|(one, other)| Some((one?, other?))).collect();
-    let weighted = |pick: fn(&((f64, f64), (f64, f64))) -> (f64, f64)| -> Vec<_> {
-        both.iter().map(|pair| (1.0 / (pair.0.1 * pair.1.1), pick(pair))).collect()
-    };
-    Some((fit(&weighted(|pair| pair.0))?, fit(&weighted(|pair| pair.1))?))
+    let (mut first, mut second) = (Vec::new(), Vec::new());
+    for (one, other) in one.medians().into_iter().zip(other.medians()) {
+        if let (Some(one), Some(other)) = (one, other) {
+            let weight = 1.0 / (one.1 * other.1);
+            first.push((weight, one));
+            second.push((weight, other));
+        }
+    }
+    Some((fit(&first)?, fit(&second)?))
 }
 
 /// The line with the least sum of squared errors of these weights; none for fewer than two lengths.

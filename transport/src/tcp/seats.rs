@@ -4,12 +4,13 @@
 //! While a caller waits, events are left to it: it has nothing else to do, and handing what came from one thread to
 //! another takes longer than most answers. The first caller is the leader and looks at the epoll itself; other callers are
 //! followers and sleep on a condition variable. The crew waits on an epoll of its own, whose only member is the epoll of
-//! the events; that membership is suspended from when a leader sits down until it gets up. A member of the crew that was
-//! woken takes one event and lets the next one be woken before it handles that. Whoever has called the sink announces
-//! it: followers are notified, and a leader that sleeps gets its bell rung.
+//! the events; that membership is suspended from when a leader sits down until it leaves for good, or, if the crew is to
+//! help, until it handles an event. A member of the crew that was woken takes one event and lets the next one be woken
+//! before it handles that. Whoever has called the sink announces it: followers are notified, and a leader that sleeps gets
+//! its bell rung.
 //!
-//! Invariant: an announcement that began after a waiter registered makes it look at its condition again; and while no
-//! leader sits, an event wakes one of the crew.
+//! Invariant: an announcement that began after a waiter registered makes it look at its condition again; and unless a
+//! caller is inside `progress`, an event wakes one of the crew.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
@@ -30,6 +31,8 @@ pub(super) struct Seats {
     events: Epoll,
     /// Has `events` as its member: once it has woken a thread, it wakes none until it is told to.
     crew: Epoll,
+    /// Whether the crew handles further events while a caller handles one.
+    crew_helps: bool,
     /// Callers of `progress` that are asleep or about to be; read without the lock by `announce`.
     waiting: AtomicU32,
     state: Mutex<State>,
@@ -41,6 +44,8 @@ pub(super) struct Seats {
 struct State {
     announced: u64,
     leader: bool,
+    /// Events wake none of the crew.
+    suspended: bool,
     /// The leader is asleep, or about to be.
     leader_asleep: bool,
     /// The bell has been rung and the leader has not woken since.
@@ -57,12 +62,13 @@ pub(super) enum Seat {
 impl Seats {
     /// # Errors
     /// [`hetmem_core::ErrorKind::Os`] at the limit of descriptors.
-    pub(super) fn new() -> Result<Self, StoreError> {
+    pub(super) fn new(crew_helps: bool) -> Result<Self, StoreError> {
         let (events, crew) = (Epoll::new()?, Epoll::new()?);
         crew.add(&events, EVENTS, EventFlags::IN | EventFlags::ONESHOT)?;
         Ok(Self {
             events,
             crew,
+            crew_helps,
             waiting: AtomicU32::new(0),
             state: Mutex::default(),
             followers: Condvar::new(),
@@ -80,14 +86,14 @@ impl Seats {
         self.crew.wait(timeout)?;
         let event = self.events.wait(Some(Duration::ZERO));
         let state = self.state.lock();
-        if !state.leader {
+        if !state.suspended {
             self.rouse_crew();
         }
         drop(state);
         event
     }
 
-    /// From now on, and if there is an event already, one of the crew is woken.
+    /// From now on an event wakes one of the crew; one that is there already does so now.
     fn rouse_crew(&self) {
         self.crew.modify(&self.events, EVENTS, EventFlags::IN | EventFlags::ONESHOT);
     }
@@ -102,7 +108,10 @@ impl Seats {
             Seat::Follower
         } else {
             state.leader = true;
-            self.crew.modify(&self.events, EVENTS, NOTHING);
+            if !state.suspended {
+                state.suspended = true;
+                self.crew.modify(&self.events, EVENTS, NOTHING);
+            }
             Seat::Leader
         };
         (seat, state.announced)
@@ -153,18 +162,32 @@ impl Seats {
         }
     }
 
-    /// Gives the seat up: before handling what the wait brought, or (`exiting`) before returning.
-    pub(super) fn leave(&self, seat: &Seat, exiting: bool) {
+    /// Gives the seat up, to handle what the wait brought or to leave.
+    pub(super) fn stand_up(&self, seat: &Seat) {
         self.waiting.fetch_sub(1, Ordering::SeqCst);
         let mut state = self.state.lock();
-        let led = matches!(seat, Seat::Leader);
-        if led {
+        if matches!(seat, Seat::Leader) {
             state.leader = false;
-            self.rouse_crew();
+            self.hand_over(&mut state, self.crew_helps);
         }
-        // Someone must take the lead over; a follower that stays does so itself.
-        if (led || exiting) && !state.leader && state.followers > 0 {
+    }
+
+    /// The caller leaves `progress`, and has stood up.
+    pub(super) fn leave(&self) {
+        self.hand_over(&mut self.state.lock(), true);
+    }
+
+    /// If nobody leads, someone must take the lead over: a follower, and if there is none, the crew.
+    fn hand_over(&self, state: &mut State, to_crew: bool) {
+        if state.leader {
+            return;
+        }
+        if state.followers > 0 {
             self.followers.notify_one();
+        }
+        if to_crew && state.suspended {
+            state.suspended = false;
+            self.rouse_crew();
         }
     }
 
@@ -206,16 +229,23 @@ mod tests {
                     None
                 }
             };
-            seats.leave(&seat, event.is_none());
-            if event.is_some() {
-                handle();
+            seats.stand_up(&seat);
+            match event {
+                Some(_) => handle(),
+                None => seats.leave(),
             }
         }
+        seats.leave();
     }
 
     #[test]
     fn every_event_is_handled_though_leaders_come_and_go() -> Result<(), StoreError> {
-        let (seats, source) = (Seats::new()?, Bell::new()?);
+        every_event_is_handled(&Seats::new(true)?)?;
+        every_event_is_handled(&Seats::new(false)?)
+    }
+
+    fn every_event_is_handled(seats: &Seats) -> Result<(), StoreError> {
+        let source = Bell::new()?;
         seats.events().add(&source, 7, EventFlags::IN | EventFlags::ET)?;
         let (handled, lost, stopping) = (AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false));
         let handle = || {
@@ -224,7 +254,7 @@ mod tests {
         };
         std::thread::scope(|scope| {
             for busy in [Duration::ZERO, Duration::from_micros(20), Duration::from_micros(20)] {
-                let (seats, stopping, handle) = (&seats, &stopping, &handle);
+                let (stopping, handle) = (&stopping, &handle);
                 let source = &source;
                 scope.spawn(move || {
                     call(seats, stopping, handle, busy);
@@ -263,7 +293,7 @@ mod tests {
 
     #[test]
     fn a_leader_that_sleeps_hears_what_is_announced() -> Result<(), StoreError> {
-        let seats = Seats::new()?;
+        let seats = Seats::new(false)?;
         let (seat, seen) = seats.register();
         std::thread::scope(|scope| {
             scope.spawn(|| {
@@ -276,13 +306,13 @@ mod tests {
             assert_eq!(seats.lead(seen, Duration::ZERO, LATE), None);
             assert!(begun.elapsed() < LATE);
         });
-        seats.leave(&seat, true);
+        seats.stand_up(&seat);
         // The bell that was heard does not ring again.
         let (seat, seen) = seats.register();
         let begun = Instant::now();
         assert_eq!(seats.lead(seen, Duration::ZERO, Duration::from_millis(20)), None);
         assert!(begun.elapsed() >= Duration::from_millis(20));
-        seats.leave(&seat, true);
+        seats.stand_up(&seat);
         Ok(())
     }
 }

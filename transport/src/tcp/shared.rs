@@ -125,7 +125,8 @@ impl Shared {
         listener: OwnedFd,
         listen_port: u16,
     ) -> Result<Self, StoreError> {
-        let (seats, task_bell, timer) = (Seats::new()?, Bell::new()?, Timer::new()?);
+        // Reads over one stream give a second thread nothing to do.
+        let (seats, task_bell, timer) = (Seats::new(config.streams > 1)?, Bell::new()?, Timer::new()?);
         let (serving, serving_bell) = (Epoll::new()?, Bell::new()?);
         serving.add(&listener, LISTENER, EventFlags::IN | EventFlags::ET)?;
         serving.add(&serving_bell, SERVING_BELL, EventFlags::IN | EventFlags::ET)?;
@@ -197,6 +198,17 @@ impl Shared {
     }
 
     pub(super) fn progress(self: &Arc<Self>, timeout: Duration, until: &dyn Fn() -> bool) -> bool {
+        let done = self.drive(timeout, until);
+        self.seats.leave();
+        if self.stopping() {
+            // This caller may have got the bell that was rung for a thread of the fabric.
+            self.task_bell.ring();
+        }
+        done
+    }
+
+    /// Handles events until the condition is met or the time is over.
+    fn drive(self: &Arc<Self>, timeout: Duration, until: &dyn Fn() -> bool) -> bool {
         let deadline = Instant::now().checked_add(timeout);
         loop {
             self.run_tasks();
@@ -210,24 +222,20 @@ impl Shared {
                 None => timeout,
             };
             if done || left.is_zero() || self.stopping() {
-                self.seats.leave(&seat, true);
-                if self.stopping() {
-                    // This caller may have got the bell that was rung for a thread of the fabric.
-                    self.task_bell.ring();
-                }
+                self.seats.stand_up(&seat);
                 return done;
             }
             match seat {
                 Seat::Leader => {
                     let event = self.seats.lead(seen, self.config.busy_poll, left);
-                    self.seats.leave(&seat, false);
+                    self.seats.stand_up(&seat);
                     if let Some((id, flags)) = event {
                         self.handle(id, flags);
                     }
                 }
                 Seat::Follower => {
                     self.seats.follow(seen, left);
-                    self.seats.leave(&seat, false);
+                    self.seats.stand_up(&seat);
                 }
             }
         }
