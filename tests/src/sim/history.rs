@@ -398,9 +398,11 @@ impl History {
         })
     }
 
-    /// Whether an object of this key may go although nobody asks for that.
+    /// Whether an object of this key may go although nobody asks for that: as cache, when its time is over, or because all
+    /// that is left of it are mere copies, for its original was thrown out.
     pub(super) fn is_fleeting(&self, key: usize) -> bool {
-        self.by_key[key].iter().any(|&index| self.attempts[index].fleeting)
+        let mut attempts = self.by_key[key].iter().map(|&index| &self.attempts[index]);
+        attempts.any(|attempt| attempt.fleeting || self.was_forced(attempt))
     }
 
     /// Keys that have to be readable everywhere once all is well.
