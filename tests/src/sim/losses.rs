@@ -76,7 +76,10 @@ impl World {
         let there = self.nodes.iter().filter(has).count();
         let least = (put.told as usize).min(self.nodes.iter().filter(|node| node.alive).count());
         let calm = self.is_calm(now.saturating_sub(GRACE_NS), now);
-        if calm && self.history.is_replicated(put) && there < least {
+        // What only a reader had fetched may go, however few others have it. The directory's node announces to nobody.
+        let node = &self.nodes[at];
+        let promised = node.promised.contains(&object.object) || node.engine.status().keeps_directory;
+        if calm && promised && self.history.is_replicated(put) && there < least {
             self.fail(format!(
                 "node {at}: {:?} of {:?} left, which is on {there} nodes now and was said to be on {}",
                 object.object, object.key, put.told
@@ -117,12 +120,13 @@ impl World {
     }
 
     /// Whether a node surely has room for an object of a key that it has none of. For a long one, the room that there is
-    /// may lie in pieces.
+    /// may lie in pieces; and whom the system gave no memory is asked again only after a while.
     fn could_take(&self, node: &super::node::Node, key: &Key, len: u64) -> bool {
         let tier = &node.engine.status().tiers[0];
         let slots = node.index.len() < self.plan.objects_max as usize / 2;
         let bytes = tier.used_bytes < tier.capacity_bytes / 3 && len < tier.capacity_bytes / 16;
-        node.alive && !node.by_key.contains_key(key) && slots && bytes
+        let refused = node.segment_failed.is_some_and(|at| self.now() < at + HEAL_NS);
+        node.alive && !node.by_key.contains_key(key) && slots && bytes && !refused
     }
 
     /// Which objects are on fewer nodes than they are to be although another node could have them.

@@ -93,6 +93,7 @@ impl World {
     pub(super) fn segment_made(&mut self, at: usize, segment: SegmentId, len_bytes: u64) {
         if self.rng.percent(self.plan.segment_failures) && !self.is_ending() {
             self.tally.faults += 1;
+            self.nodes[at].segment_failed = Some(self.now());
             let why = StoreError::os("memfd_create", "no descriptor is left");
             self.feed(at, Input::SegmentFailed { segment, why });
             return;

@@ -14,8 +14,8 @@ use hetmem_core::wire::{
     Batch, ClientReply, FrameHeader, FrameKind, Located, LocatedMany, Member, PeerMessage, decode,
 };
 use hetmem_core::{
-    ClientId, Epoch, Extent, Generation, Key, LandingId, LeaseId, LinkId, NodeId, RemoteExtent, RemoteKey,
-    SegmentId, SlotId, StoreError, TransferId,
+    ClientId, Epoch, Extent, Generation, Key, LandingId, LeaseId, LinkId, NodeId, ObjectId, RemoteExtent,
+    RemoteKey, SegmentId, SlotId, StoreError, TransferId,
 };
 use hetmem_transport::{
     Access, Fabric, FabricEvent, FabricSink, HeapRegion, Landing, LandingToken, RegionMemory, SimFabric,
@@ -91,6 +91,10 @@ pub(super) struct Node {
     pub(super) keys: BTreeMap<RemoteKey, SegmentId>,
     pub(super) index: BTreeMap<SlotId, Shown>,
     pub(super) by_key: BTreeMap<Key, SlotId>,
+    /// What it has announced to hold for good.
+    pub(super) promised: BTreeSet<ObjectId>,
+    /// When the system last had no memory for a segment of it.
+    pub(super) segment_failed: Option<u64>,
     words: Arc<HeapRegion>,
     words_key: RemoteKey,
     pub(super) pages: BTreeMap<ClientId, Page>,
@@ -182,6 +186,8 @@ impl Node {
             keys: BTreeMap::new(),
             index: BTreeMap::new(),
             by_key: BTreeMap::new(),
+            promised: BTreeSet::new(),
+            segment_failed: None,
             words,
             words_key: key,
             pages: BTreeMap::new(),
@@ -548,9 +554,13 @@ impl World {
         self.nodes[at].sends.insert(*send, extents.clone());
     }
 
-    /// A node says something about leases.
+    /// A node says something about leases, or promises to hold something for good.
     fn says(&mut self, at: usize, link: LinkId, message: &PeerMessage) {
         match message {
+            PeerMessage::Announce { objects, .. } => {
+                let lasting = objects.iter().filter(|announced| announced.role.is_lasting());
+                self.nodes[at].promised.extend(lasting.map(|announced| announced.object));
+            }
             PeerMessage::Release { lease } => {
                 // What is read there from now on is read without it.
                 for leases in self.nodes[at].grants.values_mut() {
