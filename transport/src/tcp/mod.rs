@@ -97,8 +97,8 @@ impl Default for TcpConfig {
             // The same over 1 stream with buffers of 512 KiB: 4.4, of 2 MiB: 5.3; the system's own sizes do as well.
             send_buffer_bytes: 0,
             receive_buffer_bytes: 0,
-            // With 0, 20 and 50 us, on 2 cores (medians of 9 runs of the same example in turn, `busy_us`): a round trip of
-            // 1 KiB 47, 24 and 24 us, reads of 1 MiB 5.5, 5.6 and 5.8 GiB/s. If the owner's threads looked too, gets through
+            // With 0, 20 and 50 us, on 2 cores (medians of 7 runs of the same example in turn, `busy_us`): a round trip of
+            // 1 KiB 47, 22 and 25 us, reads of 1 MiB 5.0, 5.8 and 5.4 GiB/s. If the owner's threads looked too, gets through
             // a daemon would take longer, as three processes have two cores.
             busy_poll: Duration::from_micros(50),
             handshake_timeout: Duration::from_secs(5),
