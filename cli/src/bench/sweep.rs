@@ -15,7 +15,7 @@ use super::rows::{Row, percentile, rate, timed};
 
 const LEN_MIN_LOG: u32 = 8;
 const LEN_MAX_LOG: u32 = 26;
-/// Objects with the threshold as measured before anything counts: a node that has fetched nothing has measured nothing.
+/// Objects that are got before anything counts: a node that has fetched nothing has measured nothing.
 const WARM_UP: usize = 600;
 /// A block of one way's gets takes about this long, in microseconds.
 const BLOCK_US: f64 = 15_000.0;

@@ -81,10 +81,15 @@ impl Seats {
         &self.events
     }
 
+    /// An event, if there is one.
+    fn event(&self) -> Option<(u64, EventFlags)> {
+        self.events.wait(Some(Duration::ZERO))
+    }
+
     /// One of the crew waits for an event that no caller of `progress` takes. None: somebody else took it.
     pub(super) fn wait(&self, timeout: Option<Duration>) -> Option<(u64, EventFlags)> {
         self.crew.wait(timeout)?;
-        let event = self.events.wait(Some(Duration::ZERO));
+        let event = self.event();
         let state = self.state.lock();
         if !state.suspended {
             self.rouse_crew();
@@ -121,14 +126,14 @@ impl Seats {
     /// going to sleep, then sleeps until there is one. Waking a thread, and the processor that it slept on, takes longer
     /// than most answers; whoever else could run on this processor while it looks runs first.
     pub(super) fn lead(&self, seen: u64, busy: Duration, timeout: Duration) -> Option<(u64, EventFlags)> {
-        let event = self.events.wait(Some(Duration::ZERO));
+        let event = self.event();
         if event.is_some() {
             return event;
         }
         let until = Instant::now() + busy.min(timeout);
         while Instant::now() < until {
             std::thread::yield_now();
-            let event = self.events.wait(Some(Duration::ZERO));
+            let event = self.event();
             if event.is_some() || self.state.lock().announced != seen {
                 return event;
             }
@@ -149,7 +154,7 @@ impl Seats {
         if rung {
             self.bell.hush();
         }
-        self.events.wait(Some(Duration::ZERO))
+        self.event()
     }
 
     /// A follower's wait, until something is announced or the leader leaves.

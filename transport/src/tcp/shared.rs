@@ -29,8 +29,8 @@ use crate::region::Regions;
 /// Names of the descriptors that are no connections.
 const LISTENER: u64 = 0;
 const TASK_BELL: u64 = 1;
-const TIMER: u64 = 3;
-const SERVING_BELL: u64 = 4;
+const TIMER: u64 = 2;
+const SERVING_BELL: u64 = 3;
 const FIRST_CONNECTION: u64 = 16;
 
 /// How soon accepting is tried again after the process ran out of descriptors.
