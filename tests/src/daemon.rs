@@ -322,13 +322,30 @@ impl Daemon {
         let _ = self.wait();
     }
 
-    /// Sends it a signal.
+    /// Sends it a signal. After STOP all its threads stand still: the kernel stops them one by one, and the last may
+    /// answer somebody when the signal has long been sent.
     ///
     /// # Panics
-    /// If it is gone.
+    /// If it is gone, or does not stop.
     pub fn signal(&self, signal: rustix::process::Signal) {
         let pid = i32::try_from(self.pid()).ok().and_then(rustix::process::Pid::from_raw);
         rustix::process::kill_process(pid.expect("a process number"), signal).expect("the node is there");
+        if signal == rustix::process::Signal::STOP {
+            eventually(&format!("node {} stands still", self.name), || self.stands_still());
+        }
+    }
+
+    fn stands_still(&self) -> Result<(), String> {
+        for thread in std::fs::read_dir(format!("/proc/{}/task", self.pid())).expect("a process of this user")
+        {
+            let stat = std::fs::read_to_string(thread.expect("a thread").path().join("stat"));
+            // A thread that has ended meanwhile does nothing any more. The state stands behind the name, in brackets.
+            let stat = stat.unwrap_or_default();
+            if stat.rsplit_once(')').is_some_and(|(_, fields)| !fields.starts_with(" T")) {
+                return Err(stat);
+            }
+        }
+        Ok(())
     }
 
     /// Waits until it has ended.
