@@ -39,13 +39,13 @@ impl World {
         self.ask_plain(id, Kind::List { all: true }, 0, message);
     }
 
-    /// Nobody works any more, so a key that is listed is held by someone.
+    /// Nobody works any more, so a key that is listed is held by someone, unless it may go while the list is read.
     fn check_phantoms(&mut self, listed: &[usize]) {
         let held = |key: usize| {
             let name = self.key(key);
             self.nodes.iter().any(|node| node.alive && node.by_key.contains_key(&name))
         };
-        let phantom = listed.iter().copied().find(|&key| !held(key) && !self.history.is_fleeting(key));
+        let phantom = listed.iter().copied().find(|&key| !held(key) && !self.history.may_go(key));
         if let Some(key) = phantom {
             self.fail(format!("key {key} is listed, and no node holds it"));
         }

@@ -398,11 +398,13 @@ impl History {
         })
     }
 
-    /// Whether an object of this key may go although nobody asks for that: as cache, when its time is over, or because all
-    /// that is left of it are mere copies, for its original was thrown out.
-    pub(super) fn is_fleeting(&self, key: usize) -> bool {
+    /// Whether an object of this key may go although all clients have ended: as cache, when its time is over, because all
+    /// that is left of it are mere copies, for its original was thrown out, or by a delete whose client was never told
+    /// that it is done, for that is still carried out when every node can be reached.
+    pub(super) fn may_go(&self, key: usize) -> bool {
         let mut attempts = self.by_key[key].iter().map(|&index| &self.attempts[index]);
         attempts.any(|attempt| attempt.fleeting || self.was_forced(attempt))
+            || self.deletions.iter().any(|deletion| deletion.key == key && deletion.ended.is_none())
     }
 
     /// Keys that have to be readable everywhere once all is well.
