@@ -11,7 +11,7 @@ use super::timer::Time;
 use crate::error::StoreError;
 use crate::key::Key;
 use crate::tier::{LandingId, LinkId, NodeId};
-use crate::wire::{Announced, Batch, Batched, ClientReply, Listed, PeerMessage};
+use crate::wire::{Announced, Batch, Batched, ClientReply, Listed, PeerMessage, Role};
 
 /// A question to a peer.
 #[derive(Debug)]
@@ -305,7 +305,7 @@ impl Engine {
             (Pending::Announced { objects }, PeerMessage::Announced { refused }) => {
                 let refused: BTreeSet<Key> = refused.into_iter().collect();
                 for announced in objects.iter().filter(|object| refused.contains(&object.key)) {
-                    self.drop_local(&announced.key, Some(announced.object));
+                    self.announcement_refused(announced);
                 }
             }
             (Pending::Ask { operation }, PeerMessage::Asked { object }) => {
@@ -331,6 +331,16 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// The directory does not want this node to have an object. If a mere copy was announced, and it has become a replica
+    /// since, that was announced too, and the answer to that counts.
+    fn announcement_refused(&mut self, announced: &Announced) {
+        let there = self.objects.sealed(&announced.key).map(|(_, object)| (object.id, object.role));
+        let stays = there.is_some_and(|(id, role)| id == announced.object && role != Role::Copy);
+        if announced.role != Role::Copy || !stays {
+            self.drop_local(&announced.key, Some(announced.object));
+        }
     }
 
     /// FAILED in answer to anything but a GET, or no answer.

@@ -197,6 +197,31 @@ fn a_copy_becomes_a_replica_where_it_is() {
     assert_eq!(under_replicated(&world).0, 1, "that two are wanted is known");
 }
 
+/// Found by the simulation: seed 688,831.
+#[test]
+fn a_replica_stays_though_it_was_refused_as_a_copy_before() {
+    let mut world = World::new(2);
+    let clients = clients(&mut world);
+    world.put(0, clients[0], "k", &[7; 100]);
+    let asked = world.ask_get(1, clients[1], "k", true);
+    let announces = |message: &PeerMessage| matches!(message, PeerMessage::Announce { .. });
+    let request = loop {
+        if let Some(request) = world.delay(0, announces) {
+            break request;
+        }
+        assert!(world.step(), "the copy is announced");
+    };
+    world.settle();
+    located(world.nodes[1].answers.remove(&(clients[1], asked)));
+    assert_eq!(put_on(&mut world, 0, clients[0], "k", &[7; 100], 2), 2);
+    let link = world.link_between(1, 0).expect("a link");
+    let message = PeerMessage::Announced { refused: vec![key("k")] };
+    world.feed(1, Input::PeerMessage { link, request, message, payload_len: 0 });
+    world.settle();
+    assert_eq!(world.holders("k"), [0, 1], "as the put was told");
+    assert_eq!(world.nodes[1].index.len(), 1);
+}
+
 #[test]
 fn a_put_that_keeps_a_copy_makes_a_replica_of_it() {
     let mut world = World::new(3);

@@ -618,6 +618,19 @@ impl World {
         true
     }
 
+    /// Takes a message to a node out of what is under way: it is as if it took long. Returns its request.
+    pub(super) fn delay(&mut self, to: usize, which: impl Fn(&PeerMessage) -> bool) -> Option<u64> {
+        let fits = |(node, input, _): &(usize, Input, Option<Vec<u8>>)| match input {
+            Input::PeerMessage { message, .. } => *node == to && which(message),
+            _ => false,
+        };
+        let at = self.queue.iter().position(fits)?;
+        match self.queue.remove(at)?.1 {
+            Input::PeerMessage { request, .. } => Some(request),
+            _ => None,
+        }
+    }
+
     /// Delivers everything that is under way.
     pub(super) fn settle(&mut self) {
         let mut steps = 0;
