@@ -123,7 +123,9 @@ impl World {
                 || matches!(hold, Hold::Ahead(of, _) if of == id);
             own && Some(hold) != kept
         });
-        self.feed(at, Input::ClientLeft { client: id });
+        // As a node does it: nothing is handed in between the end of its page and this.
+        self.hand_in(at, Input::ClientLeft { client: id });
+        self.empty_outbox(at);
         self.nodes[at].items.retain(|(of, _), _| *of != id);
     }
 
