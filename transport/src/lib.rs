@@ -12,6 +12,7 @@ mod payload;
 mod region;
 mod sim;
 mod tcp;
+mod verbs;
 
 pub use fabric::{
     Access, Fabric, FabricEvent, FabricKind, FabricSink, Landing, LandingPart, LandingStats, LandingToken,
@@ -20,3 +21,4 @@ pub use fabric::{
 pub use memory::{HeapRegion, RegionMemory};
 pub use sim::{SimFabric, SimFaults, SimNet};
 pub use tcp::{TcpConfig, TcpFabric};
+pub use verbs::abi as verbs_abi;
