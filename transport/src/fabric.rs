@@ -18,6 +18,8 @@ use crate::memory::RegionMemory;
 pub enum FabricKind {
     /// TCP sockets.
     Tcp,
+    /// RDMA verbs.
+    Verbs,
     /// In memory, in virtual time, from a seed.
     Sim,
 }
@@ -26,6 +28,7 @@ impl fmt::Display for FabricKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Tcp => "tcp",
+            Self::Verbs => "verbs",
             Self::Sim => "sim",
         })
     }

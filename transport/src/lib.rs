@@ -21,4 +21,4 @@ pub use fabric::{
 pub use memory::{HeapRegion, RegionMemory};
 pub use sim::{SimFabric, SimFaults, SimNet};
 pub use tcp::{TcpConfig, TcpFabric};
-pub use verbs::abi as verbs_abi;
+pub use verbs::{VerbsConfig, VerbsFabric, abi as verbs_abi, verbs_devices};

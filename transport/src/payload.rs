@@ -64,6 +64,16 @@ impl Gather {
         Ok((len > 0).then_some(Self { pieces, len, at: Cursor::default() }))
     }
 
+    /// The next stretch of one piece, as far as it goes but `most` bytes at most, which then counts as gone; none at the
+    /// end.
+    pub(crate) fn next(&mut self, most: usize) -> Option<Piece> {
+        let piece = self.pieces.get(self.at.number)?;
+        let part = piece.part(self.at.done, most);
+        let pieces = &self.pieces;
+        self.at.walk(part.len(), |number| pieces.get(number).map(Piece::len), |_, _, _| {});
+        Some(part)
+    }
+
     /// One piece.
     pub(crate) fn one(piece: Piece) -> Self {
         Self { len: piece.len(), pieces: vec![piece], at: Cursor::default() }

@@ -260,6 +260,11 @@ impl Piece {
         self.region.segment
     }
 
+    /// Where the piece is: its segment, the address of that, and its place in it.
+    pub(crate) fn place(&self) -> (SegmentId, u64, u64) {
+        (self.region.segment, self.region.base as u64, self.offset as u64)
+    }
+
     /// The part from `start`, at most `len_bytes` long.
     pub(crate) fn part(&self, start: usize, len_bytes: usize) -> Self {
         let start = start.min(self.len_bytes);

@@ -18,12 +18,12 @@ mod link;
 mod outbox;
 mod reading;
 mod reads;
-mod seats;
+pub(crate) mod seats;
 mod serve;
 mod shared;
 mod stream;
-mod sys;
-mod turn;
+pub(crate) mod sys;
+pub(crate) mod turn;
 mod wire;
 
 use std::fmt;
@@ -107,6 +107,11 @@ impl Default for TcpConfig {
             streams_per_peer_max: 16,
         }
     }
+}
+
+/// A number that nobody can guess.
+pub(crate) fn random_number() -> Result<u64, StoreError> {
+    Ok(u64::from_le_bytes(sys::random()?))
 }
 
 /// Processors that this process may use.

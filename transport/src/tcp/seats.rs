@@ -27,7 +27,7 @@ const EVENTS: u64 = 0;
 /// What suspends a membership.
 const NOTHING: EventFlags = EventFlags::empty();
 
-pub(super) struct Seats {
+pub(crate) struct Seats {
     events: Epoll,
     /// Has `events` as its member: once it has woken a thread, it wakes none until it is told to.
     crew: Epoll,
@@ -54,7 +54,7 @@ struct State {
 }
 
 /// How a caller of `progress` waits this time.
-pub(super) enum Seat {
+pub(crate) enum Seat {
     Leader,
     Follower,
 }
@@ -62,7 +62,7 @@ pub(super) enum Seat {
 impl Seats {
     /// # Errors
     /// [`hetmem_core::ErrorKind::Os`] at the limit of descriptors.
-    pub(super) fn new(crew_helps: bool) -> Result<Self, StoreError> {
+    pub(crate) fn new(crew_helps: bool) -> Result<Self, StoreError> {
         let (events, crew) = (Epoll::new()?, Epoll::new()?);
         crew.add(&events, EVENTS, EventFlags::IN | EventFlags::ONESHOT)?;
         Ok(Self {
@@ -77,7 +77,7 @@ impl Seats {
     }
 
     /// Where what brings events is added, edge-triggered or for one event at a time.
-    pub(super) fn events(&self) -> &Epoll {
+    pub(crate) fn events(&self) -> &Epoll {
         &self.events
     }
 
@@ -87,7 +87,7 @@ impl Seats {
     }
 
     /// One of the crew waits for an event that no caller of `progress` takes. None: somebody else took it.
-    pub(super) fn wait(&self, timeout: Option<Duration>) -> Option<(u64, EventFlags)> {
+    pub(crate) fn wait(&self, timeout: Option<Duration>) -> Option<(u64, EventFlags)> {
         self.crew.wait(timeout)?;
         let event = self.event();
         let state = self.state.lock();
@@ -105,7 +105,7 @@ impl Seats {
 
     /// Registers the caller as a waiter and says how many announcements there were; it then looks at its condition,
     /// and either calls `leave` or sleeps.
-    pub(super) fn register(&self) -> (Seat, u64) {
+    pub(crate) fn register(&self) -> (Seat, u64) {
         let mut state = self.state.lock();
         self.waiting.fetch_add(1, Ordering::SeqCst);
         fence(Ordering::SeqCst);
@@ -125,7 +125,7 @@ impl Seats {
     /// The leader's wait, unless something was announced since `seen`: it looks for an event for up to `busy`, without
     /// going to sleep, then sleeps until there is one. Waking a thread, and the processor that it slept on, takes longer
     /// than most answers; whoever else could run on this processor while it looks runs first.
-    pub(super) fn lead(&self, seen: u64, busy: Duration, timeout: Duration) -> Option<(u64, EventFlags)> {
+    pub(crate) fn lead(&self, seen: u64, busy: Duration, timeout: Duration) -> Option<(u64, EventFlags)> {
         let event = self.event();
         if event.is_some() {
             return event;
@@ -158,7 +158,7 @@ impl Seats {
     }
 
     /// A follower's wait, until something is announced or the leader leaves.
-    pub(super) fn follow(&self, seen: u64, timeout: Duration) {
+    pub(crate) fn follow(&self, seen: u64, timeout: Duration) {
         let mut state = self.state.lock();
         if state.announced == seen && state.leader {
             state.followers += 1;
@@ -168,7 +168,7 @@ impl Seats {
     }
 
     /// Gives the seat up, to handle what the wait brought or to leave.
-    pub(super) fn stand_up(&self, seat: &Seat) {
+    pub(crate) fn stand_up(&self, seat: &Seat) {
         self.waiting.fetch_sub(1, Ordering::SeqCst);
         let mut state = self.state.lock();
         if matches!(seat, Seat::Leader) {
@@ -178,7 +178,7 @@ impl Seats {
     }
 
     /// The caller leaves `progress`, and has stood up.
-    pub(super) fn leave(&self) {
+    pub(crate) fn leave(&self) {
         self.hand_over(&mut self.state.lock(), true);
     }
 
@@ -197,7 +197,7 @@ impl Seats {
     }
 
     /// Makes all waiters look at their conditions.
-    pub(super) fn announce(&self) {
+    pub(crate) fn announce(&self) {
         fence(Ordering::SeqCst);
         if self.waiting.load(Ordering::SeqCst) == 0 {
             return;

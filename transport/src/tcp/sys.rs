@@ -17,22 +17,22 @@ use rustix::time::{
 const BACKLOG: i32 = 512;
 
 /// Wakes a thread that waits. In an epoll, edge-triggered and never read, every ring is one event.
-pub(super) struct Bell(OwnedFd);
+pub(crate) struct Bell(OwnedFd);
 
 impl Bell {
-    pub(super) fn new() -> Result<Self, StoreError> {
+    pub(crate) fn new() -> Result<Self, StoreError> {
         let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|error| StoreError::os("eventfd", error))?;
         Ok(Self(fd))
     }
 
-    pub(super) fn ring(&self) {
+    pub(crate) fn ring(&self) {
         // The counter would have to reach 2^64 for this to fail.
         let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
     }
 
     /// Takes back that it was rung.
-    pub(super) fn hush(&self) {
+    pub(crate) fn hush(&self) {
         // Fails only if it was not rung.
         let _ = rustix::io::read(&self.0, &mut [0; 8]);
     }
@@ -45,17 +45,17 @@ impl AsFd for Bell {
 }
 
 /// Fires once at a deadline. Registered edge-triggered and never read: setting it again re-arms it.
-pub(super) struct Timer(OwnedFd);
+pub(crate) struct Timer(OwnedFd);
 
 impl Timer {
-    pub(super) fn new() -> Result<Self, StoreError> {
+    pub(crate) fn new() -> Result<Self, StoreError> {
         let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
         let fd = timerfd_create(TimerfdClockId::Monotonic, flags)
             .map_err(|error| StoreError::os("timerfd_create", error))?;
         Ok(Self(fd))
     }
 
-    pub(super) fn set(&self, after: Duration) {
+    pub(crate) fn set(&self, after: Duration) {
         // A value of zero would disarm the timer.
         let value = timespec(after.max(Duration::from_micros(1)));
         let interval = Timespec { tv_sec: 0, tv_nsec: 0 };
@@ -72,7 +72,7 @@ impl AsFd for Timer {
     }
 }
 
-pub(super) fn timespec(duration: Duration) -> Timespec {
+pub(crate) fn timespec(duration: Duration) -> Timespec {
     Timespec {
         tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: i64::from(duration.subsec_nanos()),
@@ -80,35 +80,35 @@ pub(super) fn timespec(duration: Duration) -> Timespec {
 }
 
 /// One epoll instance, shared by all threads.
-pub(super) struct Epoll(OwnedFd);
+pub(crate) struct Epoll(OwnedFd);
 
 impl Epoll {
-    pub(super) fn new() -> Result<Self, StoreError> {
+    pub(crate) fn new() -> Result<Self, StoreError> {
         let fd = epoll::create(epoll::CreateFlags::CLOEXEC)
             .map_err(|error| StoreError::os("epoll_create", error))?;
         Ok(Self(fd))
     }
 
-    pub(super) fn add(&self, source: impl AsFd, id: u64, flags: epoll::EventFlags) -> Result<(), StoreError> {
+    pub(crate) fn add(&self, source: impl AsFd, id: u64, flags: epoll::EventFlags) -> Result<(), StoreError> {
         epoll::add(&self.0, source, epoll::EventData::new_u64(id), flags).map_err(|error| {
             StoreError::os("epoll_ctl", format!("{error}: raise fs.epoll.max_user_watches or RLIMIT_NOFILE"))
         })
     }
 
     /// Sets what to wait for, and looks at once: what is ready already becomes an event for some thread.
-    pub(super) fn modify(&self, source: impl AsFd, id: u64, flags: epoll::EventFlags) {
+    pub(crate) fn modify(&self, source: impl AsFd, id: u64, flags: epoll::EventFlags) {
         if let Err(error) = epoll::modify(&self.0, source, epoll::EventData::new_u64(id), flags) {
             tracing::error!(%error, "a connection could not be watched");
         }
     }
 
-    pub(super) fn remove(&self, source: impl AsFd) {
+    pub(crate) fn remove(&self, source: impl AsFd) {
         // Only fails if it was never added or is removed already, both of which are what is wanted.
         let _ = epoll::delete(&self.0, source);
     }
 
     /// The next event, if one comes in time.
-    pub(super) fn wait(&self, timeout: Option<Duration>) -> Option<(u64, epoll::EventFlags)> {
+    pub(crate) fn wait(&self, timeout: Option<Duration>) -> Option<(u64, epoll::EventFlags)> {
         // One at a time: what else is ready wakes another thread, rather than wait behind this one.
         let mut events =
             [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 1];
@@ -131,7 +131,7 @@ impl AsFd for Epoll {
 }
 
 /// Sleeps until one of two descriptors can be read, or the time is over.
-pub(super) fn wait_for_either(one: BorrowedFd<'_>, other: BorrowedFd<'_>, timeout: Duration) {
+pub(crate) fn wait_for_either(one: BorrowedFd<'_>, other: BorrowedFd<'_>, timeout: Duration) {
     let mut descriptors = [one, other].map(|descriptor| PollFd::from_borrowed_fd(descriptor, PollFlags::IN));
     match poll(&mut descriptors, Some(&timespec(timeout))) {
         Ok(_) | Err(Errno::INTR) => {}
@@ -140,9 +140,9 @@ pub(super) fn wait_for_either(one: BorrowedFd<'_>, other: BorrowedFd<'_>, timeou
 }
 
 /// A nonblocking TCP socket and its name in the epoll.
-pub(super) struct Socket {
+pub(crate) struct Socket {
     fd: OwnedFd,
-    pub(super) id: u64,
+    pub(crate) id: u64,
 }
 
 impl AsFd for Socket {
@@ -153,7 +153,7 @@ impl AsFd for Socket {
 
 /// What receiving brought.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Got {
+pub(crate) enum Got {
     Bytes(usize),
     Nothing,
     End,
@@ -161,7 +161,7 @@ pub(super) enum Got {
 
 impl Got {
     /// What the count of a receive call into a buffer that is not empty means.
-    pub(super) fn of(received: Result<usize, Errno>) -> Result<Self, Errno> {
+    pub(crate) fn of(received: Result<usize, Errno>) -> Result<Self, Errno> {
         match received {
             Ok(0) => Ok(Self::End),
             Ok(count) => Ok(Self::Bytes(count)),
@@ -172,12 +172,12 @@ impl Got {
 }
 
 impl Socket {
-    pub(super) fn of_accepted(fd: OwnedFd, id: u64) -> Self {
+    pub(crate) fn of_accepted(fd: OwnedFd, id: u64) -> Self {
         Self { fd, id }
     }
 
     /// Begins to connect.
-    pub(super) fn connecting(address: SocketAddr, id: u64) -> Result<Self, StoreError> {
+    pub(crate) fn connecting(address: SocketAddr, id: u64) -> Result<Self, StoreError> {
         let fd = stream_socket(address).map_err(|error| StoreError::os("socket", error))?;
         match rustix::net::connect(&fd, &address) {
             Ok(()) | Err(Errno::INPROGRESS) => Ok(Self { fd, id }),
@@ -186,7 +186,7 @@ impl Socket {
     }
 
     /// Sets what every connected socket has. One that refuses is slower, not wrong.
-    pub(super) fn prepare(&self) {
+    pub(crate) fn prepare(&self) {
         let _ = sockopt::set_tcp_nodelay(&self.fd, true);
         if self.stays_on_this_machine() {
             // There is no network to be careful with. Measured on 2 cores, 64 MiB over one stream: 5.3 GiB/s with
@@ -203,7 +203,7 @@ impl Socket {
         peer.ip().is_loopback() || own.is_some_and(|own| own.ip() == peer.ip())
     }
 
-    pub(super) fn buffers(&self, send_bytes: usize, receive_bytes: usize) {
+    pub(crate) fn buffers(&self, send_bytes: usize, receive_bytes: usize) {
         // The system may grant less; slower, not wrong. Zero leaves the size to the system.
         if send_bytes > 0 {
             let _ = sockopt::set_socket_send_buffer_size(&self.fd, send_bytes);
@@ -214,30 +214,30 @@ impl Socket {
     }
 
     /// How connecting went, once the socket is writable.
-    pub(super) fn connected(&self) -> Result<(), Errno> {
+    pub(crate) fn connected(&self) -> Result<(), Errno> {
         sockopt::socket_error(&self.fd)?
     }
 
-    pub(super) fn peer(&self) -> Option<SocketAddr> {
+    pub(crate) fn peer(&self) -> Option<SocketAddr> {
         rustix::net::getpeername(&self.fd).ok()??.try_into().ok()
     }
 
     /// Ends both directions: pending calls return, the peer sees an end, and an event wakes some thread. The
     /// descriptor itself is closed with the last owner of `self`, so its number cannot be reused under anyone.
-    pub(super) fn shut_down(&self) {
+    pub(crate) fn shut_down(&self) {
         let _ = rustix::net::shutdown(&self.fd, Shutdown::Both);
     }
 
-    pub(super) fn receive(&self, buffer: &mut [u8]) -> Result<Got, Errno> {
+    pub(crate) fn receive(&self, buffer: &mut [u8]) -> Result<Got, Errno> {
         Got::of(self.receive_into(buffer))
     }
 
     /// Says how many bytes came, 0 at the end.
-    pub(super) fn receive_into(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
+    pub(crate) fn receive_into(&self, buffer: &mut [u8]) -> Result<usize, Errno> {
         rustix::net::recv(&self.fd, buffer, RecvFlags::DONTWAIT).map(|(count, _)| count)
     }
 
-    pub(super) fn send(&self, bytes: &[u8]) -> Result<usize, Errno> {
+    pub(crate) fn send(&self, bytes: &[u8]) -> Result<usize, Errno> {
         rustix::net::send(&self.fd, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
     }
 }
@@ -249,7 +249,7 @@ fn stream_socket(address: SocketAddr) -> rustix::io::Result<OwnedFd> {
 }
 
 /// The listening socket and the address that it got.
-pub(super) fn listen(address: SocketAddr) -> Result<(OwnedFd, SocketAddr), StoreError> {
+pub(crate) fn listen(address: SocketAddr) -> Result<(OwnedFd, SocketAddr), StoreError> {
     let fail = |call: &str, error: Errno| {
         let remedy = match error {
             Errno::ADDRINUSE => {
@@ -272,7 +272,7 @@ pub(super) fn listen(address: SocketAddr) -> Result<(OwnedFd, SocketAddr), Store
 }
 
 /// The next connection, if there is one.
-pub(super) fn accept(listener: &OwnedFd) -> Result<Option<OwnedFd>, Errno> {
+pub(crate) fn accept(listener: &OwnedFd) -> Result<Option<OwnedFd>, Errno> {
     match rustix::net::accept_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
         Ok(fd) => Ok(Some(fd)),
         Err(Errno::AGAIN) => Ok(None),
@@ -281,7 +281,7 @@ pub(super) fn accept(listener: &OwnedFd) -> Result<Option<OwnedFd>, Errno> {
 }
 
 /// Random bytes that no peer can guess.
-pub(super) fn random<const N: usize>() -> Result<[u8; N], StoreError> {
+pub(crate) fn random<const N: usize>() -> Result<[u8; N], StoreError> {
     let mut bytes = [0; N];
     let mut done = 0;
     while done < N {

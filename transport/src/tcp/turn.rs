@@ -5,12 +5,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The right to work on one connection.
 #[derive(Debug, Default)]
-pub(super) struct Turn(AtomicU32);
+pub(crate) struct Turn(AtomicU32);
 
 impl Turn {
     /// Works now, or leaves it to the thread that is at it. What was written before this call is seen by the work
     /// that follows it.
-    pub(super) fn run(&self, mut work: impl FnMut()) {
+    pub(crate) fn run(&self, mut work: impl FnMut()) {
         if self.0.fetch_add(1, Ordering::AcqRel) != 0 {
             return;
         }

@@ -369,6 +369,8 @@ pub struct Table {
         out: *mut *mut Device,
         failure: *mut Failure,
     ) -> i32,
+    /// Gives a requested connection a token of its own: the events that follow name it.
+    pub connection_name: unsafe extern "C" fn(connection: *mut Connection, token: u64),
     /// The address of the peer of a connection that was requested.
     pub peer_of: unsafe extern "C" fn(connection: *const Connection, out: *mut Address),
     /// Makes the queue pair of a routed or requested connection.

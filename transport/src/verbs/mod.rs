@@ -1,3 +1,324 @@
-//! The verbs fabric: RDMA by way of a plugin that is opened at run time.
+//! The verbs fabric: RDMA over InfiniBand, RoCE and iWARP, by way of a plugin that is opened at run time (docs/rdma.md).
+//! Not the engine's protocol. Invariant: memory is registered once, when its segment is; a send or a read registers
+//! nothing.
+//!
+//! A link has a control connection, which carries frames with their payloads gathered from their extents, and up to two
+//! data connections, one for the reads of each end: what goes wrong with a read ends its data connection and nothing else.
 
 pub mod abi;
+mod adapters;
+mod ends;
+mod incoming;
+mod links;
+mod plugin;
+mod shared;
+mod slots;
+mod state;
+mod wire;
+
+use std::fmt;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use hetmem_core::wire::Frame;
+use hetmem_core::{Extent, LinkId, RemoteExtent, RemoteKey, SegmentId, StoreError, TransferId};
+use parking_lot::Mutex;
+
+use self::adapters::Segment;
+use self::links::{Read, Stage, stretches_of};
+use self::plugin::{Context, Plugin, device_name};
+use self::shared::Shared;
+use self::state::State;
+use self::wire::{FRAME_START, LinkToken};
+use crate::fabric::{
+    Access, Fabric, FabricEvent, FabricKind, FabricSink, SendToken, Sent, check_lengths, check_payload,
+    check_word,
+};
+use crate::memory::RegionMemory;
+use crate::payload::Gather;
+
+/// The most extents of one payload.
+const GATHER_MAX: usize = 1023;
+
+/// How a verbs fabric is set up.
+#[derive(Clone, Debug)]
+pub struct VerbsConfig {
+    /// The plugin's file; none: looked for beside the program and in `../lib/hetmem`.
+    pub plugin: Option<PathBuf>,
+    /// Where to listen, as `host:port`; port 0 picks a free one.
+    pub listen: String,
+    /// Threads that call the sink, besides callers of `progress`.
+    pub threads: usize,
+    /// Bytes asked for in one piece of work.
+    pub slice_bytes: u64,
+    /// How long a caller of `progress` works on before it sleeps.
+    pub busy_poll: Duration,
+    /// The most links, in and out.
+    pub links_max: usize,
+}
+
+impl Default for VerbsConfig {
+    fn default() -> Self {
+        Self {
+            plugin: None,
+            listen: "0.0.0.0:0".to_owned(),
+            threads: 2,
+            slice_bytes: 1 << 20,
+            busy_poll: Duration::from_micros(50),
+            links_max: 1024,
+        }
+    }
+}
+
+/// Names of the RDMA devices of this machine.
+///
+/// # Errors
+/// `Unavailable` naming what is missing.
+pub fn verbs_devices(plugin: Option<&std::path::Path>) -> Result<Vec<String>, StoreError> {
+    Ok(Plugin::load(plugin)?.devices().iter().map(device_name).collect())
+}
+
+/// A fabric over RDMA verbs.
+pub struct VerbsFabric {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl fmt::Debug for VerbsFabric {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VerbsFabric").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
+impl VerbsFabric {
+    /// Opens the plugin, listens and starts the threads. The sink is kept until the fabric is dropped.
+    ///
+    /// # Errors
+    /// `Unavailable` naming what is missing (the plugin, a library), `Os` if there is no device, or the address cannot be
+    /// listened on.
+    pub fn start(config: &VerbsConfig, sink: Arc<dyn FabricSink>) -> Result<Arc<Self>, StoreError> {
+        let context = Context::open(Plugin::load(config.plugin.as_deref())?)?;
+        let (listener, address) = context.listen(resolve(&config.listen)?, 0)?;
+        let mut state = State::new(Arc::clone(&context), listener, address.port());
+        (state.slice_bytes, state.links_max) = (config.slice_bytes.max(1), config.links_max);
+        state.open_listening_adapter()?;
+        let shared = Arc::new(Shared::new(sink, context, state, config.busy_poll)?);
+        let fabric = Arc::new(Self { shared, address, threads: Mutex::default() });
+        for number in 0..config.threads.max(1) {
+            let shared = Arc::clone(&fabric.shared);
+            let thread = std::thread::Builder::new()
+                .name(format!("verbs-fabric-{number}"))
+                .spawn(move || shared.serve())
+                .map_err(|error| StoreError::os("start a thread of the verbs fabric", error))?;
+            fabric.threads.lock().push(thread);
+        }
+        Ok(fabric)
+    }
+
+    fn begin_read(
+        &self,
+        link: LinkId,
+        transfer: TransferId,
+        bytes: Option<(RemoteExtent, Extent)>,
+        word: Option<RemoteExtent>,
+    ) -> Result<(), StoreError> {
+        let mut local = None;
+        if let Some((remote, extent)) = bytes {
+            check_lengths(remote, extent)?;
+            local = Some((remote, self.shared.regions.local("read", extent)?)).filter(|(_, it)| it.len() > 0);
+        }
+        let mut state = self.shared.state.lock();
+        let Some(found) = state.links.get_mut(&link).filter(|link| link.stage == Stage::Up) else {
+            return Err(no_link("read", link));
+        };
+        let remote = local.as_ref().map_or(Ok(Vec::new()), |(remote, _)| stretches_of(found, *remote));
+        let place = word.map_or(Ok(None), |word| stretches_of(found, word).map(|found| found.first().copied()));
+        if state.transfers.contains_key(&transfer) {
+            return Err(StoreError::invalid("read", format!("transfer {transfer} is in progress")));
+        }
+        let result = match (remote, place) {
+            (Ok(stretches), Ok(place)) if !stretches.is_empty() || place.is_some() => {
+                let read = Read::new(transfer, local.map(|(_, local)| local), stretches, place);
+                if let Some(found) = state.links.get_mut(&link) {
+                    found.begin_read(read)?;
+                }
+                state.transfers.insert(transfer, link);
+                state.post(link);
+                None
+            }
+            (Ok(_), Ok(_)) => Some(Ok(crate::fabric::ReadStats::default())),
+            (Err(why), _) | (_, Err(why)) => Some(Err(why)),
+        };
+        if let Some(result) = result {
+            state.report(FabricEvent::ReadDone { transfer, result });
+        }
+        self.look_after(state);
+        Ok(())
+    }
+
+    /// Effects are carried out by whoever has the turn, which a caller of the fabric must not take.
+    fn look_after(&self, state: parking_lot::MutexGuard<'_, State>) {
+        let any = !state.effects.is_empty() || !state.unwatched.is_empty();
+        drop(state);
+        if any {
+            self.shared.ring();
+            self.shared.seats.announce();
+        }
+    }
+}
+
+fn no_link(operation: &'static str, link: LinkId) -> StoreError {
+    StoreError::PeerLost {
+        operation: operation.into(),
+        subject: format!("link {link}"),
+        peer: "(unknown)".to_owned(),
+        why: "the link is down, or never was".into(),
+    }
+}
+
+fn resolve(address: &str) -> Result<SocketAddr, StoreError> {
+    let wrong = |why: String| StoreError::invalid("address", format!("{address:?}: {why}; write host:port"));
+    let mut found = address.to_socket_addrs().map_err(|error| wrong(error.to_string()))?;
+    found.next().ok_or_else(|| wrong("the host has no address".to_owned()))
+}
+
+impl Fabric for VerbsFabric {
+    fn kind(&self) -> FabricKind {
+        FabricKind::Verbs
+    }
+
+    fn address(&self) -> String {
+        self.address.to_string()
+    }
+
+    fn register(
+        &self,
+        segment: SegmentId,
+        memory: Arc<dyn RegionMemory>,
+        access: Access,
+    ) -> Result<RemoteKey, StoreError> {
+        let key = RemoteKey(crate::tcp::random_number()?);
+        self.shared.regions.register(segment, key, Arc::clone(&memory), access)?;
+        let mut state = self.shared.state.lock();
+        if let Err(why) = state.register(segment, Segment { key, memory, access }) {
+            drop(state);
+            if let Some(region) = self.shared.regions.remove(segment) {
+                region.close();
+            }
+            return Err(why);
+        }
+        state.post_all();
+        self.look_after(state);
+        Ok(key)
+    }
+
+    fn deregister(&self, segment: SegmentId) {
+        let Some(region) = self.shared.regions.remove(segment) else {
+            return;
+        };
+        let mut state = self.shared.state.lock();
+        state.deregister(segment);
+        self.look_after(state);
+        region.close();
+    }
+
+    fn connect(&self, address: &str) -> Result<LinkId, StoreError> {
+        let peer = resolve(address)?;
+        let mine = LinkToken(crate::tcp::random_number()?);
+        let mut state = self.shared.state.lock();
+        let link = state.dial(address, peer, mine)?;
+        self.look_after(state);
+        Ok(link)
+    }
+
+    fn disconnect(&self, link: LinkId) {
+        let mut state = self.shared.state.lock();
+        state.disconnect(link, &StoreError::unavailable("link", "this node disconnected"));
+        self.look_after(state);
+    }
+
+    fn gather_max(&self) -> usize {
+        GATHER_MAX
+    }
+
+    fn send(
+        &self,
+        link: LinkId,
+        frame: Frame,
+        payload: &[Extent],
+        token: SendToken,
+    ) -> Result<Sent, StoreError> {
+        check_payload(&frame, payload, GATHER_MAX)?;
+        let gather = Gather::of(&self.shared.regions, payload)?;
+        let sent = if gather.is_some() { Sent::Pending } else { Sent::Done };
+        let mut state = self.shared.state.lock();
+        let Some(found) = state.links.get_mut(&link).filter(|link| link.stage == Stage::Up) else {
+            return Err(no_link("send", link));
+        };
+        found.queue(FRAME_START, frame.as_bytes().to_vec(), gather, token)?;
+        state.post(link);
+        self.look_after(state);
+        Ok(sent)
+    }
+
+    fn read(
+        &self,
+        link: LinkId,
+        transfer: TransferId,
+        remote: RemoteExtent,
+        local: Extent,
+    ) -> Result<(), StoreError> {
+        self.begin_read(link, transfer, Some((remote, local)), None)
+    }
+
+    fn read_checked(
+        &self,
+        link: LinkId,
+        transfer: TransferId,
+        bytes: Option<(RemoteExtent, Extent)>,
+        word: RemoteExtent,
+    ) -> Result<(), StoreError> {
+        check_word(word)?;
+        self.begin_read(link, transfer, bytes, Some(word))
+    }
+
+    fn cancel(&self, transfer: TransferId) {
+        let mut state = self.shared.state.lock();
+        let why = StoreError::stale("read", format!("transfer {transfer}"), "it was cancelled");
+        state.give_up(transfer, &why);
+        self.look_after(state);
+    }
+
+    fn progress(&self, timeout: Duration, until: &dyn Fn() -> bool) -> bool {
+        self.shared.progress(timeout, until)
+    }
+
+    fn wake(&self) {
+        self.shared.seats.announce();
+    }
+
+    fn stop(&self) {
+        self.shared.stop();
+        for thread in std::mem::take(&mut *self.threads.lock()) {
+            if thread.thread().id() != std::thread::current().id() {
+                // A thread that panicked has said so already.
+                let _ = thread.join();
+            }
+        }
+        self.shared.clear();
+    }
+
+    fn refused(&self) -> u64 {
+        self.shared.state.lock().refused
+    }
+}
+
+impl Drop for VerbsFabric {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}

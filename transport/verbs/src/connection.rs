@@ -161,6 +161,11 @@ pub(crate) unsafe extern "C" fn resolve(
     unsafe { finish(connection, check("rdma_resolve_addr", begun, failure), out) }
 }
 
+pub(crate) unsafe extern "C" fn name(connection: *mut Connection, token: u64) {
+    // SAFETY: the host has the connection, and uses it on one thread at a time.
+    unsafe { (*connection.cast::<Conn>()).token = token };
+}
+
 pub(crate) unsafe extern "C" fn peer(connection: *const Connection, out: *mut Address) {
     // SAFETY: the host has the connection and gives room for an address. librdmacm keeps the peer's in a socket address of
     // either version, which is at least as long as ours.

@@ -25,6 +25,7 @@ static TABLE: Table = Table {
     listen: connection::listen,
     resolve: connection::resolve,
     device_of: device::of,
+    connection_name: connection::name,
     peer_of: connection::peer,
     queue_pair_open: connection::queue_pair_open,
     connect: connection::connect,

@@ -1,0 +1,166 @@
+//! The devices that connections go through, each with one completion queue, one pool of receive buffers, and the segments
+//! as registered with it. Not which of them a link uses: its route says that. Invariant: every segment is registered with
+//! every adapter, or with none if one refuses.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use hetmem_core::{RemoteKey, SegmentId, StoreError};
+
+use super::abi;
+use super::plugin::{Device, Pool, Queue, Registered, device_name};
+use super::slots::Slots;
+use super::wire::{CHUNKS_MAX, Described, RemoteChunk};
+use crate::fabric::Access;
+use crate::memory::RegionMemory;
+
+/// Bytes of a receive buffer, and so the most that one send carries.
+pub(super) const BUFFER_LEN: usize = 16 << 10;
+/// Receive buffers of an adapter, and as many for frames that go out.
+const BUFFERS: u32 = 512;
+/// Words that are being read.
+const WORDS: u32 = 1024;
+/// Entries of a completion queue.
+const COMPLETIONS: u32 = 32 << 10;
+
+/// A segment that is registered with the fabric.
+pub(super) struct Segment {
+    pub(super) key: RemoteKey,
+    pub(super) memory: Arc<dyn RegionMemory>,
+    pub(super) access: Access,
+}
+
+/// A part of a segment, as registered with one adapter.
+struct Chunk {
+    start: u64,
+    len_bytes: u64,
+    registered: Registered,
+}
+
+pub(super) struct Adapter {
+    segments: BTreeMap<SegmentId, Vec<Chunk>>,
+    pub(super) receives: Arc<Slots>,
+    pub(super) frames: Slots,
+    pub(super) words: Slots,
+    pub(super) pool: Arc<Pool>,
+    pub(super) queue: Arc<Queue>,
+    pub(super) limits: abi::DeviceLimits,
+    pub(super) device: Arc<Device>,
+}
+
+impl Adapter {
+    /// Opens what is needed of a device, registers all segments with it and posts its receive buffers.
+    pub(super) fn open(
+        device: Arc<Device>,
+        segments: &BTreeMap<SegmentId, Segment>,
+    ) -> Result<Self, StoreError> {
+        let limits = device.limits()?;
+        let buffers = BUFFERS.min(limits.buffers_max.max(1));
+        let queue = device.queue(COMPLETIONS.min(limits.completions_max.max(1)))?;
+        let pool = device.pool(buffers)?;
+        let mut adapter = Self {
+            segments: BTreeMap::new(),
+            receives: Arc::new(Slots::open(&device, buffers, BUFFER_LEN)?),
+            frames: Slots::open(&device, BUFFERS, BUFFER_LEN)?,
+            words: Slots::open(&device, WORDS, 8)?,
+            pool,
+            queue,
+            limits,
+            device,
+        };
+        for (&number, segment) in segments {
+            adapter.register(number, segment)?;
+        }
+        for slot in 0..buffers {
+            adapter.post_receive(slot)?;
+        }
+        adapter.queue.arm()?;
+        Ok(adapter)
+    }
+
+    pub(super) fn name(&self) -> String {
+        device_name(&self.limits)
+    }
+
+    /// Lends a slot to the adapter, to be received into.
+    pub(super) fn post_receive(&self, slot: u32) -> Result<(), StoreError> {
+        self.pool.post(receive_id(slot), &self.receives.piece(slot, 0, BUFFER_LEN))
+    }
+
+    /// Registers a segment, in chunks that the device can have; nothing of it if one of them fails.
+    pub(super) fn register(&mut self, number: SegmentId, segment: &Segment) -> Result<(), StoreError> {
+        let len = segment.memory.len_bytes();
+        let most = self.limits.region_bytes_max.max(1);
+        if len.div_ceil(most) > CHUNKS_MAX as u64 {
+            let why = format!("{len} bytes; {} registers {CHUNKS_MAX} times {most} at most", self.name());
+            return Err(StoreError::invalid("segment", why));
+        }
+        let mut access = abi::ACCESS_LOCAL_WRITE;
+        if segment.access == Access::RemoteRead {
+            access |= abi::ACCESS_REMOTE_READ;
+        }
+        if self.limits.transport == abi::TRANSPORT_IWARP {
+            access |= abi::ACCESS_REMOTE_WRITE;
+        }
+        let (mut chunks, mut start) = (Vec::new(), 0);
+        while start < len {
+            let len_bytes = most.min(len - start);
+            let registered = self.device.register(&segment.memory, (start, len_bytes), access)?;
+            chunks.push(Chunk { start, len_bytes, registered });
+            start += len_bytes;
+        }
+        self.segments.insert(number, chunks);
+        Ok(())
+    }
+
+    /// Deregisters a segment: the adapter does not touch it any more.
+    pub(super) fn deregister(&mut self, number: SegmentId) {
+        self.segments.remove(&number);
+    }
+
+    /// What peers are told of a segment.
+    pub(super) fn describe(&self, number: SegmentId, segment: &Segment) -> Described {
+        if segment.access != Access::RemoteRead {
+            return Described::Local;
+        }
+        let base = segment.memory.base() as u64;
+        let chunks = self.segments.get(&number).into_iter().flatten();
+        let chunk = |chunk: &Chunk| RemoteChunk {
+            address: base + chunk.start,
+            len_bytes: chunk.len_bytes,
+            key: chunk.registered.keys().remote,
+        };
+        Described::Readable(chunks.map(chunk).collect())
+    }
+
+    /// The stretch of a segment that starts at `offset` and is in one chunk, at most `len` bytes of it; none if the segment
+    /// is not registered any more.
+    pub(super) fn stretch(
+        &self,
+        number: SegmentId,
+        base: u64,
+        offset: u64,
+        len: u64,
+    ) -> Option<abi::Piece> {
+        let chunks = self.segments.get(&number)?;
+        let chunk = chunks.iter().find(|chunk| offset < chunk.start + chunk.len_bytes)?;
+        let len = len.min(chunk.start + chunk.len_bytes - offset).min(1 << 30);
+        Some(abi::Piece {
+            address: base + offset,
+            len_bytes: u32::try_from(len).ok()?,
+            key: chunk.registered.keys().local,
+        })
+    }
+}
+
+/// Tells receives from work in completions.
+const RECEIVE: u64 = 1 << 63;
+
+fn receive_id(slot: u32) -> u64 {
+    RECEIVE | u64::from(slot)
+}
+
+/// The slot of a completion's number, if it is of a receive.
+pub(super) fn receive_slot(id: u64) -> Option<u32> {
+    u32::try_from(id & !RECEIVE).ok().filter(|_| id & RECEIVE != 0)
+}

@@ -1,0 +1,442 @@
+//! Links, and what waits to go out on them: frames with their payloads, descriptions of memory, reads. Not what happens to
+//! connections (`state`). Invariant: parts of one frame are posted one after the other, nothing between them.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
+
+use hetmem_core::{LinkId, RemoteExtent, RemoteKey, SegmentId, StoreError, TransferId};
+
+use super::abi;
+use super::adapters::{Adapter, BUFFER_LEN};
+use super::ends::{End, Of};
+use super::wire::{Described, FRAME_REST, LinkToken, RemoteChunk};
+use crate::fabric::{ReadStats, SendToken};
+use crate::payload::Gather;
+use crate::region::Piece;
+
+/// The most frames that wait on one link, and their bytes.
+const FRAMES_MAX: usize = 1024;
+const BYTES_MAX: usize = 4 << 20;
+/// The most reads in progress on one link.
+const READS_MAX: usize = 16_384;
+/// How often a read is begun anew when its connection ends under it though the link is up.
+const TRIES_MAX: u8 = 3;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    Dialing,
+    Up,
+}
+
+pub(super) struct Link {
+    pub(super) id: LinkId,
+    /// For people, and where data connections go.
+    pub(super) address: String,
+    pub(super) peer: SocketAddr,
+    pub(super) inbound: bool,
+    pub(super) stage: Stage,
+    /// The control connection, by its token.
+    pub(super) control: u64,
+    /// This end's data connection, if there is one.
+    pub(super) reading: Option<u64>,
+    /// The peer's.
+    pub(super) serving: Vec<u64>,
+    /// What the peer shows to open one here, and this end there.
+    pub(super) mine: LinkToken,
+    pub(super) theirs: Option<LinkToken>,
+    out: VecDeque<Outgoing>,
+    out_bytes: usize,
+    pub(super) remote: HashMap<RemoteKey, Described>,
+    /// Not, or not wholly, posted.
+    pub(super) waiting: VecDeque<Read>,
+    /// All of it posted.
+    pub(super) under_way: HashMap<TransferId, Read>,
+}
+
+/// A frame with its payload, or a description.
+struct Outgoing {
+    kind: u32,
+    head: Vec<u8>,
+    head_done: usize,
+    payload: Option<Gather>,
+    payload_left: usize,
+    /// Who is told when the payload is free again.
+    token: Option<SendToken>,
+}
+
+/// A read in progress.
+pub(super) struct Read {
+    pub(super) transfer: TransferId,
+    pub(super) segment: Option<SegmentId>,
+    local: Option<Piece>,
+    stretches: Vec<RemoteChunk>,
+    word: Option<RemoteChunk>,
+    /// What was asked for: stretches, bytes of the next one, bytes in all.
+    at: (usize, u64, u64),
+    word_asked: bool,
+    tries: u8,
+    pub(super) error: Option<StoreError>,
+    pub(super) stats: ReadStats,
+}
+
+impl Link {
+    pub(super) fn new(id: LinkId, address: String, peer: SocketAddr, control: u64, mine: LinkToken) -> Self {
+        Self {
+            id,
+            address,
+            peer,
+            inbound: false,
+            stage: Stage::Dialing,
+            control,
+            reading: None,
+            serving: Vec::new(),
+            mine,
+            theirs: None,
+            out: VecDeque::new(),
+            out_bytes: 0,
+            remote: HashMap::new(),
+            waiting: VecDeque::new(),
+            under_way: HashMap::new(),
+        }
+    }
+
+    /// What is said of something that the end of this link has ended.
+    pub(super) fn lost(&self, operation: &'static str, why: &StoreError) -> StoreError {
+        let why = match why {
+            StoreError::PeerLost { why, .. } => why.clone(),
+            other => other.to_string().into(),
+        };
+        StoreError::PeerLost {
+            operation: operation.into(),
+            subject: format!("link {}", self.id),
+            peer: self.address.clone(),
+            why,
+        }
+    }
+
+    /// Queues a frame.
+    ///
+    /// # Errors
+    /// `Busy` if too much waits.
+    pub(super) fn queue(
+        &mut self,
+        kind: u32,
+        head: Vec<u8>,
+        payload: Option<Gather>,
+        token: SendToken,
+    ) -> Result<(), StoreError> {
+        if self.out.len() >= FRAMES_MAX || self.out_bytes + head.len() > BYTES_MAX {
+            return Err(StoreError::busy("send", format!("{} frames wait on link {}", self.out.len(), self.id)));
+        }
+        self.queue_always(kind, head, payload, token);
+        Ok(())
+    }
+
+    /// The same for what is bounded otherwise.
+    pub(super) fn queue_always(
+        &mut self,
+        kind: u32,
+        head: Vec<u8>,
+        payload: Option<Gather>,
+        token: SendToken,
+    ) {
+        let payload_left = payload.as_ref().map_or(0, Gather::len);
+        let token = payload.is_some().then_some(token);
+        self.out_bytes += head.len();
+        self.out.push_back(Outgoing { kind, head, head_done: 0, payload, payload_left, token });
+    }
+
+    /// Posts what waits, as far as there is room.
+    ///
+    /// # Errors
+    /// Why the link has to end: the adapter refuses, or a payload was deregistered after its frame was promised.
+    pub(super) fn post_frames(&mut self, end: &mut End, adapter: &mut Adapter) -> Result<(), StoreError> {
+        while end.room() > 0
+            && let Some(next) = self.out.front_mut()
+        {
+            if !next.post_part(end, adapter)? {
+                return Ok(());
+            }
+            if next.head_done == next.head.len() && next.payload_left == 0 {
+                self.out_bytes -= next.head.len();
+                self.out.pop_front();
+            }
+        }
+        Ok(())
+    }
+
+    /// Who waits for payloads that were not wholly posted.
+    pub(super) fn take_out(&mut self) -> Vec<SendToken> {
+        self.out_bytes = 0;
+        self.out.drain(..).filter_map(|outgoing| outgoing.token).collect()
+    }
+
+    /// Queues a read.
+    ///
+    /// # Errors
+    /// `Busy` at the limit.
+    pub(super) fn begin_read(&mut self, read: Read) -> Result<(), StoreError> {
+        if self.waiting.len() + self.under_way.len() >= READS_MAX {
+            return Err(StoreError::busy("read", format!("{READS_MAX} reads are in progress on this link")));
+        }
+        self.waiting.push_back(read);
+        Ok(())
+    }
+
+    /// Posts reads that wait, as far as there is room.
+    ///
+    /// # Errors
+    /// Why the data connection has to end.
+    pub(super) fn post_reads(
+        &mut self,
+        end: &mut End,
+        adapter: &mut Adapter,
+        slice_bytes: u64,
+    ) -> Result<(), StoreError> {
+        while end.room() > 0
+            && let Some(read) = self.waiting.front_mut()
+        {
+            if !read.post_next(end, adapter, slice_bytes)? {
+                return Ok(());
+            }
+            if read.is_asked()
+                && let Some(read) = self.waiting.pop_front()
+            {
+                self.under_way.insert(read.transfer, read);
+            }
+        }
+        Ok(())
+    }
+
+    /// The data connection has ended under the reads that are posted: which are over with it. Others are begun anew.
+    pub(super) fn reads_lost(&mut self, guilty: Option<TransferId>, why: &StoreError) -> Vec<Read> {
+        let mut all: Vec<Read> = std::mem::take(&mut self.under_way).into_values().collect();
+        // In the order in which they were begun.
+        all.sort_unstable_by_key(|read| read.transfer);
+        let mut over = Vec::new();
+        for mut read in all {
+            read.tries += 1;
+            if guilty == Some(read.transfer) || read.tries > TRIES_MAX {
+                read.error.get_or_insert_with(|| why.clone());
+            }
+            if read.error.is_some() {
+                over.push(read);
+            } else {
+                read.begin_anew();
+                self.waiting.push_back(read);
+            }
+        }
+        if let Some(front) = self.waiting.front_mut() {
+            front.begin_anew();
+        }
+        for read in &mut self.waiting {
+            if guilty == Some(read.transfer) {
+                read.error.get_or_insert_with(|| why.clone());
+            }
+            read.begin_anew();
+        }
+        let (failed, waiting) = std::mem::take(&mut self.waiting).into_iter().partition(|it| it.error.is_some());
+        self.waiting = waiting;
+        over.extend::<VecDeque<Read>>(failed);
+        over
+    }
+}
+
+impl Outgoing {
+    /// Posts one part; false if there is no buffer for it now.
+    fn post_part(&mut self, end: &mut End, adapter: &mut Adapter) -> Result<bool, StoreError> {
+        let Some(made) = end.made else { return Ok(false) };
+        let first = self.head_done == 0;
+        let mut pieces: Vec<abi::Piece> = Vec::with_capacity(made.pieces_max as usize);
+        let mut room = BUFFER_LEN;
+        let mut slot = None;
+        let mut flags = 0;
+        let head_len = (self.head.len() - self.head_done).min(BUFFER_LEN);
+        if head_len > 0 {
+            let head = &self.head[self.head_done..self.head_done + head_len];
+            if self.payload.is_none() && self.head.len() <= made.inline_bytes_max as usize {
+                flags = abi::FLAG_INLINE;
+                let len_bytes = u32::try_from(head_len).unwrap_or(0);
+                pieces.push(abi::Piece { address: head.as_ptr() as u64, len_bytes, key: 0 });
+            } else {
+                let Some(taken) = adapter.frames.take() else { return Ok(false) };
+                adapter.frames.write(taken, 0, head);
+                pieces.push(adapter.frames.piece(taken, 0, head_len));
+                slot = Some(taken);
+            }
+            room -= head_len;
+        }
+        let head_done = self.head_done + head_len;
+        let gathered = match &mut self.payload {
+            Some(payload) if head_done == self.head.len() => {
+                gather(payload, &mut room, &mut pieces, made.pieces_max as usize, adapter)
+            }
+            _ => Ok(()),
+        };
+        let bytes: usize = pieces.iter().map(|piece| piece.len_bytes as usize).sum();
+        self.payload_left -= bytes - head_len;
+        self.head_done = head_done;
+        let last = head_done == self.head.len() && self.payload_left == 0;
+        let of = Of::Part { slot, last_of: self.token.filter(|_| last) };
+        let work = abi::Work {
+            id: 0,
+            pieces: pieces.as_ptr(),
+            piece_count: u32::try_from(pieces.len()).unwrap_or(0),
+            kind: abi::WORK_SEND,
+            flags,
+            immediate: if first { self.kind } else { FRAME_REST },
+            remote_address: 0,
+            remote_key: 0,
+            _reserved: 0,
+        };
+        let posted = match gathered {
+            // SAFETY: inline bytes are taken at once; others are in a slot that is lent until the work is back, or in an
+            // extent that the caller of `send` leaves alone until it is told.
+            #[allow(unsafe_code, reason = "work names memory by its address")]
+            Ok(()) => unsafe { end.post(work, of, last) },
+            Err(why) => Err((of, why)),
+        };
+        posted.map(|()| true).map_err(|(of, why)| {
+            if let Of::Part { slot: Some(slot), .. } = of {
+                adapter.frames.give_back(slot);
+            }
+            why
+        })
+    }
+}
+
+/// The next pieces of a payload, as many as go into one send.
+fn gather(
+    payload: &mut Gather,
+    room: &mut usize,
+    pieces: &mut Vec<abi::Piece>,
+    pieces_max: usize,
+    adapter: &Adapter,
+) -> Result<(), StoreError> {
+    while *room > 0 && pieces.len() + 1 < pieces_max {
+        let Some(part) = payload.next(*room) else { return Ok(()) };
+        let (segment, base, offset) = part.place();
+        let mut done = 0;
+        while done < part.len() {
+            let (at, left) = (offset + done as u64, (part.len() - done) as u64);
+            let piece = adapter.stretch(segment, base, at, left).ok_or_else(|| {
+                StoreError::stale("send", "payload", format!("segment {segment} was deregistered"))
+            })?;
+            done += piece.len_bytes as usize;
+            *room -= piece.len_bytes as usize;
+            // At the end of a chunk there is one piece more, for which there is room.
+            pieces.push(piece);
+        }
+    }
+    Ok(())
+}
+
+impl Read {
+    pub(super) fn new(
+        transfer: TransferId,
+        local: Option<Piece>,
+        stretches: Vec<RemoteChunk>,
+        word: Option<RemoteChunk>,
+    ) -> Self {
+        let bytes = local.as_ref().map_or(0, Piece::len) as u64;
+        Self {
+            transfer,
+            segment: local.as_ref().map(Piece::segment),
+            local,
+            stretches,
+            word,
+            at: (0, 0, 0),
+            word_asked: false,
+            tries: 0,
+            error: None,
+            stats: ReadStats { bytes, round_trips: 1, ..ReadStats::default() },
+        }
+    }
+
+    fn bytes_asked(&self) -> bool {
+        self.at.0 >= self.stretches.len()
+    }
+
+    /// Whether all of it is posted.
+    fn is_asked(&self) -> bool {
+        self.bytes_asked() && (self.word.is_none() || self.word_asked)
+    }
+
+    /// Nothing of it is posted.
+    pub(super) fn is_untouched(&self) -> bool {
+        self.at == (0, 0, 0) && !self.word_asked
+    }
+
+    fn begin_anew(&mut self) {
+        if !self.is_untouched() {
+            self.at = (0, 0, 0);
+            self.word_asked = false;
+            self.stats.reissued += self.stats.slices;
+            self.stats.slices = 0;
+        }
+    }
+
+    /// Posts the next slice, or the word behind the last; false if there is no room for a word now.
+    fn post_next(&mut self, end: &mut End, adapter: &mut Adapter, slice_bytes: u64) -> Result<bool, StoreError> {
+        let transfer = self.transfer;
+        let (piece, remote, of) = if let Some(stretch) = self.stretches.get(self.at.0).copied() {
+            let (_, done, landed) = self.at;
+            let Some(local) = &self.local else { return Err(StoreError::protocol("a read into nothing")) };
+            let (segment, base, offset) = local.place();
+            let most = (stretch.len_bytes - done).min(slice_bytes);
+            let Some(piece) = adapter.stretch(segment, base, offset + landed, most) else {
+                let why = StoreError::stale("read", "target", format!("segment {segment} was deregistered"));
+                self.error.get_or_insert(why.clone());
+                return Err(why);
+            };
+            let len = u64::from(piece.len_bytes);
+            self.at = if done + len == stretch.len_bytes {
+                (self.at.0 + 1, 0, landed + len)
+            } else {
+                (self.at.0, done + len, landed + len)
+            };
+            self.stats.slices += 1;
+            let last = self.bytes_asked() && self.word.is_none();
+            let remote = RemoteChunk { address: stretch.address + done, ..stretch };
+            (piece, remote, Of::Slice { transfer, last })
+        } else {
+            let (Some(word), Some(slot)) = (self.word, adapter.words.take()) else { return Ok(false) };
+            self.word_asked = true;
+            (adapter.words.piece(slot, 0, 8), word, Of::Word { transfer, slot })
+        };
+        let work = abi::Work {
+            id: 0,
+            pieces: &raw const piece,
+            piece_count: 1,
+            kind: abi::WORK_READ,
+            flags: 0,
+            immediate: 0,
+            remote_address: remote.address,
+            remote_key: remote.key,
+            _reserved: 0,
+        };
+        let last = self.is_asked();
+        // SAFETY: the target is a word's slot, lent until the work is back, or an extent that the caller of `read` leaves alone
+        // until it is told.
+        #[allow(unsafe_code, reason = "work names memory by its address")]
+        let posted = unsafe { end.post(work, of, last) };
+        posted.map(|()| true).map_err(|(of, why)| {
+            if let Of::Word { slot, .. } = of {
+                adapter.words.give_back(slot);
+            }
+            why
+        })
+    }
+}
+
+/// What a key of the peer's means here, for a read of this extent.
+pub(super) fn stretches_of(link: &Link, extent: RemoteExtent) -> Result<Vec<RemoteChunk>, StoreError> {
+    match link.remote.get(&extent.key) {
+        Some(described) => super::wire::stretches(described, extent),
+        None => Err(StoreError::stale(
+            "read",
+            format!("remote key {:016x}", extent.key.0),
+            "the owner has no region of this key: it was deregistered, or is of another incarnation",
+        )),
+    }
+}

@@ -1,0 +1,706 @@
+//! What one verbs fabric knows: adapters, connections, links, and what is to be told of them. Not threads (`shared`), and
+//! not the bytes that come (`incoming`). Invariant: everything here is changed under one lock, nothing waits under it, and
+//! the sink is never called under it: what it is to hear is put into `effects`.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use hetmem_core::{LinkId, SegmentId, StoreError, TransferId};
+
+use super::abi;
+use super::adapters::{Adapter, Segment, receive_slot};
+use super::ends::{End, Of, Role, Stage as EndStage};
+use super::links::{Link, Read, Stage};
+use super::plugin::{Connection, Context, Device, Greeting};
+use super::slots::Slots;
+use super::wire::{Described, Hello, LinkToken, REGION, describe, described};
+use crate::fabric::{FabricEvent, SendToken};
+
+/// How long looking for the way to a peer may take, in milliseconds.
+const RESOLVE_MS: u32 = 2_000;
+/// The most reads that one connection may have under way, whatever the adapter could.
+const READS_MAX: u32 = 16;
+/// Data connections that a peer may have open on one link.
+const SERVING_MAX: usize = 4;
+/// Completions taken at a time.
+const COMPLETIONS: usize = 32;
+
+/// What the dispatching thread does once the lock is released, in this order.
+pub(super) enum Effect {
+    /// The sink hears of it.
+    Report(FabricEvent),
+    /// A buffer came for a link; it is lent again afterwards.
+    Received { link: LinkId, adapter: usize, slots: Arc<Slots>, slot: u32, kind: u32, len: usize },
+    /// A link is over: a landing that was promised is told, then the link's end.
+    Ended { link: LinkId, why: StoreError, was_up: bool },
+}
+
+pub(super) struct State {
+    pub(super) segments: BTreeMap<SegmentId, Segment>,
+    pub(super) links: BTreeMap<LinkId, Link>,
+    pub(super) transfers: HashMap<TransferId, LinkId>,
+    pub(super) effects: VecDeque<Effect>,
+    pub(super) refused: u64,
+    pub(super) slice_bytes: u64,
+    pub(super) links_max: usize,
+    pub(super) port: u16,
+    ends: BTreeMap<u64, End>,
+    by_pair: HashMap<(usize, u32), u64>,
+    tokens: HashMap<LinkToken, LinkId>,
+    pub(super) adapters: BTreeMap<usize, Adapter>,
+    listener: Option<Connection>,
+    context: Arc<Context>,
+    next: u64,
+    /// Adapters that no thread watches yet.
+    pub(super) unwatched: Vec<usize>,
+}
+
+impl State {
+    pub(super) fn new(context: Arc<Context>, listener: Connection, port: u16) -> Self {
+        Self {
+            segments: BTreeMap::new(),
+            links: BTreeMap::new(),
+            transfers: HashMap::new(),
+            effects: VecDeque::new(),
+            refused: 0,
+            slice_bytes: 1 << 20,
+            links_max: 1024,
+            port,
+            ends: BTreeMap::new(),
+            by_pair: HashMap::new(),
+            tokens: HashMap::new(),
+            adapters: BTreeMap::new(),
+            listener: Some(listener),
+            context,
+            next: 1,
+            unwatched: Vec::new(),
+        }
+    }
+
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    pub(super) fn report(&mut self, event: FabricEvent) {
+        self.effects.push_back(Effect::Report(event));
+    }
+
+    // Adapters.
+
+    /// The adapter that a connection goes through, opened if it is the first.
+    fn adapter_of(&mut self, connection: &Connection) -> Result<usize, StoreError> {
+        let raw = Device::raw_of(connection)?;
+        if let Some((&number, _)) = self.adapters.iter().find(|(_, adapter)| adapter.device.is(raw)) {
+            return Ok(number);
+        }
+        let adapter = Adapter::open(Device::own(connection, raw), &self.segments)?;
+        tracing::info!(device = adapter.name(), "an RDMA device is used");
+        let number = usize::try_from(self.number()).unwrap_or(0);
+        self.adapters.insert(number, adapter);
+        self.unwatched.push(number);
+        Ok(number)
+    }
+
+    /// Opens the adapter that the listener is bound to, if it is bound to one: then segments are registered at once.
+    pub(super) fn open_listening_adapter(&mut self) -> Result<(), StoreError> {
+        let Some(listener) = self.listener.take() else { return Ok(()) };
+        let opened = if Device::raw_of(&listener).is_ok() { self.adapter_of(&listener).map(|_| ()) } else { Ok(()) };
+        self.listener = Some(listener);
+        opened
+    }
+
+    /// Registers a segment with all adapters, or with none.
+    pub(super) fn register(&mut self, number: SegmentId, segment: Segment) -> Result<(), StoreError> {
+        let mut failed = None;
+        for adapter in self.adapters.values_mut() {
+            if let Err(why) = adapter.register(number, &segment) {
+                failed = Some(why);
+                break;
+            }
+        }
+        if let Some(why) = failed {
+            self.adapters.values_mut().for_each(|adapter| adapter.deregister(number));
+            return Err(why);
+        }
+        self.segments.insert(number, segment);
+        let links: Vec<LinkId> = self.links.keys().copied().collect();
+        for link in links {
+            self.tell_of(link, number);
+        }
+        Ok(())
+    }
+
+    pub(super) fn deregister(&mut self, number: SegmentId) {
+        let Some(segment) = self.segments.remove(&number) else { return };
+        let why = |transfer: TransferId| {
+            let subject = format!("transfer {transfer}");
+            StoreError::stale("read", subject, format!("local segment {number} was deregistered"))
+        };
+        let mut of_it = Vec::new();
+        for link in self.links.values() {
+            let all = link.waiting.iter().chain(link.under_way.values());
+            of_it.extend(all.filter(|read| read.segment == Some(number)).map(|read| read.transfer));
+        }
+        for transfer in of_it {
+            self.give_up(transfer, &why(transfer));
+        }
+        self.adapters.values_mut().for_each(|adapter| adapter.deregister(number));
+        let gone = describe(segment.key, &Described::Gone);
+        for link in self.links.values_mut().filter(|link| link.stage == Stage::Up) {
+            link.queue_always(REGION, gone.clone(), None, SendToken(0));
+        }
+        self.post_all();
+    }
+
+    /// Tells the peer of a link of a segment.
+    fn tell_of(&mut self, link: LinkId, number: SegmentId) {
+        let Some(link) = self.links.get_mut(&link).filter(|link| link.stage == Stage::Up) else { return };
+        let adapter = self.ends.get(&link.control).and_then(|end| end.adapter);
+        let adapter = adapter.and_then(|adapter| self.adapters.get(&adapter));
+        if let (Some(adapter), Some(segment)) = (adapter, self.segments.get(&number)) {
+            let described = adapter.describe(number, segment);
+            link.queue_always(REGION, describe(segment.key, &described), None, SendToken(0));
+        }
+    }
+
+    // Connections.
+
+    /// Begins to connect.
+    pub(super) fn dial(&mut self, address: &str, peer: SocketAddr, mine: LinkToken) -> Result<LinkId, StoreError> {
+        if self.links.len() >= self.links_max {
+            return Err(StoreError::busy("connect", format!("there are {} links", self.links.len())));
+        }
+        let (id, token) = (LinkId(self.number()), self.number());
+        let connection = self.context.resolve(peer, RESOLVE_MS, token)?;
+        self.ends.insert(token, End::new(connection, Role::Control(id), EndStage::Resolving));
+        self.tokens.insert(mine, id);
+        self.links.insert(id, Link::new(id, address.to_owned(), peer, token, mine));
+        Ok(id)
+    }
+
+    /// Takes all events of connections.
+    ///
+    /// # Errors
+    /// If there will be no more.
+    pub(super) fn connection_events(&mut self) -> Result<bool, StoreError> {
+        let mut any = false;
+        while let Some(event) = self.context.event()? {
+            any = true;
+            self.connection_event(&event);
+        }
+        Ok(any)
+    }
+
+    fn connection_event(&mut self, event: &abi::ConnectionEvent) {
+        let private = &event.private[..event.private_len as usize];
+        match event.kind {
+            abi::EVENT_REQUEST => self.requested(event, Hello::parse(private)),
+            abi::EVENT_ROUTED => {
+                if let Err(why) = self.routed(event.token) {
+                    self.end_over(event.token, None, &why);
+                }
+            }
+            abi::EVENT_ESTABLISHED => self.established(event.token, Hello::parse(private)),
+            abi::EVENT_UNREACHABLE => {
+                let why = std::io::Error::from_raw_os_error(event.status);
+                self.end_over(event.token, None, &StoreError::unavailable("the peer", format!("it is not reached: {why}")));
+            }
+            abi::EVENT_REJECTED => {
+                let why = format!("it refuses the connection (reason {})", event.status);
+                self.end_over(event.token, None, &StoreError::unavailable("the peer", why));
+            }
+            abi::EVENT_DISCONNECTED => {
+                // What came before it ended is heard.
+                self.completions();
+                self.end_over(event.token, None, &StoreError::unavailable("its connection", "the peer closed it"));
+            }
+            abi::EVENT_DEVICE_REMOVED => {
+                let why = StoreError::unavailable("its connection", "the RDMA device was removed");
+                self.end_over(event.token, None, &why);
+            }
+            _ => {}
+        }
+    }
+
+    fn routed(&mut self, token: u64) -> Result<(), StoreError> {
+        let Some(mut end) = self.ends.remove(&token) else { return Ok(()) };
+        let role = end.role;
+        let paired = self.pair(&mut end);
+        let result = paired.and_then(|reads| {
+            let link = match role {
+                Role::Control(link) | Role::Reading(link) | Role::Serving(link) => self.links.get(&link),
+            };
+            let link = link.ok_or_else(|| StoreError::unavailable("its link", "it is over"))?;
+            let hello = match role {
+                Role::Control(_) => Hello::Control { port: self.port, token: link.mine },
+                Role::Reading(_) | Role::Serving(_) => Hello::Data {
+                    token: link.theirs.ok_or_else(|| StoreError::unavailable("its link", "it is not up"))?,
+                },
+            };
+            end.stage = EndStage::Connecting;
+            end.connection.connect(Greeting { private: &hello.to_bytes(), reads_out: reads.0, reads_in: reads.1 })
+        });
+        self.keep(token, end);
+        result
+    }
+
+    /// Makes an end's queue pair; says how many reads it may have under way, and how many it answers.
+    fn pair(&mut self, end: &mut End) -> Result<(u8, u8), StoreError> {
+        let number = self.adapter_of(&end.connection)?;
+        let Some(adapter) = self.adapters.get(&number) else {
+            return Err(StoreError::unavailable("its device", "it is gone"));
+        };
+        end.pair(number, adapter)?;
+        let few = |most: u32| u8::try_from(most.min(READS_MAX)).unwrap_or(1);
+        Ok((few(adapter.limits.reads_out_max), few(adapter.limits.reads_in_max)))
+    }
+
+    fn keep(&mut self, token: u64, end: End) {
+        if let (Some(adapter), Some(made)) = (end.adapter, end.made) {
+            self.by_pair.insert((adapter, made.number), token);
+        }
+        self.ends.insert(token, end);
+    }
+
+    /// A peer connects.
+    fn requested(&mut self, event: &abi::ConnectionEvent, hello: Option<Hello>) {
+        let token = self.number();
+        let mut connection = self.context.requested(event.connection, token);
+        let refuse = |state: &mut Self, connection: &mut Connection, why: &str| {
+            state.refused += 1;
+            tracing::warn!(peer = %connection.peer(), why, "a connection was refused");
+            connection.reject();
+        };
+        let (role, welcome, link) = match hello {
+            Some(Hello::Control { port, token: theirs }) if self.links.len() < self.links_max => {
+                let id = LinkId(self.number());
+                let peer = SocketAddr::new(connection.peer().ip(), port);
+                let Ok(mine) = crate::tcp::random_number() else {
+                    return refuse(self, &mut connection, "no random numbers");
+                };
+                let mine = LinkToken(mine);
+                let mut link = Link::new(id, peer.to_string(), peer, token, mine);
+                (link.inbound, link.theirs) = (true, Some(theirs));
+                (Role::Control(id), Hello::Welcome { token: mine }, Some(link))
+            }
+            Some(Hello::Data { token: mine }) => {
+                let id = self.tokens.get(&mine).copied();
+                let link = id.and_then(|id| self.links.get_mut(&id));
+                let Some(link) = link.filter(|link| link.serving.len() < SERVING_MAX) else {
+                    return refuse(self, &mut connection, "a data connection of no link, or one too many");
+                };
+                link.serving.push(token);
+                (Role::Serving(link.id), Hello::Data { token: mine }, None)
+            }
+            Some(Hello::Control { .. }) => return refuse(self, &mut connection, "too many links"),
+            Some(Hello::Welcome { .. }) | None => return refuse(self, &mut connection, "it does not say what for"),
+        };
+        let mut end = End::new(connection, role, EndStage::Connecting);
+        let accepted = self.pair(&mut end).and_then(|(reads_out, reads_in)| {
+            // No more than the peer answers or asks for.
+            let (reads_out, reads_in) = (reads_out.min(event.reads_out), reads_in.min(event.reads_in));
+            end.connection.accept(Greeting { private: &welcome.to_bytes(), reads_out, reads_in })
+        });
+        match accepted {
+            Ok(()) => {
+                if let Some(link) = link {
+                    self.tokens.insert(link.mine, link.id);
+                    self.links.insert(link.id, link);
+                }
+                self.keep(token, end);
+            }
+            Err(why) => {
+                tracing::warn!(%why, "a connection could not be accepted");
+                self.refused += 1;
+                end.connection.reject();
+            }
+        }
+    }
+
+    fn established(&mut self, token: u64, hello: Option<Hello>) {
+        let Some(end) = self.ends.get_mut(&token) else { return };
+        end.stage = EndStage::Up;
+        let role = end.role;
+        let (Role::Control(id) | Role::Reading(id) | Role::Serving(id)) = role;
+        if matches!(role, Role::Control(_)) {
+            let Some(link) = self.links.get_mut(&id) else { return };
+            if !link.inbound {
+                let Some(Hello::Welcome { token: theirs }) = hello else {
+                    let why = StoreError::protocol("the peer does not greet as a node");
+                    return self.end_over(token, None, &why);
+                };
+                link.theirs = Some(theirs);
+            }
+            link.stage = Stage::Up;
+            let (address, inbound) = (link.address.clone(), link.inbound);
+            self.report(FabricEvent::LinkUp { link: id, address, inbound });
+            let segments: Vec<SegmentId> = self.segments.keys().copied().collect();
+            for segment in segments {
+                self.tell_of(id, segment);
+            }
+        }
+        self.post(id);
+    }
+
+    // Work.
+
+    /// Posts what waits on a link.
+    pub(super) fn post(&mut self, id: LinkId) {
+        let Some(link) = self.links.get_mut(&id) else { return };
+        let control = link.control;
+        let mut failed = None;
+        if let Some(end) = self.ends.get_mut(&control)
+            && let Some(adapter) = end.adapter.and_then(|number| self.adapters.get_mut(&number))
+            && let Err(why) = link.post_frames(end, adapter)
+        {
+            failed = Some((control, why));
+        }
+        if let Some(token) = link.reading
+            && let Some(end) = self.ends.get_mut(&token)
+            && let Some(adapter) = end.adapter.and_then(|number| self.adapters.get_mut(&number))
+            && let Err(why) = link.post_reads(end, adapter, self.slice_bytes)
+        {
+            failed.get_or_insert((token, why));
+        }
+        let wants_data = link.reading.is_none() && !link.waiting.is_empty() && link.stage == Stage::Up;
+        if let Some((token, why)) = failed {
+            self.end_over(token, None, &why);
+        }
+        if wants_data {
+            self.open_reading(id);
+        }
+    }
+
+    pub(super) fn post_all(&mut self) {
+        let all: Vec<LinkId> = self.links.keys().copied().collect();
+        for link in all {
+            self.post(link);
+        }
+    }
+
+    fn open_reading(&mut self, id: LinkId) {
+        let token = self.number();
+        let Some(link) = self.links.get_mut(&id) else { return };
+        match self.context.resolve(link.peer, RESOLVE_MS, token) {
+            Ok(connection) => {
+                link.reading = Some(token);
+                self.ends.insert(token, End::new(connection, Role::Reading(id), EndStage::Resolving));
+            }
+            Err(why) => {
+                let lost = link.lost("read", &why);
+                let over: Vec<Read> = link.waiting.drain(..).collect();
+                for read in over {
+                    self.read_over(read, Err(lost.clone()));
+                }
+            }
+        }
+    }
+
+    /// Takes completions of all adapters; says whether there were any.
+    pub(super) fn completions(&mut self) -> bool {
+        let mut any = false;
+        let numbers: Vec<usize> = self.adapters.keys().copied().collect();
+        for number in numbers {
+            loop {
+                let mut done = [abi::Completion::default(); COMPLETIONS];
+                let Some(adapter) = self.adapters.get(&number) else { break };
+                let count = match adapter.queue.poll(&mut done) {
+                    Ok(count) => count,
+                    Err(why) => {
+                        self.adapter_broken(number, &why);
+                        break;
+                    }
+                };
+                any |= count > 0;
+                for completion in &done[..count] {
+                    self.completion(number, completion);
+                }
+                if count < COMPLETIONS {
+                    break;
+                }
+            }
+        }
+        any
+    }
+
+    fn adapter_broken(&mut self, number: usize, why: &StoreError) {
+        let of_it = self.ends.iter().filter(|(_, end)| end.adapter == Some(number));
+        let tokens: Vec<u64> = of_it.map(|(token, _)| *token).collect();
+        for token in tokens {
+            self.end_over(token, None, why);
+        }
+    }
+
+    /// Arms the queues of all adapters: whatever completes from now on wakes a thread.
+    pub(super) fn arm(&mut self) {
+        let mut broken = Vec::new();
+        for (&number, adapter) in &self.adapters {
+            if let Err(why) = adapter.queue.arm() {
+                broken.push((number, why));
+            }
+        }
+        for (number, why) in broken {
+            self.adapter_broken(number, &why);
+        }
+    }
+
+    fn completion(&mut self, number: usize, done: &abi::Completion) {
+        let token = self.by_pair.get(&(number, done.queue_pair)).copied();
+        if let Some(slot) = receive_slot(done.id) {
+            return self.received(number, slot, token, done);
+        }
+        let Some((token, end)) = token.and_then(|token| Some((token, self.ends.get_mut(&token)?))) else {
+            return;
+        };
+        let (Role::Control(id) | Role::Reading(id) | Role::Serving(id)) = end.role;
+        let mut back = end.came_back(done.id);
+        let failed = (done.status != 0).then(|| back.pop()).flatten();
+        for of in back {
+            self.came_back(number, of, &Ok(()));
+        }
+        if done.status != 0 {
+            let (why, guilty) = (explain(done), failed.as_ref().and_then(guilty_of(done)));
+            if let Some(of) = failed {
+                self.came_back(number, of, &Err(why.clone()));
+            }
+            return self.end_over(token, guilty, &why);
+        }
+        self.post(id);
+    }
+
+    fn received(&mut self, number: usize, slot: u32, token: Option<u64>, done: &abi::Completion) {
+        let end = token.and_then(|token| Some((token, self.ends.get(&token)?)));
+        let Some(adapter) = self.adapters.get(&number) else { return };
+        let slots = Arc::clone(&adapter.receives);
+        let control = end.and_then(|(token, end)| match end.role {
+            Role::Control(link) if done.status == 0 => Some((token, link)),
+            _ => None,
+        });
+        let len = done.len_bytes as usize;
+        let Some((token, link)) = control else {
+            self.lend_again(number, slot);
+            if done.status != 0
+                && let Some(token) = token
+            {
+                self.end_over(token, None, &explain(done));
+            }
+            return;
+        };
+        if done.immediate != REGION {
+            let kind = done.immediate;
+            return self.effects.push_back(Effect::Received { link, adapter: number, slots, slot, kind, len });
+        }
+        // SAFETY: the adapter has received into the slot, which is lent again below.
+        #[allow(unsafe_code, reason = "a buffer is looked at in place")]
+        let described = described(unsafe { slots.bytes(slot, len) });
+        self.lend_again(number, slot);
+        match (described, self.links.get_mut(&link)) {
+            (Ok((key, Described::Gone)), Some(link)) => drop(link.remote.remove(&key)),
+            (Ok((key, described)), Some(link)) => drop(link.remote.insert(key, described)),
+            (Err(why), _) => {
+                self.refused += 1;
+                self.end_over(token, None, &why);
+            }
+            (Ok(_), None) => {}
+        }
+    }
+
+    /// A receive buffer goes back to its adapter.
+    pub(super) fn lend_again(&mut self, number: usize, slot: u32) {
+        let Some(adapter) = self.adapters.get(&number) else { return };
+        if let Err(why) = adapter.post_receive(slot) {
+            self.adapter_broken(number, &why);
+        }
+    }
+
+    /// A piece of work is back: what it was for.
+    fn came_back(&mut self, number: usize, of: Of, result: &Result<(), StoreError>) {
+        match of {
+            Of::Part { slot, last_of } => {
+                if let (Some(slot), Some(adapter)) = (slot, self.adapters.get_mut(&number)) {
+                    adapter.frames.give_back(slot);
+                }
+                if let Some(token) = last_of {
+                    self.report(FabricEvent::SendDone { token, result: result.clone() });
+                }
+            }
+            Of::Slice { transfer, last } => {
+                if last && result.is_ok() {
+                    self.read_done(transfer, None);
+                }
+            }
+            Of::Word { transfer, slot } => {
+                let Some(adapter) = self.adapters.get_mut(&number) else { return };
+                // SAFETY: the adapter has read into the slot, which is free from here on.
+                #[allow(unsafe_code, reason = "a buffer is looked at in place")]
+                let word = unsafe { adapter.words.bytes(slot, 8) }.first_chunk::<8>().copied();
+                adapter.words.give_back(slot);
+                if result.is_ok() {
+                    self.read_done(transfer, word.map(u64::from_le_bytes));
+                }
+            }
+        }
+    }
+
+    fn read_done(&mut self, transfer: TransferId, word: Option<u64>) {
+        let link = self.transfers.get(&transfer).and_then(|link| self.links.get_mut(link));
+        let Some(mut read) = link.and_then(|link| link.under_way.remove(&transfer)) else { return };
+        read.stats.word = word;
+        let result = match read.error.take() {
+            Some(why) => Err(why),
+            None => Ok(read.stats),
+        };
+        self.read_over(read, result);
+    }
+
+    fn read_over(&mut self, read: Read, result: Result<crate::fabric::ReadStats, StoreError>) {
+        let transfer = read.transfer;
+        self.transfers.remove(&transfer);
+        self.report(FabricEvent::ReadDone { transfer, result });
+    }
+
+    /// Gives a read up. If some of it is posted, its connection ends, so that nothing of it lands any more; others go on
+    /// over another.
+    pub(super) fn give_up(&mut self, transfer: TransferId, why: &StoreError) {
+        let Some(link) = self.transfers.get(&transfer).and_then(|link| self.links.get_mut(link)) else { return };
+        if let Some(at) = link.waiting.iter().position(|read| read.transfer == transfer && read.is_untouched())
+            && let Some(read) = link.waiting.remove(at)
+        {
+            return self.read_over(read, Err(why.clone()));
+        }
+        let posted = link.waiting.iter_mut().chain(link.under_way.values_mut());
+        for read in posted.filter(|read| read.transfer == transfer) {
+            read.error.get_or_insert_with(|| why.clone());
+        }
+        if let Some(token) = link.reading {
+            self.end_over(token, None, &StoreError::unavailable("its data connection", "a read was given up"));
+        }
+    }
+
+    // Ends.
+
+    /// A connection is over, or was never made; nothing touches memory for it any more.
+    pub(super) fn end_over(&mut self, token: u64, guilty: Option<TransferId>, why: &StoreError) {
+        let Some(mut end) = self.ends.remove(&token) else { return };
+        if let (Some(adapter), Some(made)) = (end.adapter, end.made) {
+            self.by_pair.remove(&(adapter, made.number));
+        }
+        let (role, number, left) = (end.role, end.adapter.unwrap_or_default(), end.take_all());
+        end.connection.disconnect();
+        // The adapter is done with its work when this returns.
+        drop(end);
+        let (Role::Control(id) | Role::Reading(id) | Role::Serving(id)) = role;
+        let lost = self.links.get(&id).map_or_else(|| why.clone(), |link| link.lost("send", why));
+        for of in left {
+            self.came_back(number, of, &Err(lost.clone()));
+        }
+        match role {
+            Role::Control(id) => self.link_over(id, why),
+            Role::Serving(id) => {
+                if let Some(link) = self.links.get_mut(&id) {
+                    link.serving.retain(|serving| *serving != token);
+                }
+            }
+            Role::Reading(id) => {
+                let Some(link) = self.links.get_mut(&id) else { return };
+                link.reading = None;
+                let why = if guilty.is_some() { why.clone() } else { link.lost("read", why) };
+                let over = link.reads_lost(guilty, &why);
+                for mut read in over {
+                    let result = Err(read.error.take().unwrap_or_else(|| why.clone()));
+                    self.read_over(read, result);
+                }
+                self.post(id);
+            }
+        }
+    }
+
+    /// A link is over: all that was under way on it ends, then the link.
+    fn link_over(&mut self, id: LinkId, why: &StoreError) {
+        let Some(mut link) = self.links.remove(&id) else { return };
+        self.tokens.remove(&link.mine);
+        for token in link.reading.take().into_iter().chain(std::mem::take(&mut link.serving)) {
+            self.end_over(token, None, why);
+        }
+        let lost = link.lost("send", why);
+        for token in link.take_out() {
+            self.report(FabricEvent::SendDone { token, result: Err(lost.clone()) });
+        }
+        let lost = link.lost("read", why);
+        let reads: Vec<Read> =
+            link.waiting.drain(..).chain(link.under_way.drain().map(|(_, read)| read)).collect();
+        for mut read in reads {
+            let result = Err(read.error.take().unwrap_or_else(|| lost.clone()));
+            self.read_over(read, result);
+        }
+        let operation = if link.stage == Stage::Up { "receive" } else { "connect" };
+        let (why, was_up) = (link.lost(operation, why), link.stage == Stage::Up);
+        self.effects.push_back(Effect::Ended { link: id, why, was_up });
+    }
+
+    /// This end disconnects a link.
+    pub(super) fn disconnect(&mut self, id: LinkId, why: &StoreError) {
+        if let Some(control) = self.links.get(&id).map(|link| link.control) {
+            self.end_over(control, None, why);
+        }
+    }
+
+    /// Closes everything; nobody is told.
+    pub(super) fn close(&mut self) {
+        for (_, end) in std::mem::take(&mut self.ends) {
+            end.connection.disconnect();
+        }
+        self.by_pair.clear();
+        self.links.clear();
+        self.tokens.clear();
+        self.transfers.clear();
+        self.effects.clear();
+        self.listener = None;
+        self.adapters.clear();
+        self.segments.clear();
+    }
+}
+
+/// Codes of `enum ibv_wc_status`.
+mod status {
+    pub(super) const LOCAL_PROTECTION: u32 = 4;
+    pub(super) const FLUSHED: u32 = 5;
+    pub(super) const REMOTE_INVALID: u32 = 9;
+    pub(super) const REMOTE_ACCESS: u32 = 10;
+    pub(super) const REMOTE_OPERATION: u32 = 11;
+    pub(super) const RETRIES: u32 = 12;
+    pub(super) const NOT_READY: u32 = 13;
+}
+
+/// What a completion that failed means.
+fn explain(done: &abi::Completion) -> StoreError {
+    let abi::Completion { status, vendor, .. } = *done;
+    let what = match status {
+        status::LOCAL_PROTECTION => {
+            return StoreError::stale("read", "its target", "the local segment was deregistered");
+        }
+        status::REMOTE_ACCESS | status::REMOTE_INVALID | status::REMOTE_OPERATION => {
+            let why = format!("the owner has withdrawn it (completion status {status}, vendor {vendor:#x})");
+            return StoreError::stale("read", "its source", why);
+        }
+        status::FLUSHED => "the connection has ended",
+        status::RETRIES => "the peer acknowledges nothing: it, or the network between, is gone",
+        status::NOT_READY => "the peer has had no receive buffer for too long",
+        _ => "the adapter has failed the work",
+    };
+    StoreError::unavailable("its connection", format!("{what} (completion status {status}, vendor {vendor:#x})"))
+}
+
+/// Whose fault it is, if only one read's.
+fn guilty_of(done: &abi::Completion) -> impl Fn(&Of) -> Option<TransferId> + use<> {
+    let own = matches!(
+        done.status,
+        status::LOCAL_PROTECTION | status::REMOTE_ACCESS | status::REMOTE_INVALID | status::REMOTE_OPERATION
+    );
+    move |of| match of {
+        Of::Slice { transfer, .. } | Of::Word { transfer, .. } if own => Some(*transfer),
+        _ => None,
+    }
+}

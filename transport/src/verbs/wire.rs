@@ -1,0 +1,231 @@
+//! What two ends of the verbs fabric say to each other beside frames: who connects and why, and which memory may be read.
+//! Not frames. Invariant: any bytes decode to one of these or to nothing.
+
+use hetmem_core::{RemoteExtent, RemoteKey, StoreError};
+
+use super::abi::PRIVATE_MAX;
+
+const MAGIC: [u8; 4] = *b"HMV\x01";
+const HELLO_LEN: usize = 16;
+/// Regions of more chunks than that are not described.
+pub(super) const CHUNKS_MAX: usize = 256;
+
+/// Immediate numbers: what a send brings.
+pub(super) const FRAME_START: u32 = 1;
+/// More of the frame, or of its payload.
+pub(super) const FRAME_REST: u32 = 2;
+/// A description of memory.
+pub(super) const REGION: u32 = 3;
+
+/// Names a link to the end that is to open a data connection for it, or that has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct LinkToken(pub(super) u64);
+
+/// The private data of a connection's request or answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Hello {
+    /// A new link: where this end listens, and what its data connections are to show.
+    Control { port: u16, token: LinkToken },
+    /// The answer to that.
+    Welcome { token: LinkToken },
+    /// A data connection of a link, and its answer.
+    Data { token: LinkToken },
+}
+
+impl Hello {
+    pub(super) fn to_bytes(self) -> [u8; HELLO_LEN] {
+        let (kind, port, token) = match self {
+            Self::Control { port, token } => (1, port, token),
+            Self::Welcome { token } => (2, 0, token),
+            Self::Data { token } => (3, 0, token),
+        };
+        let mut bytes = [0; HELLO_LEN];
+        bytes[..4].copy_from_slice(&MAGIC);
+        bytes[4] = kind;
+        bytes[6..8].copy_from_slice(&port.to_be_bytes());
+        bytes[8..].copy_from_slice(&token.0.to_be_bytes());
+        bytes
+    }
+
+    /// Of what came; a connection manager may have added zeros.
+    pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
+        let bytes = bytes.first_chunk::<HELLO_LEN>()?;
+        if bytes[..4] != MAGIC {
+            return None;
+        }
+        let port = u16::from_be_bytes([bytes[6], bytes[7]]);
+        let (_, token) = bytes.split_last_chunk::<8>()?;
+        let token = LinkToken(u64::from_be_bytes(*token));
+        match bytes[4] {
+            1 => Some(Self::Control { port, token }),
+            2 => Some(Self::Welcome { token }),
+            3 => Some(Self::Data { token }),
+            _ => None,
+        }
+    }
+}
+
+const _: () = assert!(HELLO_LEN <= PRIVATE_MAX);
+
+/// A part of a peer's region, as its adapter names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct RemoteChunk {
+    pub(super) address: u64,
+    pub(super) len_bytes: u64,
+    pub(super) key: u32,
+}
+
+/// What a peer may do with a region.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Described {
+    /// It is no more.
+    Gone,
+    /// Nothing.
+    Local,
+    /// Read these chunks, one after the other.
+    Readable(Vec<RemoteChunk>),
+}
+
+const REGION_HEAD_LEN: usize = 16;
+const CHUNK_LEN: usize = 20;
+
+// A description is one send.
+const _: () = assert!(REGION_HEAD_LEN + CHUNKS_MAX * CHUNK_LEN <= super::adapters::BUFFER_LEN);
+
+pub(super) fn describe(key: RemoteKey, described: &Described) -> Vec<u8> {
+    let (kind, chunks): (u32, &[RemoteChunk]) = match described {
+        Described::Gone => (0, &[]),
+        Described::Local => (1, &[]),
+        Described::Readable(chunks) => (2, chunks),
+    };
+    let mut bytes = Vec::with_capacity(REGION_HEAD_LEN + chunks.len() * CHUNK_LEN);
+    bytes.extend_from_slice(&key.0.to_be_bytes());
+    bytes.extend_from_slice(&kind.to_be_bytes());
+    bytes.extend_from_slice(&u32::try_from(chunks.len()).unwrap_or(u32::MAX).to_be_bytes());
+    for chunk in chunks {
+        bytes.extend_from_slice(&chunk.address.to_be_bytes());
+        bytes.extend_from_slice(&chunk.len_bytes.to_be_bytes());
+        bytes.extend_from_slice(&chunk.key.to_be_bytes());
+    }
+    bytes
+}
+
+/// # Errors
+/// `Protocol` if it is no description.
+pub(super) fn described(bytes: &[u8]) -> Result<(RemoteKey, Described), StoreError> {
+    let wrong = || StoreError::protocol(format!("{} bytes that describe no region", bytes.len()));
+    let (head, rest) = bytes.split_first_chunk::<REGION_HEAD_LEN>().ok_or_else(wrong)?;
+    let (key, head) = head.split_first_chunk::<8>().ok_or_else(wrong)?;
+    let (kind, count) = head.split_first_chunk::<4>().ok_or_else(wrong)?;
+    let count = u32::from_be_bytes(count.try_into().map_err(|_| wrong())?) as usize;
+    if rest.len() != count * CHUNK_LEN || count > CHUNKS_MAX {
+        return Err(wrong());
+    }
+    let chunk = |bytes: &[u8]| {
+        let (address, rest) = bytes.split_first_chunk::<8>()?;
+        let (len_bytes, key) = rest.split_first_chunk::<8>()?;
+        Some(RemoteChunk {
+            address: u64::from_be_bytes(*address),
+            len_bytes: u64::from_be_bytes(*len_bytes),
+            key: u32::from_be_bytes(key.try_into().ok()?),
+        })
+    };
+    let chunks: Option<Vec<RemoteChunk>> = rest.chunks_exact(CHUNK_LEN).map(chunk).collect();
+    let described = match (u32::from_be_bytes(*kind), chunks.ok_or_else(wrong)?) {
+        (0, _) => Described::Gone,
+        (1, _) => Described::Local,
+        (2, chunks) => Described::Readable(chunks),
+        _ => return Err(wrong()),
+    };
+    Ok((RemoteKey(u64::from_be_bytes(*key)), described))
+}
+
+/// The stretches of a peer's region that an extent of it is made of, in its order.
+///
+/// # Errors
+/// As the owner's own look would find: `Denied`, or `Invalid` outside.
+pub(super) fn stretches(described: &Described, extent: RemoteExtent) -> Result<Vec<RemoteChunk>, StoreError> {
+    let Described::Readable(chunks) = described else {
+        let why = format!("key {:016x} is registered for its own node only", extent.key.0);
+        return Err(StoreError::denied("read", why));
+    };
+    let len: u64 = chunks.iter().fold(0, |sum: u64, chunk| sum.saturating_add(chunk.len_bytes));
+    if extent.offset.checked_add(extent.len_bytes).is_none_or(|end| end > len) {
+        let RemoteExtent { offset, len_bytes, key } = extent;
+        let why = format!(
+            "read: {len_bytes} bytes at {offset} are not inside the region of {len} bytes (key {:016x})",
+            key.0
+        );
+        return Err(StoreError::invalid("remote extent", why));
+    }
+    let (mut start, mut left, mut found) = (extent.offset, extent.len_bytes, Vec::new());
+    for chunk in chunks {
+        if start >= chunk.len_bytes {
+            start -= chunk.len_bytes;
+            continue;
+        }
+        let len_bytes = left.min(chunk.len_bytes - start);
+        if len_bytes > 0 {
+            found.push(RemoteChunk { address: chunk.address.wrapping_add(start), len_bytes, ..*chunk });
+        }
+        (start, left) = (0, left - len_bytes);
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn greetings_come_back_and_garbage_is_none() {
+        let token = LinkToken(0x0102_0304_0506_0708);
+        for hello in [Hello::Control { port: 7733, token }, Hello::Welcome { token }, Hello::Data { token }] {
+            let bytes = hello.to_bytes();
+            assert_eq!(Hello::parse(&bytes), Some(hello));
+            assert_eq!(Hello::parse(&[&bytes[..], &[0; 40]].concat()), Some(hello), "with zeros behind it");
+            assert_eq!(Hello::parse(&bytes[..15]), None);
+            let mut wrong = bytes;
+            wrong[3] += 1;
+            assert_eq!(Hello::parse(&wrong), None, "another version");
+            wrong = bytes;
+            wrong[4] = 9;
+            assert_eq!(Hello::parse(&wrong), None);
+        }
+    }
+
+    #[test]
+    fn descriptions_come_back_and_garbage_is_an_error() {
+        let chunk = |number: u32| RemoteChunk {
+            address: u64::from(number) << 40,
+            len_bytes: 1 << 30,
+            key: number,
+        };
+        for of in [Described::Gone, Described::Local, Described::Readable((0..7).map(chunk).collect())] {
+            let bytes = describe(RemoteKey(77), &of);
+            assert_eq!(described(&bytes).expect("whole"), (RemoteKey(77), of));
+            for len in 0..bytes.len() {
+                assert!(described(&bytes[..len]).is_err(), "cut at {len}");
+            }
+            assert!(described(&[&bytes[..], &[0]].concat()).is_err());
+        }
+    }
+
+    #[test]
+    fn an_extent_is_found_across_chunks() {
+        let chunks = [(1000, 100, 1), (5000, 50, 2), (9000, 10, 3)];
+        let chunks = chunks.map(|(address, len_bytes, key)| RemoteChunk { address, len_bytes, key }).to_vec();
+        let all = Described::Readable(chunks);
+        let extent = |offset, len_bytes| RemoteExtent { key: RemoteKey(1), offset, len_bytes };
+        let found = stretches(&all, extent(90, 65)).expect("inside");
+        let found: Vec<_> = found.iter().map(|chunk| (chunk.address, chunk.len_bytes, chunk.key)).collect();
+        assert_eq!(found, [(1090, 10, 1), (5000, 50, 2), (9000, 5, 3)]);
+        assert_eq!(stretches(&all, extent(100, 50)).expect("inside").len(), 1);
+        assert!(stretches(&all, extent(160, 0)).expect("at the end").is_empty());
+        for (offset, len_bytes) in [(0, 161), (160, 1), (u64::MAX, 1), (1, u64::MAX)] {
+            let error = stretches(&all, extent(offset, len_bytes)).expect_err("outside");
+            assert!(error.to_string().contains("160 bytes"), "{error}");
+        }
+        assert!(stretches(&Described::Local, extent(0, 1)).is_err());
+    }
+}
