@@ -44,6 +44,11 @@ impl Bench for Device {
         Pair { a, b, kill_b: Box::new(move || killed.stop()) }
     }
 
+    /// It comes into a buffer before anyone knows where it belongs.
+    fn staged_max(&self, payload_len: u64) -> u64 {
+        payload_len
+    }
+
     fn nobody(&self) -> String {
         format!("{}:1", address().expect("looked at before"))
     }

@@ -34,6 +34,11 @@ pub trait Bench {
 
     /// An address at which nobody listens.
     fn nobody(&self) -> String;
+
+    /// How many bytes of a payload may pass through a buffer.
+    fn staged_max(&self, payload_len: u64) -> u64 {
+        payload_len.min(4096)
+    }
 }
 
 /// Two fabrics.

@@ -121,7 +121,7 @@ impl Adapter {
     /// What peers are told of a segment.
     pub(super) fn describe(&self, number: SegmentId, segment: &Segment) -> Described {
         if segment.access != Access::RemoteRead {
-            return Described::Local;
+            return Described::Local { segment: number.0 };
         }
         let base = segment.memory.base() as u64;
         let chunks = self.segments.get(&number).into_iter().flatten();
@@ -130,7 +130,7 @@ impl Adapter {
             len_bytes: chunk.len_bytes,
             key: chunk.registered.keys().remote,
         };
-        Described::Readable(chunks.map(chunk).collect())
+        Described::Readable { segment: number.0, chunks: chunks.map(chunk).collect() }
     }
 
     /// The stretch of a segment that starts at `offset` and is in one chunk, at most `len` bytes of it; none if the segment

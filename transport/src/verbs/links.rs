@@ -3,6 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
+use std::time::Instant;
 
 use hetmem_core::{LinkId, RemoteExtent, RemoteKey, SegmentId, StoreError, TransferId};
 
@@ -24,7 +25,10 @@ const TRIES_MAX: u8 = 3;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
+    /// There is no connection yet.
     Dialing,
+    /// There is; the peer has not described its memory yet.
+    Greeting,
     Up,
 }
 
@@ -35,6 +39,7 @@ pub(super) struct Link {
     pub(super) peer: SocketAddr,
     pub(super) inbound: bool,
     pub(super) stage: Stage,
+    pub(super) since: Instant,
     /// The control connection, by its token.
     pub(super) control: u64,
     /// This end's data connection, if there is one.
@@ -47,6 +52,8 @@ pub(super) struct Link {
     out: VecDeque<Outgoing>,
     out_bytes: usize,
     pub(super) remote: HashMap<RemoteKey, Described>,
+    /// The peer has described all of its memory, perhaps before this end hears that there is a connection.
+    pub(super) all_described: bool,
     /// Not, or not wholly, posted.
     pub(super) waiting: VecDeque<Read>,
     /// All of it posted.
@@ -87,6 +94,7 @@ impl Link {
             peer,
             inbound: false,
             stage: Stage::Dialing,
+            since: Instant::now(),
             control,
             reading: None,
             serving: Vec::new(),
@@ -95,6 +103,7 @@ impl Link {
             out: VecDeque::new(),
             out_bytes: 0,
             remote: HashMap::new(),
+            all_described: false,
             waiting: VecDeque::new(),
             under_way: HashMap::new(),
         }

@@ -26,6 +26,9 @@ const LEADER_BELL: u64 = 2;
 const CONNECTIONS: u64 = 3;
 const FIRST_ADAPTER: u64 = 16;
 
+/// How often links that are being made are looked at.
+const GREETING_LOOK: Duration = Duration::from_secs(1);
+
 pub(super) struct Shared {
     pub(super) sink: Arc<dyn FabricSink>,
     pub(super) regions: Regions,
@@ -80,7 +83,12 @@ impl Shared {
     pub(super) fn serve(&self) {
         while !self.stopping() {
             self.work();
-            match self.epoll.wait(None) {
+            let until = {
+                let mut state = self.state.lock();
+                state.expire();
+                state.is_greeting().then_some(GREETING_LOOK)
+            };
+            match self.epoll.wait(until) {
                 Some((LEADER_BELL, _)) => self.seats.pass_on(),
                 Some(_) | None => {}
             }

@@ -5,8 +5,9 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
-use hetmem_core::{LinkId, SegmentId, StoreError, TransferId};
+use hetmem_core::{LinkId, RemoteKey, SegmentId, StoreError, TransferId};
 
 use super::abi;
 use super::adapters::{Adapter, Segment, receive_slot};
@@ -23,6 +24,8 @@ const RESOLVE_MS: u32 = 2_000;
 const READS_MAX: u32 = 16;
 /// Data connections that a peer may have open on one link.
 const SERVING_MAX: usize = 4;
+/// How long connecting and greeting may take together.
+const GREETING_TIME: Duration = Duration::from_secs(10);
 /// Completions taken at a time.
 const COMPLETIONS: usize = 32;
 
@@ -148,7 +151,7 @@ impl State {
         }
         self.adapters.values_mut().for_each(|adapter| adapter.deregister(number));
         let gone = describe(segment.key, &Described::Gone);
-        for link in self.links.values_mut().filter(|link| link.stage == Stage::Up) {
+        for link in self.links.values_mut().filter(|link| link.stage != Stage::Dialing) {
             link.queue_always(REGION, gone.clone(), None, SendToken(0));
         }
         self.post_all();
@@ -156,7 +159,7 @@ impl State {
 
     /// Tells the peer of a link of a segment.
     fn tell_of(&mut self, link: LinkId, number: SegmentId) {
-        let Some(link) = self.links.get_mut(&link).filter(|link| link.stage == Stage::Up) else { return };
+        let Some(link) = self.links.get_mut(&link).filter(|link| link.stage != Stage::Dialing) else { return };
         let adapter = self.ends.get(&link.control).and_then(|end| end.adapter);
         let adapter = adapter.and_then(|adapter| self.adapters.get(&adapter));
         if let (Some(adapter), Some(segment)) = (adapter, self.segments.get(&number)) {
@@ -178,6 +181,21 @@ impl State {
         self.tokens.insert(mine, id);
         self.links.insert(id, Link::new(id, address.to_owned(), peer, token, mine));
         Ok(id)
+    }
+
+    /// Whether a link is being made, and so may have to be given up.
+    pub(super) fn is_greeting(&self) -> bool {
+        self.links.values().any(|link| link.stage != Stage::Up)
+    }
+
+    /// Gives up links that took too long to be made.
+    pub(super) fn expire(&mut self) {
+        let late = |link: &&Link| link.stage != Stage::Up && link.since.elapsed() > GREETING_TIME;
+        let late: Vec<LinkId> = self.links.values().filter(late).map(|link| link.id).collect();
+        for link in late {
+            let why = format!("it took longer than {} s to be made", GREETING_TIME.as_secs());
+            self.disconnect(link, &StoreError::unavailable("its connection", why));
+        }
     }
 
     /// Takes all events of connections.
@@ -328,20 +346,31 @@ impl State {
             let Some(link) = self.links.get_mut(&id) else { return };
             if !link.inbound {
                 let Some(Hello::Welcome { token: theirs }) = hello else {
-                    let why = StoreError::protocol("the peer does not greet as a node");
+                    let why = StoreError::protocol("the peer does not greet as a node does");
                     return self.end_over(token, None, &why);
                 };
                 link.theirs = Some(theirs);
             }
-            link.stage = Stage::Up;
-            let (address, inbound) = (link.address.clone(), link.inbound);
-            self.report(FabricEvent::LinkUp { link: id, address, inbound });
+            link.stage = Stage::Greeting;
             let segments: Vec<SegmentId> = self.segments.keys().copied().collect();
             for segment in segments {
                 self.tell_of(id, segment);
             }
+            if let Some(link) = self.links.get_mut(&id) {
+                link.queue_always(REGION, describe(RemoteKey(0), &Described::All), None, SendToken(0));
+            }
+            self.up_if_greeted(id);
         }
         self.post(id);
+    }
+
+    /// A link is up when there is a connection and the peer has described its memory, whichever is heard of first.
+    fn up_if_greeted(&mut self, id: LinkId) {
+        let greeted = |link: &&mut Link| link.stage == Stage::Greeting && link.all_described;
+        let Some(link) = self.links.get_mut(&id).filter(greeted) else { return };
+        link.stage = Stage::Up;
+        let (address, inbound) = (link.address.clone(), link.inbound);
+        self.report(FabricEvent::LinkUp { link: id, address, inbound });
     }
 
     // Work.
@@ -498,6 +527,10 @@ impl State {
         self.lend_again(number, slot);
         match (described, self.links.get_mut(&link)) {
             (Ok((key, Described::Gone)), Some(link)) => drop(link.remote.remove(&key)),
+            (Ok((_, Described::All)), Some(found)) => {
+                found.all_described = true;
+                self.up_if_greeted(link);
+            }
             (Ok((key, described)), Some(link)) => drop(link.remote.insert(key, described)),
             (Err(why), _) => {
                 self.refused += 1;

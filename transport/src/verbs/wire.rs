@@ -75,32 +75,36 @@ pub(super) struct RemoteChunk {
     pub(super) key: u32,
 }
 
-/// What a peer may do with a region.
+/// What an end says of its memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Described {
-    /// It is no more.
+    /// Of a region: it is no more.
     Gone,
-    /// Nothing.
-    Local,
-    /// Read these chunks, one after the other.
-    Readable(Vec<RemoteChunk>),
+    /// Of a region: the peer may do nothing with this segment.
+    Local { segment: u32 },
+    /// Of a region: the peer may read these chunks of this segment, one after the other.
+    Readable { segment: u32, chunks: Vec<RemoteChunk> },
+    /// Of no region: all that there are have been described. The link is up when both ends have said so.
+    All,
 }
 
-const REGION_HEAD_LEN: usize = 16;
+const REGION_HEAD_LEN: usize = 20;
 const CHUNK_LEN: usize = 20;
 
 // A description is one send.
 const _: () = assert!(REGION_HEAD_LEN + CHUNKS_MAX * CHUNK_LEN <= super::adapters::BUFFER_LEN);
 
 pub(super) fn describe(key: RemoteKey, described: &Described) -> Vec<u8> {
-    let (kind, chunks): (u32, &[RemoteChunk]) = match described {
-        Described::Gone => (0, &[]),
-        Described::Local => (1, &[]),
-        Described::Readable(chunks) => (2, chunks),
+    let (kind, segment, chunks): (u32, u32, &[RemoteChunk]) = match described {
+        Described::Gone => (0, 0, &[]),
+        Described::Local { segment } => (1, *segment, &[]),
+        Described::Readable { segment, chunks } => (2, *segment, chunks),
+        Described::All => (3, 0, &[]),
     };
     let mut bytes = Vec::with_capacity(REGION_HEAD_LEN + chunks.len() * CHUNK_LEN);
     bytes.extend_from_slice(&key.0.to_be_bytes());
     bytes.extend_from_slice(&kind.to_be_bytes());
+    bytes.extend_from_slice(&segment.to_be_bytes());
     bytes.extend_from_slice(&u32::try_from(chunks.len()).unwrap_or(u32::MAX).to_be_bytes());
     for chunk in chunks {
         bytes.extend_from_slice(&chunk.address.to_be_bytes());
@@ -116,7 +120,9 @@ pub(super) fn described(bytes: &[u8]) -> Result<(RemoteKey, Described), StoreErr
     let wrong = || StoreError::protocol(format!("{} bytes that describe no region", bytes.len()));
     let (head, rest) = bytes.split_first_chunk::<REGION_HEAD_LEN>().ok_or_else(wrong)?;
     let (key, head) = head.split_first_chunk::<8>().ok_or_else(wrong)?;
-    let (kind, count) = head.split_first_chunk::<4>().ok_or_else(wrong)?;
+    let (kind, head) = head.split_first_chunk::<4>().ok_or_else(wrong)?;
+    let (segment, count) = head.split_first_chunk::<4>().ok_or_else(wrong)?;
+    let segment = u32::from_be_bytes(*segment);
     let count = u32::from_be_bytes(count.try_into().map_err(|_| wrong())?) as usize;
     if rest.len() != count * CHUNK_LEN || count > CHUNKS_MAX {
         return Err(wrong());
@@ -133,8 +139,9 @@ pub(super) fn described(bytes: &[u8]) -> Result<(RemoteKey, Described), StoreErr
     let chunks: Option<Vec<RemoteChunk>> = rest.chunks_exact(CHUNK_LEN).map(chunk).collect();
     let described = match (u32::from_be_bytes(*kind), chunks.ok_or_else(wrong)?) {
         (0, _) => Described::Gone,
-        (1, _) => Described::Local,
-        (2, chunks) => Described::Readable(chunks),
+        (1, _) => Described::Local { segment },
+        (2, chunks) => Described::Readable { segment, chunks },
+        (3, _) => Described::All,
         _ => return Err(wrong()),
     };
     Ok((RemoteKey(u64::from_be_bytes(*key)), described))
@@ -145,15 +152,19 @@ pub(super) fn described(bytes: &[u8]) -> Result<(RemoteKey, Described), StoreErr
 /// # Errors
 /// As the owner's own look would find: `Denied`, or `Invalid` outside.
 pub(super) fn stretches(described: &Described, extent: RemoteExtent) -> Result<Vec<RemoteChunk>, StoreError> {
-    let Described::Readable(chunks) = described else {
-        let why = format!("key {:016x} is registered for its own node only", extent.key.0);
-        return Err(StoreError::denied("read", why));
+    let (segment, chunks) = match described {
+        Described::Readable { segment, chunks } => (segment, chunks),
+        Described::Local { segment } => {
+            let why = format!("segment {segment} (key {:016x}) is registered for its own node only", extent.key.0);
+            return Err(StoreError::denied("read", why));
+        }
+        Described::Gone | Described::All => return Err(StoreError::protocol("a description of no region")),
     };
     let len: u64 = chunks.iter().fold(0, |sum: u64, chunk| sum.saturating_add(chunk.len_bytes));
     if extent.offset.checked_add(extent.len_bytes).is_none_or(|end| end > len) {
         let RemoteExtent { offset, len_bytes, key } = extent;
         let why = format!(
-            "read: {len_bytes} bytes at {offset} are not inside the region of {len} bytes (key {:016x})",
+            "read: {len_bytes} bytes at {offset} are not inside segment {segment} of {len} bytes (key {:016x})",
             key.0
         );
         return Err(StoreError::invalid("remote extent", why));
@@ -201,7 +212,8 @@ mod tests {
             len_bytes: 1 << 30,
             key: number,
         };
-        for of in [Described::Gone, Described::Local, Described::Readable((0..7).map(chunk).collect())] {
+        let readable = Described::Readable { segment: 5, chunks: (0..7).map(chunk).collect() };
+        for of in [Described::Gone, Described::Local { segment: 9 }, Described::All, readable] {
             let bytes = describe(RemoteKey(77), &of);
             assert_eq!(described(&bytes).expect("whole"), (RemoteKey(77), of));
             for len in 0..bytes.len() {
@@ -215,7 +227,7 @@ mod tests {
     fn an_extent_is_found_across_chunks() {
         let chunks = [(1000, 100, 1), (5000, 50, 2), (9000, 10, 3)];
         let chunks = chunks.map(|(address, len_bytes, key)| RemoteChunk { address, len_bytes, key }).to_vec();
-        let all = Described::Readable(chunks);
+        let all = Described::Readable { segment: 1, chunks };
         let extent = |offset, len_bytes| RemoteExtent { key: RemoteKey(1), offset, len_bytes };
         let found = stretches(&all, extent(90, 65)).expect("inside");
         let found: Vec<_> = found.iter().map(|chunk| (chunk.address, chunk.len_bytes, chunk.key)).collect();
@@ -226,6 +238,6 @@ mod tests {
             let error = stretches(&all, extent(offset, len_bytes)).expect_err("outside");
             assert!(error.to_string().contains("160 bytes"), "{error}");
         }
-        assert!(stretches(&Described::Local, extent(0, 1)).is_err());
+        assert!(stretches(&Described::Local { segment: 1 }, extent(0, 1)).is_err());
     }
 }
