@@ -10,9 +10,12 @@ mod fabric;
 mod memory;
 mod payload;
 mod region;
+mod seats;
 mod sim;
 mod tcp;
+mod turn;
 mod verbs;
+mod waiting;
 
 pub use fabric::{
     Access, Fabric, FabricEvent, FabricKind, FabricSink, Landing, LandingPart, LandingStats, LandingToken,

@@ -14,8 +14,8 @@ use super::link::{Link, Opening};
 use super::serve::ServeStream;
 use super::shared::{Conn, Shared, Task};
 use super::sys::{Got, Socket};
-use super::turn::Turn;
 use super::wire::{FabricMessage, HANDSHAKE_BODY_MAX, StreamToken};
+use crate::turn::Turn;
 
 pub(super) struct Inbound {
     socket: Arc<Socket>,

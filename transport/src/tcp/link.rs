@@ -17,10 +17,10 @@ use super::reads::Reads;
 use super::serve::ServeStream;
 use super::shared::{Conn, Shared, Task};
 use super::sys::{Got, Socket, random};
-use super::turn::Turn;
 use super::wire::{FabricMessage, StreamToken};
 use crate::fabric::{FabricEvent, Landing, LandingPart, LandingToken, SendToken, Sent};
 use crate::payload::{Gather, Scatter};
+use crate::turn::Turn;
 
 /// Bytes received before other connections get their turn.
 const RECEIVE_BUDGET: usize = 8 << 20;

@@ -18,12 +18,10 @@ mod link;
 mod outbox;
 mod reading;
 mod reads;
-pub(crate) mod seats;
 mod serve;
 mod shared;
 mod stream;
-pub(crate) mod sys;
-pub(crate) mod turn;
+mod sys;
 mod wire;
 
 use std::fmt;

@@ -15,10 +15,10 @@ use super::link::Link;
 use super::outbox::{Outbox, Outgoing, Wrote};
 use super::shared::{Conn, Shared, Task};
 use super::sys::{Got, Socket};
-use super::turn::Turn;
 use super::wire::{ANSWER_LEN, Answer, REQUEST_LEN, Request, error_bytes};
 use crate::fabric::SendToken;
 use crate::payload::Gather;
+use crate::turn::Turn;
 
 /// The most answers that wait on one stream; further requests stay in the socket until some have gone out.
 const ANSWERS_MAX: usize = 64;

@@ -18,13 +18,14 @@ use rustix::event::epoll::EventFlags;
 use super::TcpConfig;
 use super::inbound::Inbound;
 use super::link::Link;
-use super::seats::{Seat, Seats};
 use super::serve::ServeStream;
 use super::stream::ReadStream;
-use super::sys::{self, Bell, Epoll, Timer};
+use super::sys;
 use super::wire::StreamToken;
 use crate::fabric::{FabricEvent, FabricSink, Landing};
 use crate::region::Regions;
+use crate::seats::{Seat, Seats};
+use crate::waiting::{Bell, Epoll, Timer};
 
 /// Names of the descriptors that are no connections.
 const LISTENER: u64 = 0;
@@ -227,7 +228,7 @@ impl Shared {
             }
             match seat {
                 Seat::Leader => {
-                    let event = self.seats.lead(seen, self.config.busy_poll, left);
+                    let event = self.seats.lead(seen, self.config.busy_poll, left, || self.seats.event());
                     self.seats.stand_up(&seat);
                     if let Some((id, flags)) = event {
                         self.handle(id, flags);

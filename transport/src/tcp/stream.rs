@@ -17,8 +17,8 @@ use super::link::Link;
 use super::reads::{Answered, Next};
 use super::shared::{Conn, Shared, Task};
 use super::sys::Socket;
-use super::turn::Turn;
 use super::wire::{FabricMessage, Request, StreamToken};
+use crate::turn::Turn;
 
 /// Bytes received before other connections get their turn.
 const RECEIVE_BUDGET: usize = 8 << 20;

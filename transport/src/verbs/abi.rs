@@ -381,11 +381,17 @@ pub struct Table {
         failure: *mut Failure,
     ) -> i32,
     /// `EVENT_ESTABLISHED`, `EVENT_REJECTED` or `EVENT_UNREACHABLE` follows.
-    pub connect:
-        unsafe extern "C" fn(connection: *mut Connection, with: *const Handshake, failure: *mut Failure) -> i32,
+    pub connect: unsafe extern "C" fn(
+        connection: *mut Connection,
+        with: *const Handshake,
+        failure: *mut Failure,
+    ) -> i32,
     /// `EVENT_ESTABLISHED` or `EVENT_UNREACHABLE` follows.
-    pub accept:
-        unsafe extern "C" fn(connection: *mut Connection, with: *const Handshake, failure: *mut Failure) -> i32,
+    pub accept: unsafe extern "C" fn(
+        connection: *mut Connection,
+        with: *const Handshake,
+        failure: *mut Failure,
+    ) -> i32,
     /// Refuses a requested connection, which is then to be closed.
     pub reject: unsafe extern "C" fn(connection: *mut Connection, private: *const u8, private_len: u32),
     /// Ends a connection: all its work is flushed, with a completion for each piece.

@@ -135,13 +135,7 @@ impl Adapter {
 
     /// The stretch of a segment that starts at `offset` and is in one chunk, at most `len` bytes of it; none if the segment
     /// is not registered any more.
-    pub(super) fn stretch(
-        &self,
-        number: SegmentId,
-        base: u64,
-        offset: u64,
-        len: u64,
-    ) -> Option<abi::Piece> {
+    pub(super) fn stretch(&self, number: SegmentId, base: u64, offset: u64, len: u64) -> Option<abi::Piece> {
         let chunks = self.segments.get(&number)?;
         let chunk = chunks.iter().find(|chunk| offset < chunk.start + chunk.len_bytes)?;
         let len = len.min(chunk.start + chunk.len_bytes - offset).min(1 << 30);

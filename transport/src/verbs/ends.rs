@@ -106,7 +106,12 @@ impl End {
     /// # Safety
     /// As for `Connection::post`.
     #[allow(unsafe_code)]
-    pub(super) unsafe fn post(&mut self, mut work: abi::Work, of: Of, signal: bool) -> Result<(), (Of, StoreError)> {
+    pub(super) unsafe fn post(
+        &mut self,
+        mut work: abi::Work,
+        of: Of,
+        signal: bool,
+    ) -> Result<(), (Of, StoreError)> {
         work.id = self.posted + 1;
         // Whatever comes next may be long in coming.
         if signal || self.posted + 1 - self.signalled >= SIGNAL_EVERY {

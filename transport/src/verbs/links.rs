@@ -135,7 +135,10 @@ impl Link {
         token: SendToken,
     ) -> Result<(), StoreError> {
         if self.out.len() >= FRAMES_MAX || self.out_bytes + head.len() > BYTES_MAX {
-            return Err(StoreError::busy("send", format!("{} frames wait on link {}", self.out.len(), self.id)));
+            return Err(StoreError::busy(
+                "send",
+                format!("{} frames wait on link {}", self.out.len(), self.id),
+            ));
         }
         self.queue_always(kind, head, payload, token);
         Ok(())
@@ -244,7 +247,8 @@ impl Link {
             }
             read.begin_anew();
         }
-        let (failed, waiting) = std::mem::take(&mut self.waiting).into_iter().partition(|it| it.error.is_some());
+        let (failed, waiting) =
+            std::mem::take(&mut self.waiting).into_iter().partition(|it| it.error.is_some());
         self.waiting = waiting;
         over.extend::<VecDeque<Read>>(failed);
         over
@@ -386,7 +390,12 @@ impl Read {
     }
 
     /// Posts the next slice, or the word behind the last; false if there is no room for a word now.
-    fn post_next(&mut self, end: &mut End, adapter: &mut Adapter, slice_bytes: u64) -> Result<bool, StoreError> {
+    fn post_next(
+        &mut self,
+        end: &mut End,
+        adapter: &mut Adapter,
+        slice_bytes: u64,
+    ) -> Result<bool, StoreError> {
         let transfer = self.transfer;
         let (piece, remote, of) = if let Some(stretch) = self.stretches.get(self.at.0).copied() {
             let (_, done, landed) = self.at;

@@ -136,7 +136,8 @@ impl VerbsFabric {
             return Err(no_link("read", link));
         };
         let remote = local.as_ref().map_or(Ok(Vec::new()), |(remote, _)| stretches_of(found, *remote));
-        let place = word.map_or(Ok(None), |word| stretches_of(found, word).map(|found| found.first().copied()));
+        let place =
+            word.map_or(Ok(None), |word| stretches_of(found, word).map(|found| found.first().copied()));
         if state.transfers.contains_key(&transfer) {
             return Err(StoreError::invalid("read", format!("transfer {transfer} is in progress")));
         }

@@ -106,7 +106,9 @@ fn check(errno: i32, failure: &abi::Failure) -> Result<(), StoreError> {
         rustix::io::Errno::NOMEM => {
             "; memory that is registered has to be locked: raise RLIMIT_MEMLOCK (`ulimit -l unlimited`, LimitMEMLOCK=infinity)"
         }
-        rustix::io::Errno::NODEV | rustix::io::Errno::NOSYS => "; this machine has no RDMA device, or no rdma_ucm module",
+        rustix::io::Errno::NODEV | rustix::io::Errno::NOSYS => {
+            "; this machine has no RDMA device, or no rdma_ucm module"
+        }
         _ => "",
     };
     Err(StoreError::os(text(&failure.call), format!("{why}{hint}")))
@@ -215,9 +217,8 @@ impl Context {
     ) -> Result<(Connection, SocketAddr), StoreError> {
         let (mut raw, mut failure, mut address) = (ptr::null_mut(), nothing_failed(), to_abi(at));
         // SAFETY: the context is open, and there is room for all.
-        let errno = unsafe {
-            (self.table.listen)(self.raw, &raw mut address, token, &raw mut raw, &raw mut failure)
-        };
+        let errno =
+            unsafe { (self.table.listen)(self.raw, &raw mut address, token, &raw mut raw, &raw mut failure) };
         check(errno, &failure)?;
         Ok((self.own(raw), from_abi(&address)))
     }
@@ -232,7 +233,15 @@ impl Context {
         // SAFETY: the context is open, and there is room for all.
         let errno = unsafe {
             let out = &raw mut raw;
-            (self.table.resolve)(self.raw, ptr::null(), &raw const to, timeout_ms, token, out, &raw mut failure)
+            (self.table.resolve)(
+                self.raw,
+                ptr::null(),
+                &raw const to,
+                timeout_ms,
+                token,
+                out,
+                &raw mut failure,
+            )
         };
         check(errno, &failure)?;
         Ok(self.own(raw))
@@ -263,9 +272,8 @@ impl Device {
         let (mut raw, mut failure) = (ptr::null_mut(), nothing_failed());
         let context = connection._context.raw;
         // SAFETY: both are open, and there is room for both.
-        let errno = unsafe {
-            (connection.table.device_of)(context, connection.raw, &raw mut raw, &raw mut failure)
-        };
+        let errno =
+            unsafe { (connection.table.device_of)(context, connection.raw, &raw mut raw, &raw mut failure) };
         check(errno, &failure)?;
         Ok(raw)
     }
@@ -389,7 +397,10 @@ impl Pool {
     pub(super) fn post(&self, id: u64, piece: &abi::Piece) -> Result<(), StoreError> {
         let mut failure = nothing_failed();
         // SAFETY: the pool is open; the caller owns the buffer, which is registered.
-        check(unsafe { (self.table.pool_post)(self.raw, id, ptr::from_ref(piece), &raw mut failure) }, &failure)
+        check(
+            unsafe { (self.table.pool_post)(self.raw, id, ptr::from_ref(piece), &raw mut failure) },
+            &failure,
+        )
     }
 }
 
@@ -456,9 +467,8 @@ impl Connection {
         };
         let mut failure = nothing_failed();
         // SAFETY: all are open and of this device, and stay so while this connection holds them.
-        let errno = unsafe {
-            (self.table.queue_pair_open)(device.raw, self.raw, &raw mut with, &raw mut failure)
-        };
+        let errno =
+            unsafe { (self.table.queue_pair_open)(device.raw, self.raw, &raw mut with, &raw mut failure) };
         check(errno, &failure)?;
         self.pair = Some((Arc::clone(queue), Arc::clone(pool)));
         let abi::QueuePair { work_max, pieces_max, inline_bytes_max, number, .. } = with;

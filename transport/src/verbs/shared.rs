@@ -16,13 +16,12 @@ use super::plugin::Context;
 use super::state::{Effect, State};
 use crate::fabric::{FabricEvent, FabricSink};
 use crate::region::Regions;
-use crate::tcp::seats::{Seat, Seats};
-use crate::tcp::sys::{Bell, Epoll};
-use crate::tcp::turn::Turn;
+use crate::seats::{Seat, Seats};
+use crate::turn::Turn;
+use crate::waiting::Bell;
 
 /// Names of descriptors.
 const TASK_BELL: u64 = 1;
-const LEADER_BELL: u64 = 2;
 const CONNECTIONS: u64 = 3;
 const FIRST_ADAPTER: u64 = 16;
 
@@ -38,7 +37,6 @@ pub(super) struct Shared {
     /// Only the thread that has the turn looks into them.
     inboxes: Mutex<HashMap<LinkId, Inbox>>,
     turn: Turn,
-    epoll: Epoll,
     task_bell: Bell,
     stopping: AtomicBool,
     _context: Arc<Context>,
@@ -51,19 +49,18 @@ impl Shared {
         state: State,
         busy_poll: Duration,
     ) -> Result<Self, hetmem_core::StoreError> {
-        let (epoll, task_bell, leader_bell) = (Epoll::new()?, Bell::new()?, Bell::new()?);
-        epoll.add(&task_bell, TASK_BELL, EventFlags::IN | EventFlags::ET)?;
-        epoll.add(&leader_bell, LEADER_BELL, EventFlags::IN | EventFlags::ET)?;
-        epoll.add(context.descriptor(), CONNECTIONS, EventFlags::IN | EventFlags::ET)?;
+        // One thread has the turn: a second has nothing to do while a caller works.
+        let (seats, task_bell) = (Seats::new(false)?, Bell::new()?);
+        seats.events().add(&task_bell, TASK_BELL, EventFlags::IN | EventFlags::ET)?;
+        seats.events().add(context.descriptor(), CONNECTIONS, EventFlags::IN | EventFlags::ET)?;
         Ok(Self {
             sink,
             regions: Regions::default(),
             state: Mutex::new(state),
-            seats: Seats::new(leader_bell),
+            seats,
             busy_poll,
             inboxes: Mutex::default(),
             turn: Turn::default(),
-            epoll,
             task_bell,
             stopping: AtomicBool::new(false),
             _context: context,
@@ -88,10 +85,7 @@ impl Shared {
                 state.expire();
                 state.is_greeting().then_some(GREETING_LOOK)
             };
-            match self.epoll.wait(until) {
-                Some((LEADER_BELL, _)) => self.seats.pass_on(),
-                Some(_) | None => {}
-            }
+            self.seats.wait(until);
         }
         // Every bell wakes one thread: the next one is told here.
         self.task_bell.ring();
@@ -99,48 +93,48 @@ impl Shared {
 
     /// See `Fabric::progress`.
     pub(super) fn progress(&self, timeout: Duration, until: &dyn Fn() -> bool) -> bool {
+        let done = self.drive(timeout, until);
+        self.seats.leave();
+        if self.stopping() {
+            // This caller may have got the bell that was rung for a thread of the fabric.
+            self.task_bell.ring();
+        }
+        done
+    }
+
+    fn drive(&self, timeout: Duration, until: &dyn Fn() -> bool) -> bool {
         let deadline = Instant::now().checked_add(timeout);
         loop {
             self.work();
+            if until() {
+                return true;
+            }
             let (seat, seen) = self.seats.register();
             let done = until();
-            let left = deadline.map_or(timeout, |deadline| deadline.saturating_duration_since(Instant::now()));
+            let left =
+                deadline.map_or(timeout, |deadline| deadline.saturating_duration_since(Instant::now()));
             if done || left.is_zero() || self.stopping() {
-                self.seats.leave(&seat, true);
-                if self.stopping() {
-                    self.task_bell.ring();
-                }
+                self.seats.stand_up(&seat);
                 return done;
             }
             match seat {
                 Seat::Leader => {
-                    let wait = |news: bool| {
-                        if !news && !self.look(left, until) {
-                            self.epoll.wait(Some(left));
-                        }
+                    let look = || {
+                        self.work();
+                        (until() || self.stopping()).then_some(())
                     };
-                    self.seats.lead(seen, wait);
-                    self.seats.leave(&seat, false);
+                    if self.seats.lead(seen, self.busy_poll, left, look).is_none() {
+                        // Whatever there is was looked at, or will be before this thread sleeps again.
+                        while self.seats.event().is_some() {}
+                    }
+                    self.seats.stand_up(&seat);
                 }
                 Seat::Follower => {
                     self.seats.follow(seen, left);
-                    self.seats.leave(&seat, false);
+                    self.seats.stand_up(&seat);
                 }
             }
         }
-    }
-
-    /// Works without sleeping for a short while; says whether what is waited for came.
-    fn look(&self, at_most: Duration, until: &dyn Fn() -> bool) -> bool {
-        let end = Instant::now() + self.busy_poll.min(at_most);
-        while Instant::now() < end {
-            self.work();
-            if until() || self.stopping() {
-                return true;
-            }
-            std::thread::yield_now();
-        }
-        false
     }
 
     /// Takes what there is, and tells the sink, until there is nothing. One thread at a time.
@@ -184,7 +178,9 @@ impl Shared {
         for number in std::mem::take(&mut state.unwatched) {
             if let Some(adapter) = state.adapters.get(&number) {
                 let name = FIRST_ADAPTER + number as u64;
-                if let Err(error) = self.epoll.add(adapter.queue.descriptor(), name, EventFlags::IN | EventFlags::ET) {
+                if let Err(error) =
+                    self.seats.events().add(adapter.queue.descriptor(), name, EventFlags::IN | EventFlags::ET)
+                {
                     tracing::error!(%error, "an RDMA device cannot be watched");
                 }
             }

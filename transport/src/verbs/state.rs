@@ -109,7 +109,8 @@ impl State {
     /// Opens the adapter that the listener is bound to, if it is bound to one: then segments are registered at once.
     pub(super) fn open_listening_adapter(&mut self) -> Result<(), StoreError> {
         let Some(listener) = self.listener.take() else { return Ok(()) };
-        let opened = if Device::raw_of(&listener).is_ok() { self.adapter_of(&listener).map(|_| ()) } else { Ok(()) };
+        let opened =
+            if Device::raw_of(&listener).is_ok() { self.adapter_of(&listener).map(|_| ()) } else { Ok(()) };
         self.listener = Some(listener);
         opened
     }
@@ -159,7 +160,9 @@ impl State {
 
     /// Tells the peer of a link of a segment.
     fn tell_of(&mut self, link: LinkId, number: SegmentId) {
-        let Some(link) = self.links.get_mut(&link).filter(|link| link.stage != Stage::Dialing) else { return };
+        let Some(link) = self.links.get_mut(&link).filter(|link| link.stage != Stage::Dialing) else {
+            return;
+        };
         let adapter = self.ends.get(&link.control).and_then(|end| end.adapter);
         let adapter = adapter.and_then(|adapter| self.adapters.get(&adapter));
         if let (Some(adapter), Some(segment)) = (adapter, self.segments.get(&number)) {
@@ -171,7 +174,12 @@ impl State {
     // Connections.
 
     /// Begins to connect.
-    pub(super) fn dial(&mut self, address: &str, peer: SocketAddr, mine: LinkToken) -> Result<LinkId, StoreError> {
+    pub(super) fn dial(
+        &mut self,
+        address: &str,
+        peer: SocketAddr,
+        mine: LinkToken,
+    ) -> Result<LinkId, StoreError> {
         if self.links.len() >= self.links_max {
             return Err(StoreError::busy("connect", format!("there are {} links", self.links.len())));
         }
@@ -223,7 +231,11 @@ impl State {
             abi::EVENT_ESTABLISHED => self.established(event.token, Hello::parse(private)),
             abi::EVENT_UNREACHABLE => {
                 let why = std::io::Error::from_raw_os_error(event.status);
-                self.end_over(event.token, None, &StoreError::unavailable("the peer", format!("it is not reached: {why}")));
+                self.end_over(
+                    event.token,
+                    None,
+                    &StoreError::unavailable("the peer", format!("it is not reached: {why}")),
+                );
             }
             abi::EVENT_REJECTED => {
                 let why = format!("it refuses the connection (reason {})", event.status);
@@ -232,7 +244,11 @@ impl State {
             abi::EVENT_DISCONNECTED => {
                 // What came before it ended is heard.
                 self.completions();
-                self.end_over(event.token, None, &StoreError::unavailable("its connection", "the peer closed it"));
+                self.end_over(
+                    event.token,
+                    None,
+                    &StoreError::unavailable("its connection", "the peer closed it"),
+                );
             }
             abi::EVENT_DEVICE_REMOVED => {
                 let why = StoreError::unavailable("its connection", "the RDMA device was removed");
@@ -258,7 +274,11 @@ impl State {
                 },
             };
             end.stage = EndStage::Connecting;
-            end.connection.connect(Greeting { private: &hello.to_bytes(), reads_out: reads.0, reads_in: reads.1 })
+            end.connection.connect(Greeting {
+                private: &hello.to_bytes(),
+                reads_out: reads.0,
+                reads_in: reads.1,
+            })
         });
         self.keep(token, end);
         result
@@ -313,7 +333,9 @@ impl State {
                 (Role::Serving(link.id), Hello::Data { token: mine }, None)
             }
             Some(Hello::Control { .. }) => return refuse(self, &mut connection, "too many links"),
-            Some(Hello::Welcome { .. }) | None => return refuse(self, &mut connection, "it does not say what for"),
+            Some(Hello::Welcome { .. }) | None => {
+                return refuse(self, &mut connection, "it does not say what for");
+            }
         };
         let mut end = End::new(connection, role, EndStage::Connecting);
         let accepted = self.pair(&mut end).and_then(|(reads_out, reads_in)| {
@@ -519,7 +541,14 @@ impl State {
         };
         if done.immediate != REGION {
             let kind = done.immediate;
-            return self.effects.push_back(Effect::Received { link, adapter: number, slots, slot, kind, len });
+            return self.effects.push_back(Effect::Received {
+                link,
+                adapter: number,
+                slots,
+                slot,
+                kind,
+                len,
+            });
         }
         // SAFETY: the adapter has received into the slot, which is lent again below.
         #[allow(unsafe_code, reason = "a buffer is looked at in place")]
@@ -597,8 +626,11 @@ impl State {
     /// Gives a read up. If some of it is posted, its connection ends, so that nothing of it lands any more; others go on
     /// over another.
     pub(super) fn give_up(&mut self, transfer: TransferId, why: &StoreError) {
-        let Some(link) = self.transfers.get(&transfer).and_then(|link| self.links.get_mut(link)) else { return };
-        if let Some(at) = link.waiting.iter().position(|read| read.transfer == transfer && read.is_untouched())
+        let Some(link) = self.transfers.get(&transfer).and_then(|link| self.links.get_mut(link)) else {
+            return;
+        };
+        if let Some(at) =
+            link.waiting.iter().position(|read| read.transfer == transfer && read.is_untouched())
             && let Some(read) = link.waiting.remove(at)
         {
             return self.read_over(read, Err(why.clone()));
@@ -608,7 +640,11 @@ impl State {
             read.error.get_or_insert_with(|| why.clone());
         }
         if let Some(token) = link.reading {
-            self.end_over(token, None, &StoreError::unavailable("its data connection", "a read was given up"));
+            self.end_over(
+                token,
+                None,
+                &StoreError::unavailable("its data connection", "a read was given up"),
+            );
         }
     }
 
@@ -723,7 +759,10 @@ fn explain(done: &abi::Completion) -> StoreError {
         status::NOT_READY => "the peer has had no receive buffer for too long",
         _ => "the adapter has failed the work",
     };
-    StoreError::unavailable("its connection", format!("{what} (completion status {status}, vendor {vendor:#x})"))
+    StoreError::unavailable(
+        "its connection",
+        format!("{what} (completion status {status}, vendor {vendor:#x})"),
+    )
 }
 
 /// Whose fault it is, if only one read's.

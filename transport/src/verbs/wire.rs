@@ -155,7 +155,8 @@ pub(super) fn stretches(described: &Described, extent: RemoteExtent) -> Result<V
     let (segment, chunks) = match described {
         Described::Readable { segment, chunks } => (segment, chunks),
         Described::Local { segment } => {
-            let why = format!("segment {segment} (key {:016x}) is registered for its own node only", extent.key.0);
+            let why =
+                format!("segment {segment} (key {:016x}) is registered for its own node only", extent.key.0);
             return Err(StoreError::denied("read", why));
         }
         Described::Gone | Described::All => return Err(StoreError::protocol("a description of no region")),
@@ -207,11 +208,8 @@ mod tests {
 
     #[test]
     fn descriptions_come_back_and_garbage_is_an_error() {
-        let chunk = |number: u32| RemoteChunk {
-            address: u64::from(number) << 40,
-            len_bytes: 1 << 30,
-            key: number,
-        };
+        let chunk =
+            |number: u32| RemoteChunk { address: u64::from(number) << 40, len_bytes: 1 << 30, key: number };
         let readable = Described::Readable { segment: 5, chunks: (0..7).map(chunk).collect() };
         for of in [Described::Gone, Described::Local { segment: 9 }, Described::All, readable] {
             let bytes = describe(RemoteKey(77), &of);

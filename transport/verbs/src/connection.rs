@@ -194,7 +194,8 @@ pub(crate) unsafe extern "C" fn queue_pair_open(
         init.cap.max_send_wr = with.work_max;
         init.cap.max_send_sge = with.pieces_max;
         init.cap.max_inline_data = with.inline_bytes_max;
-        if let Err(errno) = check("rdma_create_qp", rdma_create_qp(id, device.domain, &raw mut init), failure) {
+        if let Err(errno) = check("rdma_create_qp", rdma_create_qp(id, device.domain, &raw mut init), failure)
+        {
             return errno;
         }
         with.work_max = init.cap.max_send_wr;
@@ -353,4 +354,3 @@ unsafe fn work_request(asked: &Work, pieces: &mut Vec<ibv_sge>) -> ibv_send_wr {
     request.wr.rdma = rdma_t { remote_addr: asked.remote_address, rkey: asked.remote_key };
     request
 }
-

@@ -9,8 +9,9 @@ use std::os::fd::BorrowedFd;
 use std::sync::Mutex;
 
 use hetmem_transport::verbs_abi::{
-    Connection, ConnectionEvent, Context, Device, EVENT_DEVICE_REMOVED, EVENT_DISCONNECTED, EVENT_ESTABLISHED,
-    EVENT_NONE, EVENT_REJECTED, EVENT_REQUEST, EVENT_ROUTED, EVENT_UNREACHABLE, Failure, PRIVATE_MAX,
+    Connection, ConnectionEvent, Context, Device, EVENT_DEVICE_REMOVED, EVENT_DISCONNECTED,
+    EVENT_ESTABLISHED, EVENT_NONE, EVENT_REJECTED, EVENT_REQUEST, EVENT_ROUTED, EVENT_UNREACHABLE, Failure,
+    PRIVATE_MAX,
 };
 use rdma_sys::{
     rdma_ack_cm_event, rdma_cm_event, rdma_cm_event_type as kind, rdma_create_event_channel,
@@ -115,7 +116,8 @@ unsafe fn translate(event: &rdma_cm_event) -> Option<ConnectionEvent> {
     // a new one has its listener's.
     let owner = unsafe { (*event.id).context }.cast::<Conn>();
     // SAFETY: as above.
-    let mut told = ConnectionEvent { token: unsafe { (*owner).token }, connection: owner.cast(), ..nothing() };
+    let mut told =
+        ConnectionEvent { token: unsafe { (*owner).token }, connection: owner.cast(), ..nothing() };
     told.status = event.status.saturating_abs();
     told.kind = match event.event {
         kind::RDMA_CM_EVENT_ADDR_RESOLVED => {

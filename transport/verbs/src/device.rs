@@ -133,7 +133,8 @@ unsafe fn limits_of(verbs: *mut ibv_context) -> Result<DeviceLimits, i32> {
         (std::ffi::CStr::from_ptr(ibv_get_device_name(device)).to_bytes(), (*device).transport_type)
     };
     // SAFETY: an array of C characters of that length.
-    let firmware = unsafe { std::slice::from_raw_parts(attr.fw_ver.as_ptr().cast::<u8>(), attr.fw_ver.len()) };
+    let firmware =
+        unsafe { std::slice::from_raw_parts(attr.fw_ver.as_ptr().cast::<u8>(), attr.fw_ver.len()) };
     let firmware = firmware.split(|byte| *byte == 0).next().unwrap_or_default();
     let number = |value: i32| u32::try_from(value).unwrap_or(0);
     Ok(DeviceLimits {

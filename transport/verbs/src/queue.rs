@@ -11,8 +11,9 @@ use hetmem_transport::verbs_abi::{
 };
 use rdma_sys::{
     ibv_ack_cq_events, ibv_comp_channel, ibv_cq, ibv_create_comp_channel, ibv_create_cq, ibv_create_srq,
-    ibv_destroy_comp_channel, ibv_destroy_cq, ibv_destroy_srq, ibv_get_cq_event, ibv_poll_cq, ibv_post_srq_recv,
-    ibv_recv_wr, ibv_req_notify_cq, ibv_sge, ibv_srq, ibv_srq_attr, ibv_srq_init_attr, ibv_wc, ibv_wc_opcode,
+    ibv_destroy_comp_channel, ibv_destroy_cq, ibv_destroy_srq, ibv_get_cq_event, ibv_poll_cq,
+    ibv_post_srq_recv, ibv_recv_wr, ibv_req_notify_cq, ibv_sge, ibv_srq, ibv_srq_attr, ibv_srq_init_attr,
+    ibv_wc, ibv_wc_opcode,
 };
 use rustix::io::Errno;
 
@@ -170,8 +171,7 @@ pub(crate) unsafe extern "C" fn pool_post(
     // SAFETY: the host gives one piece.
     let piece = unsafe { *piece };
     let mut place = ibv_sge { addr: piece.address, length: piece.len_bytes, lkey: piece.key };
-    let mut work =
-        ibv_recv_wr { wr_id: id, next: std::ptr::null_mut(), sg_list: &raw mut place, num_sge: 1 };
+    let mut work = ibv_recv_wr { wr_id: id, next: std::ptr::null_mut(), sg_list: &raw mut place, num_sge: 1 };
     let mut bad = std::ptr::null_mut();
     // SAFETY: the pool is open; the list is read before the call returns.
     let posted = unsafe { ibv_post_srq_recv(pool.cast::<ibv_srq>(), &raw mut work, &raw mut bad) };

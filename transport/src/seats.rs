@@ -20,7 +20,7 @@ use hetmem_core::StoreError;
 use parking_lot::{Condvar, Mutex};
 use rustix::event::epoll::EventFlags;
 
-use super::sys::{Bell, Epoll, wait_for_either};
+use crate::waiting::{Bell, Epoll, wait_for_either};
 
 /// The only name in the crew's epoll.
 const EVENTS: u64 = 0;
@@ -81,11 +81,6 @@ impl Seats {
         &self.events
     }
 
-    /// An event, if there is one.
-    fn event(&self) -> Option<(u64, EventFlags)> {
-        self.events.wait(Some(Duration::ZERO))
-    }
-
     /// One of the crew waits for an event that no caller of `progress` takes. None: somebody else took it.
     pub(crate) fn wait(&self, timeout: Option<Duration>) -> Option<(u64, EventFlags)> {
         self.crew.wait(timeout)?;
@@ -122,20 +117,32 @@ impl Seats {
         (seat, state.announced)
     }
 
-    /// The leader's wait, unless something was announced since `seen`: it looks for an event for up to `busy`, without
-    /// going to sleep, then sleeps until there is one. Waking a thread, and the processor that it slept on, takes longer
-    /// than most answers; whoever else could run on this processor while it looks runs first.
-    pub(crate) fn lead(&self, seen: u64, busy: Duration, timeout: Duration) -> Option<(u64, EventFlags)> {
-        let event = self.event();
-        if event.is_some() {
-            return event;
+    /// An event, if there is one.
+    pub(crate) fn event(&self) -> Option<(u64, EventFlags)> {
+        self.events.wait(Some(Duration::ZERO))
+    }
+
+    /// The leader's wait, unless something was announced since `seen`: it looks for what it waits for, up to `busy`
+    /// without going to sleep, then sleeps until there is an event and looks again. Waking a thread, and the processor
+    /// that it slept on, takes longer than most answers; whoever else could run on this processor while it looks runs
+    /// first.
+    pub(crate) fn lead<T>(
+        &self,
+        seen: u64,
+        busy: Duration,
+        timeout: Duration,
+        mut look: impl FnMut() -> Option<T>,
+    ) -> Option<T> {
+        let found = look();
+        if found.is_some() {
+            return found;
         }
         let until = Instant::now() + busy.min(timeout);
         while Instant::now() < until {
             std::thread::yield_now();
-            let event = self.event();
-            if event.is_some() || self.state.lock().announced != seen {
-                return event;
+            let found = look();
+            if found.is_some() || self.state.lock().announced != seen {
+                return found;
             }
         }
         {
@@ -154,7 +161,7 @@ impl Seats {
         if rung {
             self.bell.hush();
         }
-        self.event()
+        look()
     }
 
     /// A follower's wait, until something is announced or the leader leaves.
@@ -228,7 +235,7 @@ mod tests {
         while !stopping.load(Ordering::SeqCst) {
             let (seat, seen) = seats.register();
             let event = match seat {
-                Seat::Leader => seats.lead(seen, busy, Duration::from_micros(300)),
+                Seat::Leader => seats.lead(seen, busy, Duration::from_micros(300), || seats.event()),
                 Seat::Follower => {
                     seats.follow(seen, Duration::from_micros(300));
                     None
@@ -308,14 +315,14 @@ mod tests {
                 seats.announce();
             });
             let begun = Instant::now();
-            assert_eq!(seats.lead(seen, Duration::ZERO, LATE), None);
+            assert_eq!(seats.lead(seen, Duration::ZERO, LATE, || seats.event()), None);
             assert!(begun.elapsed() < LATE);
         });
         seats.stand_up(&seat);
         // The bell that was heard does not ring again.
         let (seat, seen) = seats.register();
         let begun = Instant::now();
-        assert_eq!(seats.lead(seen, Duration::ZERO, Duration::from_millis(20)), None);
+        assert_eq!(seats.lead(seen, Duration::ZERO, Duration::from_millis(20), || seats.event()), None);
         assert!(begun.elapsed() >= Duration::from_millis(20));
         seats.stand_up(&seat);
         Ok(())
