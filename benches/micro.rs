@@ -7,7 +7,7 @@ use std::hint::black_box;
 use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use hetmem_core::alloc::Arena;
-use hetmem_core::engine::{Engine, EngineConfig, FabricId, Input, Time};
+use hetmem_core::engine::{Engine, EngineConfig, FabricId, FabricUse, Input, Time};
 use hetmem_core::wire::{
     ClientMessage, FrameKind, HEADER_LEN, IfExists, Member, PeerMessage, PutHints, decode, encode,
 };
@@ -100,8 +100,12 @@ fn engine() -> Engine {
         capacity_bytes: 1 << 30,
         client_quota_bytes: 1 << 30,
         objects_max: 1 << 20,
-        index_keys: vec![(FabricId(0), RemoteKey(1))],
-        gather_max: vec![(FabricId(0), 1_023)],
+        fabrics: vec![FabricUse {
+            id: FabricId(0),
+            name: "none".into(),
+            index_key: RemoteKey(1),
+            gather_max: 1_023,
+        }],
         generation_base: 0,
         generation_stride: 128,
         threshold_bytes: None,

@@ -8,7 +8,7 @@ use hetmem_core::wire::NODE_TEXT_LEN_MAX;
 use hetmem_host_mem::PagePolicy;
 
 /// Every key, with its default and meaning, in the order of the documentation.
-pub const KEYS: [(&str, &str, &str); 13] = [
+pub const KEYS: [(&str, &str, &str); 14] = [
     ("name", "HOST:PORT", "the node's name in the cluster; the same after a restart"),
     (
         "socket",
@@ -26,6 +26,7 @@ pub const KEYS: [(&str, &str, &str); 13] = [
     ("client_quota", "80%", "the most memory granted to one client: bytes or a share of the host tier"),
     ("streams", "0", "TCP streams for large reads, per peer; 0: chosen for this machine"),
     ("fabric", "auto", "auto, tcp or verbs"),
+    ("verbs_plugin", "beside the program", "the file with RDMA verbs, libhetmem_verbs.so"),
 ];
 
 /// Which fabric a node may use.
@@ -56,6 +57,7 @@ pub struct Config {
     pub client_quota_bytes: u64,
     pub streams: Option<usize>,
     pub fabric: FabricChoice,
+    pub verbs_plugin: Option<PathBuf>,
 }
 
 impl Config {
@@ -201,6 +203,7 @@ impl Raw {
                 Some("verbs") => FabricChoice::Verbs,
                 Some(text) => return Err(bad("fabric", text, "auto, tcp or verbs")),
             },
+            verbs_plugin: self.get("verbs_plugin").map(PathBuf::from),
         })
     }
 }

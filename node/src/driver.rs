@@ -14,10 +14,10 @@ use hetmem_core::engine::{Action, Attachment, Engine, Input, RingState, Time};
 use hetmem_core::wire::{ClientReply, Located};
 use hetmem_core::{ClientId, Extent, Generation, LandingId, SegmentId, StoreError};
 use hetmem_host_mem::{IndexEntry, IndexMemory, IndexWriter, NodePage, Segment};
-use hetmem_transport::Fabric;
 use parking_lot::Mutex;
 
 use crate::clients::Clients;
+use crate::fabrics::Fabrics;
 use crate::outbox::Outbox;
 use crate::rings::Rings;
 use crate::segments::Job;
@@ -58,14 +58,12 @@ pub(crate) struct Core {
 
 pub(crate) struct Driver {
     pub(crate) core: Mutex<Core>,
-    pub(crate) fabric: OnceLock<Arc<dyn Fabric>>,
+    pub(crate) fabrics: OnceLock<Arc<Fabrics>>,
     pub(crate) clients: Clients,
     pub(crate) outbox: Outbox,
     pub(crate) jobs: Sender<Job>,
     /// Frames and sessions of clients that were refused for what they sent.
     pub(crate) refused: AtomicU64,
-    /// The fabric's name, for receipts.
-    fabric_name: OnceLock<Arc<str>>,
     started: Instant,
 }
 
@@ -93,12 +91,11 @@ impl Driver {
         };
         Self {
             core: Mutex::new(core),
-            fabric: OnceLock::new(),
+            fabrics: OnceLock::new(),
             clients: Clients::default(),
             outbox: Outbox::default(),
             jobs,
             refused: AtomicU64::new(0),
-            fabric_name: OnceLock::new(),
             started: Instant::now(),
         }
     }
@@ -195,7 +192,7 @@ impl Driver {
                 wanted.later.push(Later::Reply { client, request, reply, descriptors });
             }
             Action::PinAndReply { client, request, located } => {
-                let reply = core.pin(client, self.with_fabric(located)).map(ClientReply::Located);
+                let reply = core.pin(client, located).map(ClientReply::Located);
                 wanted.later.push(Later::Reply { client, request, reply, descriptors: Descriptors::None });
             }
             Action::GrantAhead { client, request, chunk, reply, attachment } => {
@@ -211,7 +208,7 @@ impl Driver {
                 return Some(Input::AheadChanged { client, ring });
             }
             Action::Item { client, request, item, located } => {
-                let located = located.and_then(|located| core.pin(client, self.with_fabric(located)));
+                let located = located.and_then(|located| core.pin(client, located));
                 core.keep_item((client, request), item, located);
             }
             Action::ReplyItems { client, request, count } => {
@@ -272,26 +269,12 @@ impl Driver {
         None
     }
 
-    /// Adds to a receipt what the engine does not know.
-    fn with_fabric(&self, mut located: Located) -> Located {
-        if let (Some(carried), Some(fabric)) = (&mut located.carried, self.fabric.get()) {
-            let name = self.fabric_name.get_or_init(|| fabric.kind().to_string().into());
-            carried.fabric = Arc::clone(name);
-        }
-        located
-    }
-
     /// Adds to a reply what the engine does not know.
     fn complete(&self, core: &Core, mut reply: ClientReply) -> ClientReply {
         if let ClientReply::Status(status) = &mut reply {
             status.counters.hits = core.hits();
             status.counters.refused += self.refused.load(Ordering::Relaxed);
-            if let Some(fabric) = self.fabric.get() {
-                status.counters.refused += fabric.refused();
-                for peer in &mut status.peers {
-                    peer.fabric = fabric.kind().to_string();
-                }
-            }
+            status.counters.refused += self.fabrics.get().map_or(0, |fabrics| fabrics.refused());
             for tier in &mut status.tiers {
                 tier.pages = core.pages_in_words();
             }

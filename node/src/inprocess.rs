@@ -15,20 +15,21 @@ use hetmem_core::engine::Input;
 use hetmem_core::wire::{ClientMessage, ClientReply, PlacedItem};
 use hetmem_core::{ClientId, StoreError};
 use hetmem_host_mem::{Answer, Session};
+use hetmem_transport::FabricKind;
 use parking_lot::Mutex;
 
 use crate::driver::{Descriptors, Driver};
 
 thread_local! {
-    static IN_SINK: Cell<bool> = const { Cell::new(false) };
+    static IN_SINK: Cell<Option<FabricKind>> = const { Cell::new(None) };
 }
 
-/// Marks that this thread is inside the fabric's sink: waiters look again after the sink returns, so they need no
-/// wake.
-pub(crate) struct InSink(bool);
+/// Marks that this thread is inside the sink of a fabric: who works on that fabric looks again after the sink returns,
+/// and needs no wake.
+pub(crate) struct InSink(Option<FabricKind>);
 
-pub(crate) fn in_sink() -> InSink {
-    InSink(IN_SINK.replace(true))
+pub(crate) fn in_sink(of: FabricKind) -> InSink {
+    InSink(IN_SINK.replace(Some(of)))
 }
 
 impl Drop for InSink {
@@ -67,10 +68,8 @@ impl Slots {
             *slot.answer.lock() = Some(answer);
             slot.done.store(true, Ordering::Release);
         }
-        if !IN_SINK.get()
-            && let Some(fabric) = driver.fabric.get()
-        {
-            fabric.wake();
+        if let Some(fabrics) = driver.fabrics.get() {
+            fabrics.wake(IN_SINK.get());
         }
     }
 }
@@ -168,9 +167,9 @@ impl InProcess {
             left.get() == asked.len()
         };
         if !done()
-            && let Some(fabric) = self.driver.fabric.get()
+            && let Some(fabrics) = self.driver.fabrics.get()
         {
-            fabric.progress(timeout.saturating_add(GRACE), &done);
+            fabrics.progress(timeout.saturating_add(GRACE), &done);
         }
     }
 

@@ -7,6 +7,7 @@ mod carry;
 mod clients;
 mod config;
 mod driver;
+mod fabrics;
 mod inprocess;
 mod memory;
 mod node;

@@ -13,14 +13,15 @@ use hetmem_core::engine::{Engine, EngineConfig, Input};
 use hetmem_core::wire::Member;
 use hetmem_core::{Epoch, NodeId, SegmentId, StoreError, fingerprint};
 use hetmem_host_mem::{IndexWriter, Reserve, Session, socket};
-use hetmem_transport::{Access, Fabric, FabricSink, TcpConfig, TcpFabric};
+use hetmem_transport::{Access, RegionMemory};
 use rustix::event::{EventfdFlags, eventfd};
 
-use crate::config::{Config, FabricChoice};
+use crate::config::Config;
 use crate::driver::{Core, Driver};
+use crate::fabrics::{Fabrics, is_exposed};
 use crate::inprocess::InProcess;
 use crate::memory::GenerationsRegion;
-use crate::peers::{Sink, TCP};
+use crate::peers::Sink;
 use crate::reactor::Reactor;
 use crate::segments::{Job, Maker};
 
@@ -36,7 +37,7 @@ const TICK_MIN: Duration = Duration::from_millis(1);
 /// A running node. Dropping it stops it.
 pub struct Node {
     driver: Arc<Driver>,
-    fabric: Arc<TcpFabric>,
+    fabrics: Arc<Fabrics>,
     socket: PathBuf,
     name: String,
     address: String,
@@ -63,21 +64,13 @@ impl Node {
     /// Whatever keeps it from running, with the remedy: a socket path or port in use, too little memory, too few
     /// descriptors, a fabric that is not there.
     pub fn start(config: Config) -> Result<Self, StoreError> {
-        if config.fabric == FabricChoice::Verbs {
-            let why = "this release has no RDMA verbs yet; serve with fabric = \"tcp\" or \"auto\"";
-            return Err(StoreError::unavailable("fabric verbs", why));
-        }
         raise_descriptor_limit()?;
         let listener = socket::listen(&config.socket)?;
         let sink = Arc::new(Sink::default());
-        let mut tcp = TcpConfig { listen: config.listen.clone(), ..TcpConfig::default() };
-        if let Some(streams) = config.streams {
-            tcp.streams = streams;
-        }
-        let fabric = TcpFabric::start(tcp, Arc::clone(&sink) as Arc<dyn FabricSink>)?;
-        let address = advertised(&fabric.address(), &config.join);
+        let fabrics = Arc::new(Fabrics::start(&config, &sink)?);
+        let address = advertised(&fabrics.address()?, &config.join);
         let name = config.name.clone().unwrap_or_else(|| default_name(&address));
-        let started = Self::run(&config, listener, &fabric, &sink, &address, &name);
+        let started = Self::run(&config, listener, &fabrics, &sink, &address, &name);
         let (driver, stop, jobs, threads) = match started {
             Ok(parts) => parts,
             Err(error) => {
@@ -87,7 +80,7 @@ impl Node {
             }
         };
         let mut node =
-            Self { driver, fabric, socket: config.socket, name, address, stop, jobs, threads, ticker: None };
+            Self { driver, fabrics, socket: config.socket, name, address, stop, jobs, threads, ticker: None };
         node.ticker = Some(start_ticker(&node.driver)?);
         Ok(node)
     }
@@ -96,14 +89,14 @@ impl Node {
     fn run(
         config: &Config,
         listener: socket::Listener,
-        fabric: &Arc<TcpFabric>,
+        fabrics: &Arc<Fabrics>,
         sink: &Sink,
         address: &str,
         name: &str,
     ) -> Result<(Arc<Driver>, OwnedFd, Sender<Job>, Vec<JoinHandle<()>>), StoreError> {
         let index = IndexWriter::create(config.max_objects)?;
-        let words = Arc::new(GenerationsRegion(index.memory()));
-        let key = fabric.register(INDEX_SEGMENT, words, Access::RemoteRead)?;
+        let words: Arc<dyn RegionMemory> = Arc::new(GenerationsRegion(index.memory()));
+        let index_keys = fabrics.register(INDEX_SEGMENT, &words, Access::RemoteRead)?;
         let (region, _) = index.memory().generations();
         let first = index.generation_offset(hetmem_core::SlotId(0));
         let stride = index.generation_offset(hetmem_core::SlotId(1)) - first;
@@ -119,8 +112,7 @@ impl Node {
             capacity_bytes: config.host_bytes,
             client_quota_bytes: config.client_quota_bytes,
             objects_max: config.max_objects,
-            index_keys: vec![(TCP, key)],
-            gather_max: vec![(TCP, fabric.gather_max())],
+            fabrics: fabrics.uses(&index_keys),
             generation_base: first - region,
             generation_stride: stride,
             threshold_bytes: config.threshold_bytes,
@@ -132,7 +124,7 @@ impl Node {
         let (jobs, received) = channel();
         let shown = index.memory();
         let driver = Arc::new(Driver::new(engine, index, jobs.clone()));
-        let _ = driver.fabric.set(Arc::clone(fabric) as Arc<dyn Fabric>);
+        let _ = driver.fabrics.set(Arc::clone(fabrics));
         let os = |error: std::io::Error| StoreError::os("starting a thread", error);
         let maker = Maker { reserve, pages: config.huge_pages };
         let weak: Weak<Driver> = Arc::downgrade(&driver);
@@ -177,8 +169,7 @@ impl Node {
     /// Whether peers from other machines can reach this node, which does not ask who they are.
     #[must_use]
     pub fn is_exposed(&self) -> bool {
-        let loopback = |ip: std::net::IpAddr| ip.is_loopback();
-        self.fabric.address().parse::<std::net::SocketAddr>().is_ok_and(|address| !loopback(address.ip()))
+        self.fabrics.address().is_ok_and(|address| is_exposed(&address))
     }
 
     /// Keeps the engine from doing anything until the guard is dropped: messages, requests and timers wait. What the
@@ -241,7 +232,7 @@ impl Drop for Node {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        self.fabric.stop();
+        self.fabrics.stop();
     }
 }
 

@@ -7,10 +7,11 @@ use std::collections::{HashMap, VecDeque};
 use hetmem_core::engine::{Action, Input, Payload};
 use hetmem_core::wire::{Batch, Frame, FrameKind, PeerMessage, encode};
 use hetmem_core::{ErrorKind, Extent, LinkId, RemoteExtent, StoreError, TransferId};
-use hetmem_transport::{Fabric, SendToken, Sent};
+use hetmem_transport::{FabricKind, SendToken, Sent};
 use parking_lot::Mutex;
 
 use crate::driver::Driver;
+use crate::fabrics::Fabrics;
 
 /// Messages that may wait for one link before it is given up.
 const DEFERRED_MAX: usize = 65_536;
@@ -51,13 +52,9 @@ impl Outbox {
         self.queue.lock().push_back(action);
     }
 
-    /// The address of a link that never came up.
-    pub(crate) fn never_up(&self, link: LinkId) -> Option<String> {
+    /// The address of a link that was dialled and was not up before: now it is, or will never be.
+    pub(crate) fn no_longer_dialled(&self, link: LinkId) -> Option<String> {
         self.dialling.lock().remove(&link)
-    }
-
-    pub(crate) fn is_up(&self, link: LinkId) {
-        self.dialling.lock().remove(&link);
     }
 }
 
@@ -81,26 +78,26 @@ impl Driver {
     }
 
     fn on_fabric(&self, action: Action) {
-        let Some(fabric) = self.fabric.get() else { return };
+        let Some(fabrics) = self.fabrics.get() else { return };
         match action {
             Action::Send { link, request, message, payload } => {
                 let said = Said::One { request, message };
-                self.send(fabric.as_ref(), link, Message { said, payload });
+                self.send(fabrics, link, Message { said, payload });
             }
             Action::SendBatch { link, batch, payload } => {
-                self.send(fabric.as_ref(), link, Message { said: Said::Many(batch), payload });
+                self.send(fabrics, link, Message { said: Said::Many(batch), payload });
             }
             Action::Read { link, transfer, bytes, word } => {
-                if let Err(why) = read(fabric.as_ref(), link, transfer, bytes, word) {
+                if let Err(why) = read(fabrics, link, transfer, bytes, word) {
                     self.feed(Input::ReadDone { transfer, result: Err(why) });
                 }
             }
-            Action::CancelRead { transfer } => fabric.cancel(transfer),
-            Action::Disconnect { link } => fabric.disconnect(link),
+            Action::CancelRead { transfer } => fabrics.cancel(transfer),
+            Action::Disconnect { link } => disconnect(fabrics, link),
             Action::Connect { address } => {
                 // Held across the call, so that the link's first event finds its address.
                 let mut dialling = self.outbox.dialling.lock();
-                match fabric.connect(&address) {
+                match fabrics.connect(&address) {
                     Ok(link) => {
                         dialling.insert(link, address);
                     }
@@ -114,7 +111,7 @@ impl Driver {
         }
     }
 
-    fn send(&self, fabric: &dyn Fabric, link: LinkId, message: Message) {
+    fn send(&self, fabrics: &Fabrics, link: LinkId, message: Message) {
         let mut deferred = self.outbox.deferred.lock();
         if let Some(waiting) = deferred.get_mut(&link) {
             if waiting.len() < DEFERRED_MAX {
@@ -124,17 +121,21 @@ impl Driver {
             drop(deferred);
             tracing::warn!(%link, "a peer takes nothing any more: its link is closed");
             self.drop_message(message);
-            fabric.disconnect(link);
+            disconnect(fabrics, link);
             return;
         }
         drop(deferred);
-        if let Some(message) = self.try_send(fabric, link, message) {
+        if let Some(message) = self.try_send(fabrics, link, message) {
             self.outbox.deferred.lock().entry(link).or_default().push_back(message);
         }
     }
 
     /// Returns the message if the link is busy.
-    fn try_send(&self, fabric: &dyn Fabric, link: LinkId, message: Message) -> Option<Message> {
+    fn try_send(&self, fabrics: &Fabrics, link: LinkId, message: Message) -> Option<Message> {
+        let Some(fabric) = fabrics.of(link) else {
+            self.drop_message(message);
+            return None;
+        };
         let frame = match message.frame() {
             Ok(frame) => frame,
             Err(error) => {
@@ -166,9 +167,26 @@ impl Driver {
         }
     }
 
+    /// A link that was dialled did not come up; says whether the peer is dialled over another fabric.
+    pub(crate) fn dial_otherwise(&self, link: LinkId, address: &str, why: &StoreError) -> bool {
+        let Some(fabrics) = self.fabrics.get() else { return false };
+        if FabricKind::of_link(link) != FabricKind::Verbs {
+            return false;
+        }
+        // As above.
+        let mut dialling = self.outbox.dialling.lock();
+        match fabrics.connect_otherwise(address, why) {
+            Ok(link) => {
+                dialling.insert(link, address.to_owned());
+                true
+            }
+            Err(_) => false,
+        }
+    }
+
     /// Tries again what met back-pressure.
     pub(crate) fn retry_deferred(&self) {
-        let Some(fabric) = self.fabric.get() else { return };
+        let Some(fabrics) = self.fabrics.get() else { return };
         let links: Vec<LinkId> = self.outbox.deferred.lock().keys().copied().collect();
         for link in links {
             // Keeps newer messages of the link behind the older ones while these are under way.
@@ -176,7 +194,7 @@ impl Driver {
             loop {
                 let next = self.outbox.deferred.lock().get_mut(&link).and_then(VecDeque::pop_front);
                 let Some(message) = next else { break };
-                if let Some(message) = self.try_send(fabric.as_ref(), link, message) {
+                if let Some(message) = self.try_send(fabrics, link, message) {
                     self.outbox.deferred.lock().entry(link).or_default().push_front(message);
                     break;
                 }
@@ -198,13 +216,21 @@ impl Driver {
     }
 }
 
+fn disconnect(fabrics: &Fabrics, link: LinkId) {
+    if let Some(fabric) = fabrics.of(link) {
+        fabric.disconnect(link);
+    }
+}
+
 fn read(
-    fabric: &dyn Fabric,
+    fabrics: &Fabrics,
     link: LinkId,
     transfer: TransferId,
     bytes: Option<(RemoteExtent, Extent)>,
     word: Option<RemoteExtent>,
 ) -> Result<(), StoreError> {
+    let fabric =
+        fabrics.of(link).ok_or_else(|| StoreError::unavailable("link", "its fabric is not there"))?;
     match (bytes, word) {
         (bytes, Some(word)) => fabric.read_checked(link, transfer, bytes, word),
         (Some((remote, local)), None) => fabric.read(link, transfer, remote, local),

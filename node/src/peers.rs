@@ -3,18 +3,16 @@
 
 use std::sync::{Arc, OnceLock, Weak};
 
-use hetmem_core::engine::{FabricId, Input, ReadEnd};
+use hetmem_core::engine::{Input, ReadEnd};
 use hetmem_core::receipt::Moved;
 use hetmem_core::wire::{Batch, FrameHeader, FrameKind, PeerMessage, decode};
 use hetmem_core::{LandingId, LinkId, StoreError};
-use hetmem_transport::{FabricEvent, FabricSink, Landing, LandingToken, ReadStats};
+use hetmem_transport::{FabricEvent, FabricKind, FabricSink, Landing, LandingToken, ReadStats};
 
 use crate::driver::Driver;
+use crate::fabrics::id_of;
 use crate::inprocess::in_sink;
 use crate::outbox::connect_error;
-
-/// The only fabric of this release.
-pub(crate) const TCP: FabricId = FabricId(0);
 
 /// Receives before the driver exists: the fabric's address is part of what the driver is made of.
 #[derive(Default)]
@@ -36,12 +34,22 @@ impl Sink {
     fn driver(&self) -> Option<Arc<Driver>> {
         self.driver.wait().upgrade()
     }
+
+    /// What one fabric tells.
+    pub(crate) fn of(self: &Arc<Self>, kind: FabricKind) -> Arc<dyn FabricSink> {
+        Arc::new(SinkOf { sink: Arc::clone(self), kind })
+    }
 }
 
-impl FabricSink for Sink {
+struct SinkOf {
+    sink: Arc<Sink>,
+    kind: FabricKind,
+}
+
+impl FabricSink for SinkOf {
     fn message(&self, link: LinkId, header: FrameHeader, body: &[u8]) -> Landing {
-        let Some(driver) = self.driver() else { return Landing::Discard };
-        let _in_sink = in_sink();
+        let Some(driver) = self.sink.driver() else { return Landing::Discard };
+        let _in_sink = in_sink(self.kind);
         let FrameHeader { kind, request, payload_len, .. } = header;
         let input = match kind {
             FrameKind::Peer => decode(body).map(|message: PeerMessage| Input::PeerMessage {
@@ -62,14 +70,16 @@ impl FabricSink for Sink {
     }
 
     fn event(&self, event: FabricEvent) {
-        let Some(driver) = self.driver() else { return };
-        let _in_sink = in_sink();
+        let Some(driver) = self.sink.driver() else { return };
+        let _in_sink = in_sink(self.kind);
         let input = match event {
             FabricEvent::LinkUp { link, address, inbound } => {
-                driver.outbox.is_up(link);
-                Input::LinkUp { link, fabric: TCP, address, inbound }
+                // The engine knows what it dialled by its own name.
+                let address = driver.outbox.no_longer_dialled(link).unwrap_or(address);
+                Input::LinkUp { link, fabric: id_of(link), address, inbound }
             }
-            FabricEvent::LinkDown { link, why } => match driver.outbox.never_up(link) {
+            FabricEvent::LinkDown { link, why } => match driver.outbox.no_longer_dialled(link) {
+                Some(address) if driver.dial_otherwise(link, &address, &why) => return,
                 Some(address) => {
                     let why = connect_error(&address, &why);
                     Input::ConnectFailed { address, why }

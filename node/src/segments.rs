@@ -7,11 +7,10 @@ use std::sync::{Arc, Weak};
 use hetmem_core::engine::{Input, StartUp};
 use hetmem_core::{ClientId, Extent, Generation, SegmentId, StoreError};
 use hetmem_host_mem::{Alive, IndexMemory, PagePolicy, Reserve, Segment, SegmentOwner};
-use hetmem_transport::Access;
+use hetmem_transport::{Access, RegionMemory};
 
 use crate::driver::Driver;
 use crate::memory::SegmentRegion;
-use crate::peers::TCP;
 
 pub(crate) enum Job {
     Create { segment: SegmentId, len_bytes: u64, owner: Option<ClientId> },
@@ -41,8 +40,8 @@ impl Maker {
                     driver.feed(input);
                 }
                 Job::Retire { segment, len_bytes, memory } => {
-                    if let Some(fabric) = driver.fabric.get() {
-                        fabric.deregister(segment);
+                    if let Some(fabrics) = driver.fabrics.get() {
+                        fabrics.deregister(segment);
                     }
                     drop(memory);
                     if let Err(error) = self.reserve.put_back(len_bytes) {
@@ -79,11 +78,11 @@ impl Maker {
                 return Err(error);
             }
         };
-        let mut keys = Vec::new();
-        if let Some(fabric) = driver.fabric.get() {
-            let region = Arc::new(SegmentRegion(Arc::clone(&segment)));
-            keys.push((TCP, fabric.register(id, region, Access::RemoteRead)?));
-        }
+        let region: Arc<dyn RegionMemory> = Arc::new(SegmentRegion(Arc::clone(&segment)));
+        let keys = match driver.fabrics.get() {
+            Some(fabrics) => fabrics.register(id, &region, Access::RemoteRead)?,
+            None => Vec::new(),
+        };
         driver.core.lock().segments.insert(id, segment);
         Ok(Input::SegmentReady { segment: id, keys })
     }

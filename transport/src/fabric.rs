@@ -24,6 +24,18 @@ pub enum FabricKind {
     Sim,
 }
 
+impl FabricKind {
+    /// Links of the verbs fabric are numbered from here on, those of TCP from 1: a node that has both tells by a link's
+    /// number which fabric it is of.
+    pub(crate) const VERBS_LINKS: u64 = 1 << 63;
+
+    /// Which of a node's fabrics a link is of, if it has TCP and verbs.
+    #[must_use]
+    pub const fn of_link(link: LinkId) -> Self {
+        if link.0 >= Self::VERBS_LINKS { Self::Verbs } else { Self::Tcp }
+    }
+}
+
 impl fmt::Display for FabricKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

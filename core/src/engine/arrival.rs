@@ -379,9 +379,9 @@ impl Engine {
     /// What is known about how the bytes of a fetch came here.
     fn carried(&mut self, fetch: &Fetch, link: Option<LinkId>) -> Option<Box<Carried>> {
         let node = self.links.get(&link?)?.node?;
+        let fabric = self.fabric_of(link?).map(|fabric| Arc::clone(&fabric.name));
         Some(Box::new(Carried {
-            // Whoever drives the engine knows the fabrics' names.
-            fabric: Arc::default(),
+            fabric: fabric.unwrap_or_default(),
             from: self.shared_name_of(node),
             from_tier: Tier::Host,
             moved: fetch.moved,

@@ -1,5 +1,7 @@
 //! What comes into the engine, and its configuration. Not where it comes from. Invariant: none.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 
 use crate::error::StoreError;
@@ -59,6 +61,19 @@ impl Rising<'_> {
     }
 }
 
+/// What the engine knows of a fabric.
+#[derive(Clone, Debug)]
+pub struct FabricUse {
+    /// Its number in [`Input::LinkUp`].
+    pub id: FabricId,
+    /// Its name, for receipts and status.
+    pub name: Arc<str>,
+    /// The index, registered with it.
+    pub index_key: RemoteKey,
+    /// How many extents one send of it may gather.
+    pub gather_max: usize,
+}
+
 /// What an engine is told once.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
@@ -73,10 +88,8 @@ pub struct EngineConfig {
     pub client_quota_bytes: u64,
     /// Slots of the shared index.
     pub objects_max: u32,
-    /// The index, registered with each fabric.
-    pub index_keys: Vec<(FabricId, RemoteKey)>,
-    /// How many extents one send of each fabric may gather.
-    pub gather_max: Vec<(FabricId, usize)>,
+    /// The fabrics that this node has.
+    pub fabrics: Vec<FabricUse>,
     /// Where slot 0's generation word is in the index, in bytes.
     pub generation_base: u64,
     /// Bytes from one slot's generation word to the next.
@@ -90,6 +103,11 @@ pub struct EngineConfig {
 }
 
 impl EngineConfig {
+    /// What is known of one of the node's fabrics.
+    pub(super) fn fabric(&self, id: FabricId) -> Option<&FabricUse> {
+        self.fabrics.iter().find(|fabric| fabric.id == id)
+    }
+
     /// How long a node of the list is missed before the next one takes its place, in milliseconds.
     pub(super) const fn missed_ms(&self) -> u64 {
         self.heartbeat_ms.saturating_mul(super::links::MISSED_MAX)

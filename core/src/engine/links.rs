@@ -4,7 +4,7 @@
 use super::Engine;
 use super::action::{Action, Event};
 use super::cluster::Pending;
-use super::input::FabricId;
+use super::input::{FabricId, FabricUse};
 use super::timer::{Time, Timer};
 use crate::error::StoreError;
 use crate::tier::{Epoch, LinkId, NodeId};
@@ -50,6 +50,11 @@ impl Peer {
 }
 
 impl Engine {
+    /// The fabric that carries a link.
+    pub(super) fn fabric_of(&self, link: LinkId) -> Option<&FabricUse> {
+        self.config.fabric(self.links.get(&link)?.fabric)
+    }
+
     pub(super) fn link_to(&self, node: NodeId) -> Option<LinkId> {
         self.peers.get(&node)?.link
     }

@@ -40,7 +40,9 @@ mod waiting;
 pub use action::{Action, Attachment, Event, Payload, PublishedObject};
 pub use ahead::AHEAD_OBJECTS_MAX;
 pub use directory::{Directory, Verdict};
-pub use input::{EngineConfig, FabricId, Input, Pinned, PutAhead, ReadEnd, RingState, THRESHOLD_DEFAULT};
+pub use input::{
+    EngineConfig, FabricId, FabricUse, Input, Pinned, PutAhead, ReadEnd, RingState, THRESHOLD_DEFAULT,
+};
 pub use lifecycle::State;
 pub use paths::{THRESHOLD_MAX, THRESHOLD_MIN};
 pub use room::StartUp;

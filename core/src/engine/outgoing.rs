@@ -138,9 +138,7 @@ impl Engine {
         {
             object.sends += 1;
         }
-        let fabric = self.links.get(&link).map(|link| link.fabric);
-        let gather_max = self.config.gather_max.iter().find(|(id, _)| Some(*id) == fabric);
-        let gather_max = gather_max.map_or(1, |(_, most)| *most);
+        let gather_max = self.fabric_of(link).map_or(1, |fabric| fabric.gather_max);
         let extent = payload.map(|(extent, _)| extent);
         let frames = self.outgoing.0.entry(link).or_default();
         if !frames.last_mut().is_some_and(|frame| frame.has_room(&message, extent, gather_max)) {

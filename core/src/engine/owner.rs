@@ -84,7 +84,7 @@ impl Engine {
         let no_key = || StoreError::unavailable("a registration", "the object's segment is not registered");
         let fabric = self.links.get(&link).map(|link| link.fabric).ok_or_else(no_key)?;
         let key = self.space.key(extent.segment, fabric).ok_or_else(no_key)?;
-        let index = self.config.index_keys.iter().find(|(id, _)| *id == fabric).map(|(_, key)| *key);
+        let index = self.config.fabric(fabric).map(|fabric| fabric.index_key);
         let slot = self.objects.get(generation).and_then(|object| object.slot);
         let (Some(index), Some(slot)) = (index, slot) else {
             return Err(no_key());

@@ -10,7 +10,7 @@ impl Engine {
         keeper.or_else(|| self.directory_node()).map(|node| self.name_of(node))
     }
 
-    /// What users see of this node. The caller adds what only it knows (pages, hits, fabrics' names).
+    /// What users see of this node. The caller adds what only it knows (pages, hits).
     #[must_use]
     pub fn status(&self) -> Status {
         let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
@@ -26,12 +26,13 @@ impl Engine {
         };
         let peer = |peer: &super::Peer| {
             let [answers, places] = self.thresholds_in_words(peer.member.node);
+            let fabric = peer.link.and_then(|link| self.fabric_of(link));
             PeerStatus {
                 node: peer.member.node,
                 name: peer.member.name.clone(),
                 address: peer.member.address.clone(),
                 linked: peer.link.is_some(),
-                fabric: String::new(),
+                fabric: fabric.map_or_else(String::new, |fabric| fabric.name.to_string()),
                 threshold_bytes: answers.bytes,
                 threshold_why: answers.why,
                 known_from_bytes: places.bytes,

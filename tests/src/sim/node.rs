@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, Weak};
 
 use hetmem_core::engine::{
-    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, Payload, Pinned, PublishedObject,
-    ReadEnd, RingState, Time,
+    Action, Attachment, Engine, EngineConfig, Event, FabricId, FabricUse, Input, Payload, Pinned,
+    PublishedObject, ReadEnd, RingState, Time,
 };
 use hetmem_core::receipt::Path;
 use hetmem_core::wire::{
@@ -243,8 +243,12 @@ fn config(plan: &Plan, number: usize, epoch: u64, key: RemoteKey) -> EngineConfi
         capacity_bytes: plan.capacity_bytes,
         client_quota_bytes: plan.quota_bytes,
         objects_max: plan.objects_max,
-        index_keys: vec![(FABRIC, key)],
-        gather_max: vec![(FABRIC, plan.network.gather_max)],
+        fabrics: vec![FabricUse {
+            id: FABRIC,
+            name: "sim".into(),
+            index_key: key,
+            gather_max: plan.network.gather_max,
+        }],
         generation_base: 0,
         generation_stride: SLOT_LEN,
         threshold_bytes: plan.threshold_bytes,

@@ -16,7 +16,7 @@ use super::links::{Link, Read, Stage};
 use super::plugin::{Connection, Context, Device, Greeting};
 use super::slots::Slots;
 use super::wire::{Described, Hello, LinkToken, REGION, describe, described};
-use crate::fabric::{FabricEvent, SendToken};
+use crate::fabric::{FabricEvent, FabricKind, SendToken};
 
 /// How long looking for the way to a peer may take, in milliseconds.
 const RESOLVE_MS: u32 = 2_000;
@@ -84,6 +84,10 @@ impl State {
     fn number(&mut self) -> u64 {
         self.next += 1;
         self.next
+    }
+
+    fn link_number(&mut self) -> LinkId {
+        LinkId(FabricKind::VERBS_LINKS + self.number())
     }
 
     pub(super) fn report(&mut self, event: FabricEvent) {
@@ -183,7 +187,7 @@ impl State {
         if self.links.len() >= self.links_max {
             return Err(StoreError::busy("connect", format!("there are {} links", self.links.len())));
         }
-        let (id, token) = (LinkId(self.number()), self.number());
+        let (id, token) = (self.link_number(), self.number());
         let connection = self.context.resolve(peer, RESOLVE_MS, token)?;
         self.ends.insert(token, End::new(connection, Role::Control(id), EndStage::Resolving));
         self.tokens.insert(mine, id);
@@ -313,7 +317,7 @@ impl State {
         };
         let (role, welcome, link) = match hello {
             Some(Hello::Control { port, token: theirs }) if self.links.len() < self.links_max => {
-                let id = LinkId(self.number());
+                let id = self.link_number();
                 let peer = SocketAddr::new(connection.peer().ip(), port);
                 let Ok(mine) = crate::tcp::random_number() else {
                     return refuse(self, &mut connection, "no random numbers");

@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::ObjectId;
 use crate::engine::{
-    Action, Attachment, Engine, EngineConfig, Event, FabricId, Input, Payload, Pinned, PublishedObject,
-    ReadEnd, Time,
+    Action, Attachment, Engine, EngineConfig, Event, FabricId, FabricUse, Input, Payload, Pinned,
+    PublishedObject, ReadEnd, Time,
 };
 use crate::error::StoreError;
 use crate::key::Key;
@@ -142,8 +142,12 @@ pub(super) fn config(name: usize, epoch: u64, join: Vec<String>, shape: &Shape) 
         capacity_bytes: shape.capacity_bytes,
         client_quota_bytes: shape.quota_bytes,
         objects_max: shape.objects_max,
-        index_keys: vec![(FABRIC, RemoteKey(1))],
-        gather_max: vec![(FABRIC, GATHER_MAX)],
+        fabrics: vec![FabricUse {
+            id: FABRIC,
+            name: "test".into(),
+            index_key: RemoteKey(1),
+            gather_max: GATHER_MAX,
+        }],
         generation_base: 0,
         generation_stride: 64,
         threshold_bytes: shape.threshold_bytes,
