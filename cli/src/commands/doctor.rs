@@ -185,12 +185,19 @@ fn gpu(device: &GpuDevice) -> Check {
 }
 
 fn rdma() -> Check {
-    Check::new(
-        "RDMA verbs",
-        false,
-        "not built yet in this release",
-        "none: nodes speak TCP, which needs nothing",
-    )
+    let name = "RDMA verbs";
+    match hetmem_transport::verbs_devices(None) {
+        Ok(devices) if devices.is_empty() => {
+            let remedy = "none without an RDMA device: nodes speak TCP, which needs nothing";
+            Check::new(name, false, "libibverbs and the plugin are there, and no RDMA device is", remedy)
+        }
+        Ok(devices) => Check::new(name, true, format!("devices: {}", devices.join(", ")), ""),
+        Err(why) => {
+            let remedy = "rdma-core (libibverbs1, librdmacm1), and libhetmem_verbs.so beside the program; without \
+                          them nodes speak TCP";
+            Check::new(name, false, why.to_string(), remedy)
+        }
+    }
 }
 
 fn node(socket: Option<&Path>) -> Check {

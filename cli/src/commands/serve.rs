@@ -53,6 +53,9 @@ pub(crate) struct Args {
     /// auto, tcp or verbs
     #[arg(long)]
     fabric: Option<String>,
+    /// The file with RDMA verbs [default: libhetmem_verbs.so beside the program]
+    #[arg(long, value_name = "FILE")]
+    verbs_plugin: Option<String>,
     /// Stop when standard input closes: the node then never outlives the process that started it
     #[arg(long, hide = true)]
     stop_with_stdin: bool,
@@ -81,6 +84,7 @@ impl Args {
             ("client_quota", &self.client_quota),
             ("streams", &self.streams),
             ("fabric", &self.fabric),
+            ("verbs_plugin", &self.verbs_plugin),
         ];
         let given = given.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value.clone()?)));
         Ok(given.collect())

@@ -42,6 +42,9 @@ pub(crate) struct Args {
     /// What carries bytes between the nodes
     #[arg(long, value_enum, default_value_t = Fabric::Auto)]
     fabric: Fabric,
+    /// Where the nodes listen; RDMA needs an address of a network that an RDMA device is on
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    listen: String,
 }
 
 fn size(text: &str) -> Result<u64, String> {
@@ -128,13 +131,6 @@ struct Findings {
 }
 
 pub(crate) fn run(args: &Args, out: Output) -> Result<(), Failure> {
-    if args.fabric == Fabric::Verbs {
-        return Err(StoreError::unavailable(
-            "the fabric verbs",
-            "not built yet in this release (use --fabric tcp, which needs no hardware)",
-        )
-        .into());
-    }
     let file = args.file.as_deref().map(MappedFile::open).transpose()?;
     let source = match (&args.file, &file) {
         (Some(path), Some(file)) => Source::File(read(path, file)?),
@@ -143,11 +139,15 @@ pub(crate) fn run(args: &Args, out: Output) -> Result<(), Failure> {
     let tensors = tensors(&source)?;
     let total: u64 = tensors.iter().map(|tensor| tensor.meta.len_bytes).sum();
     let folder = Folder::create()?;
-    let fabric = if args.fabric == Fabric::Tcp { "tcp" } else { "auto" };
+    let fabric = match args.fabric {
+        Fabric::Auto => "auto",
+        Fabric::Tcp => "tcp",
+        Fabric::Verbs => "verbs",
+    };
     let flags = |name: &str, join: Option<&str>| {
         let mut flags = vec![
             ("socket", folder.path().join(format!("{name}.sock")).display().to_string()),
-            ("listen", "127.0.0.1:0".to_owned()),
+            ("listen", format!("{}:0", args.listen)),
             ("host", (total + total / 4 + HOST_SLACK).to_string()),
             ("fabric", fabric.to_owned()),
         ];
