@@ -3,7 +3,7 @@
 
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use hetmem_transport::conformance::{Bench, Pair};
 use hetmem_transport::{Fabric, FabricSink, VerbsConfig, VerbsFabric, conformance_suite, verbs_devices};
@@ -18,19 +18,15 @@ fn plugin() -> Option<PathBuf> {
     std::env::var_os("HETMEM_VERBS_PLUGIN").map(PathBuf::from)
 }
 
-/// Whether there is a device to test on; says once why not.
+/// Whether there is a device to test on; each test says why it is skipped.
 fn is_ready() -> bool {
-    static READY: OnceLock<bool> = OnceLock::new();
-    *READY.get_or_init(|| {
-        if address().is_none() {
-            println!("skipped: HETMEM_VERBS_ADDRESS names no address of an RDMA device");
-            return false;
-        }
-        let devices = verbs_devices(plugin().as_deref()).expect("the plugin");
-        assert!(!devices.is_empty(), "the machine has no RDMA device");
-        println!("on {}", devices.join(", "));
-        true
-    })
+    if address().is_none() {
+        println!("skipped: HETMEM_VERBS_ADDRESS names no address of an RDMA device");
+        return false;
+    }
+    let devices = verbs_devices(plugin().as_deref()).expect("the plugin");
+    assert!(!devices.is_empty(), "the machine has no RDMA device");
+    true
 }
 
 impl Bench for Device {

@@ -7,6 +7,7 @@ mod process;
 mod python;
 mod steps;
 mod tally;
+mod vm;
 mod workspace;
 
 use std::process::ExitCode;

@@ -21,23 +21,29 @@ pub(crate) fn succeeds(command: &mut Command) -> bool {
 
 /// Runs `cargo test ... -- --show-output` and counts its tests. At least one must have run.
 pub(crate) fn run_tests(command: &mut Command) -> Report {
+    run_tests_to_exit(command).0
+}
+
+/// The same, and with which code the program exited, if it did.
+pub(crate) fn run_tests_to_exit(command: &mut Command) -> (Report, Option<i32>) {
     let mut output = TestOutput::default();
-    let succeeded = for_each_line(command, |line| {
+    let exited = for_each_line(command, |line| {
         if output.line(line) {
             println!("{line}");
         }
     });
-    counted(output.tally(), succeeded)
+    let code = exited.as_ref().ok().and_then(ExitStatus::code);
+    (counted(output.tally(), exited.and_then(|status| ended(command, status))), code)
 }
 
 /// Runs a program whose last line is its own count, which is taken over instead of printed.
 pub(crate) fn run_counting(command: &mut Command) -> Report {
     let mut tally = Tally::default();
-    let succeeded = for_each_line(command, |line| match Tally::parse(line) {
+    let exited = for_each_line(command, |line| match Tally::parse(line) {
         Some(count) => tally += count,
         None => println!("{line}"),
     });
-    counted(tally, succeeded)
+    counted(tally, exited.and_then(|status| ended(command, status)))
 }
 
 /// A report of tests; something is wrong too if a program failed without a failed test, or if there were no tests.
@@ -54,8 +60,8 @@ fn counted(tally: Tally, succeeded: Result<(), String>) -> Report {
     report
 }
 
-/// Runs a program to its end and takes its standard output line by line. `Err` says why it did not succeed.
-fn for_each_line(command: &mut Command, mut take: impl FnMut(&str)) -> Result<(), String> {
+/// Runs a program to its end and takes its standard output line by line.
+fn for_each_line(command: &mut Command, mut take: impl FnMut(&str)) -> Result<ExitStatus, String> {
     println!("$ {}", words(command));
     command.stdout(Stdio::piped());
     let spawned = command.spawn();
@@ -66,7 +72,7 @@ fn for_each_line(command: &mut Command, mut take: impl FnMut(&str)) -> Result<()
     for line in lines.into_iter().flat_map(|lines| lines.split(b'\n')) {
         take(&String::from_utf8_lossy(&line.map_err(failed)?));
     }
-    ended(command, child.wait().map_err(failed)?)
+    child.wait().map_err(failed)
 }
 
 fn ended(command: &Command, status: ExitStatus) -> Result<(), String> {

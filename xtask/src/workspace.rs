@@ -44,6 +44,19 @@ impl Workspace {
             .any(|target| target["name"] == name && items(&target, "kind").contains(&Value::from("bin")))
     }
 
+    /// Builds a package's test program of this name. Returns its path.
+    pub(crate) fn test_program(&self, package: &str, name: &str) -> Result<PathBuf, String> {
+        let mut command = self.cargo(["test", "--no-run", "--message-format", "json", "--package", package]);
+        let output = command.args(["--test", name]).stderr(std::process::Stdio::inherit()).output();
+        let output = output.map_err(|error| format!("cargo test --no-run: {error}"))?;
+        let executables = String::from_utf8_lossy(&output.stdout);
+        let executable = executables.lines().rev().find_map(|line| {
+            let message: Value = serde_json::from_str(line).ok()?;
+            (message["target"]["name"] == name).then(|| message["executable"].as_str().map(PathBuf::from))?
+        });
+        executable.ok_or_else(|| format!("cargo built no test program {name} of {package}"))
+    }
+
     /// The same cargo that runs this program, in the root.
     pub(crate) fn cargo<const N: usize>(&self, arguments: [&str; N]) -> Command {
         let mut command = Command::new(cargo_program());
