@@ -91,6 +91,7 @@ pub struct Serve {
     socket: PathBuf,
     flags: Vec<(String, String)>,
     descriptors_max: Option<u64>,
+    wrapper: Vec<String>,
 }
 
 impl Serve {
@@ -102,6 +103,7 @@ impl Serve {
             socket: folder.join(format!("{name}.sock")),
             flags: Vec::new(),
             descriptors_max: None,
+            wrapper: Vec::new(),
         };
         serve
             .flag("host", "64MiB")
@@ -151,10 +153,22 @@ impl Serve {
         self
     }
 
+    /// A program that is to start it: the words before its own.
+    #[must_use]
+    pub fn under(mut self, wrapper: impl IntoIterator<Item = String>) -> Self {
+        self.wrapper = wrapper.into_iter().collect();
+        self
+    }
+
     fn command(&self) -> Command {
-        let mut command = match self.descriptors_max {
-            None => Command::new(binary()),
-            Some(limit) => {
+        let mut command = match (self.descriptors_max, self.wrapper.split_first()) {
+            (None, None) => Command::new(binary()),
+            (None, Some((program, words))) => {
+                let mut command = Command::new(program);
+                command.args(words).arg(binary());
+                command
+            }
+            (Some(limit), _) => {
                 let mut shell = Command::new("sh");
                 shell.arg("-c").arg(format!("ulimit -n {limit} && exec \"$0\" \"$@\""));
                 shell.arg(binary());

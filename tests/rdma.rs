@@ -1,0 +1,230 @@
+//! Nodes as processes of their own over RDMA verbs, where there is a device: `HETMEM_VERBS_ADDRESS` names an address of
+//! one, and `HETMEM_VERBS_PLUGIN` the plugin. What goes wrong between them, and what is used instead. Not the fabric by
+//! itself (its conformance suite), nor speed.
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use hetmem_client::{ErrorKind, GetOptions, Path as By, Receipt, Store, StoreError};
+use hetmem_tests::content::{bytes_of, key};
+use hetmem_tests::daemon::{Serve, eventually};
+
+const SMALL: usize = 1_000;
+const LARGE: usize = 3 << 20;
+
+/// The machine's RDMA, one test at a time: some of them take its network down.
+struct Lab {
+    address: String,
+    plugin: String,
+    _alone: std::sync::MutexGuard<'static, ()>,
+}
+
+impl Lab {
+    /// None where there is no device; says so.
+    fn enter() -> Option<Self> {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let (Ok(address), Ok(plugin)) =
+            (std::env::var("HETMEM_VERBS_ADDRESS"), std::env::var("HETMEM_VERBS_PLUGIN"))
+        else {
+            println!("skipped: HETMEM_VERBS_ADDRESS names no address of an RDMA device");
+            return None;
+        };
+        let alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        Some(Self { address, plugin, _alone: alone })
+    }
+
+    fn node(&self, folder: &Path, name: &str, fabric: &str) -> Serve {
+        Serve::new(folder, name)
+            .flag("listen", &format!("{}:0", self.address))
+            .flag("fabric", fabric)
+            .flag("verbs-plugin", &self.plugin)
+            .host("32MiB")
+            .flag("max-objects", "4096")
+    }
+}
+
+fn get(store: &Store, name: &str, len: usize, version: u64) -> Result<Receipt, StoreError> {
+    let options =
+        GetOptions { timeout: Duration::from_secs(20), keep: false, verify: true, ..GetOptions::default() };
+    let object = store.get_with(&key(name), &options)?;
+    assert!(*object == *bytes_of(name, len, version), "{name} has other bytes");
+    Ok(object.receipt())
+}
+
+fn put(store: &Store, name: &str, len: usize, version: u64) {
+    store.put_bytes(&key(name), &bytes_of(name, len, version)).expect("room");
+}
+
+fn by_and_over(receipt: &Receipt) -> (By, Option<&str>) {
+    (receipt.path, receipt.fabric.as_deref())
+}
+
+/// A small and a large object come over this fabric.
+fn both_come_over(owner: &Store, reader: &Store, names: [&str; 2], fabric: &str) {
+    put(owner, names[0], SMALL, 0);
+    put(owner, names[1], LARGE, 0);
+    let small = get(reader, names[0], SMALL, 0).expect("the small one");
+    assert_eq!(by_and_over(&small), (By::Eager, Some(fabric)));
+    let large = get(reader, names[1], LARGE, 0).expect("the large one");
+    assert_eq!(by_and_over(&large), (By::Read, Some(fabric)));
+    assert_eq!(large.staged_bytes, 0, "straight into its place");
+}
+
+#[test]
+fn objects_come_over_verbs_and_receipts_and_status_say_so() {
+    let Some(lab) = Lab::enter() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    for fabric in ["verbs", "auto"] {
+        let owner = lab.node(folder.path(), "owner", fabric).start();
+        let reader = lab.node(folder.path(), "reader", fabric).join(&owner.address).start();
+        let (put_at, get_at) = (owner.connect(), reader.connect());
+        both_come_over(&put_at, &get_at, ["small", "large"], "verbs");
+        // Its place is known now.
+        let again = get(&get_at, "large", LARGE, 0).expect("it is still there");
+        assert_eq!((by_and_over(&again), again.staged_bytes), ((By::Read, Some("verbs")), 0));
+        let status = get_at.status().expect("it answers");
+        assert_eq!(status.peers.iter().map(|peer| peer.fabric.as_str()).collect::<Vec<_>>(), ["verbs"]);
+    }
+}
+
+#[test]
+fn a_peer_without_verbs_is_reached_over_tcp_unless_that_is_refused() {
+    let Some(lab) = Lab::enter() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let owner = lab.node(folder.path(), "owner", "tcp").start();
+    let reader = lab.node(folder.path(), "reader", "auto").join(&owner.address).start();
+    both_come_over(&owner.connect(), &reader.connect(), ["small", "large"], "tcp");
+    reader.says("TCP is used");
+    let strict = lab.node(folder.path(), "strict", "verbs").join(&owner.address).start();
+    let error = get(&strict.connect(), "small", SMALL, 0).expect_err("there is no way");
+    let clear = [ErrorKind::PeerLost, ErrorKind::Unavailable, ErrorKind::TimedOut];
+    assert!(clear.contains(&error.kind()), "{error}");
+}
+
+#[test]
+fn without_the_plugin_a_node_says_so_and_speaks_tcp_unless_that_is_refused() {
+    let Some(lab) = Lab::enter() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let nowhere = folder.path().join("nothing.so").display().to_string();
+    let node = lab.node(folder.path(), "node", "auto").flag("verbs-plugin", &nowhere).start();
+    node.says("RDMA is not used");
+    node.says(&nowhere);
+    let strict = lab.node(folder.path(), "strict", "verbs").flag("verbs-plugin", &nowhere);
+    let end = strict.try_start().expect_err("there is nothing to serve with");
+    assert!(end.said.contains(&nowhere), "{}", end.said);
+}
+
+#[test]
+fn a_peer_that_is_killed_is_lost_and_found_again_when_it_is_back() {
+    let Some(lab) = Lab::enter() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let reader = lab.node(folder.path(), "reader", "verbs").start();
+    let serve = lab.node(folder.path(), "owner", "verbs").join(&reader.address);
+    let get_at = reader.connect();
+    for version in 0..2 {
+        let mut owner = serve.start();
+        let put_at = owner.connect();
+        put(&put_at, "first", LARGE, version);
+        put(&put_at, "later", LARGE, version);
+        eventually("the object is found", || {
+            get(&get_at, "first", LARGE, version).map(drop).map_err(|error| error.to_string())
+        });
+        let struck = std::thread::scope(|scope| {
+            let gets = scope
+                .spawn(|| (0..).find_map(|_| get(&get_at, "later", LARGE, version).err()).expect("an end"));
+            std::thread::sleep(Duration::from_millis(300));
+            owner.kill();
+            gets.join().expect("the gets end")
+        });
+        let clear = [ErrorKind::PeerLost, ErrorKind::NotFound, ErrorKind::TimedOut, ErrorKind::Unavailable];
+        assert!(clear.contains(&struck.kind()), "{struck}");
+    }
+    assert_eq!(get_at.status().expect("it answers").reservations, 0);
+}
+
+#[test]
+fn too_little_memory_that_may_be_locked_is_named_and_tcp_is_used() {
+    let Some(lab) = Lab::enter() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    // Root may lock any amount, so the right to is taken away too.
+    let poor = |name: &str, fabric: &str| {
+        let wrapper = ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", "prlimit"];
+        let wrapper = wrapper.iter().map(|word| (*word).to_owned());
+        lab.node(folder.path(), name, fabric)
+            .under(wrapper.chain(["--memlock=65536:65536".to_owned(), "--".to_owned()]))
+    };
+    let owner = lab.node(folder.path(), "owner", "auto").start();
+    let reader = poor("reader", "auto").join(&owner.address).start();
+    reader.says("RDMA is not used");
+    reader.says("ulimit -l");
+    both_come_over(&owner.connect(), &reader.connect(), ["small", "large"], "tcp");
+    let end = poor("strict", "verbs").try_start().expect_err("nothing can be registered");
+    assert!(end.said.contains("ulimit -l"), "{}", end.said);
+}
+
+fn ip(words: &str) {
+    let status = Command::new("ip").args(words.split(' ')).status().expect("ip");
+    assert!(status.success(), "ip {words}");
+}
+
+fn survives(lab: &Lab, what: &str, strike: impl FnOnce(), mend: Option<&dyn Fn()>) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut owner = lab.node(folder.path(), "owner", "verbs").start();
+    let mut reader = lab.node(folder.path(), "reader", "verbs").join(&owner.address).start();
+    let (put_at, get_at) = (owner.connect(), reader.connect());
+    both_come_over(&put_at, &get_at, ["small", "large"], "verbs");
+    strike();
+    let error = eventually_fails(&get_at);
+    println!("{what}: {error}");
+    // What is on a node goes on being read there.
+    assert!(get(&put_at, "large", LARGE, 0).is_ok());
+    if let Some(mend) = mend {
+        mend();
+        eventually(&format!("{what} is over"), || {
+            get(&get_at, "large", LARGE, 0).map(drop).map_err(|error| error.to_string())
+        });
+    }
+    for node in [&mut owner, &mut reader] {
+        assert!(node.is_running(), "{what}: {}", node.said());
+    }
+}
+
+fn eventually_fails(store: &Store) -> StoreError {
+    let mut found = None;
+    eventually("gets fail", || match get(store, "large", LARGE, 0) {
+        Ok(_) => Err("it was still got".to_owned()),
+        Err(error) => {
+            found = Some(error);
+            Ok(())
+        }
+    });
+    found.expect("it failed")
+}
+
+#[test]
+fn a_link_that_is_down_for_a_while_is_used_again() {
+    let Some(lab) = Lab::enter() else { return };
+    let up = || {
+        ip("link set rd0 up");
+        for last in 1..=4 {
+            // They stay on a link that is down, unless it is new.
+            let _ = Command::new("ip")
+                .args(["addr", "add", &format!("10.77.0.{last}/24"), "dev", "rd0"])
+                .output();
+        }
+    };
+    survives(&lab, "the link is down", || ip("link set rd0 down"), Some(&up));
+}
+
+#[test]
+fn a_device_that_is_removed_costs_its_links_and_nothing_else() {
+    let Some(lab) = Lab::enter() else { return };
+    let rdma = |words: &str| {
+        let status = Command::new("rdma").args(words.split(' ')).status().expect("rdma");
+        assert!(status.success(), "rdma {words}");
+    };
+    survives(&lab, "the device is gone", || rdma("link del rxe0"), None);
+    rdma("link add rxe0 type rxe netdev rd0");
+}
