@@ -164,12 +164,13 @@ fn too_little_memory_that_may_be_locked_is_named_and_tcp_is_used() {
     assert!(end.said.contains("ulimit -l"), "{}", end.said);
 }
 
-fn ip(words: &str) {
-    let status = Command::new("ip").args(words.split(' ')).status().expect("ip");
-    assert!(status.success(), "ip {words}");
+fn call(program: &str, words: &str) {
+    let output = Command::new(program).args(words.split(' ')).output().expect(program);
+    assert!(output.status.success(), "{program} {words}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-fn survives(lab: &Lab, what: &str, strike: impl FnOnce(), mend: Option<&dyn Fn()>) {
+/// Two nodes live through something that takes their RDMA away, and use it again when it is back.
+fn survive(lab: &Lab, what: &str, strike: impl FnOnce(), mend: impl FnOnce()) {
     let folder = tempfile::tempdir().expect("a folder");
     let mut owner = lab.node(folder.path(), "owner", "verbs").start();
     let mut reader = lab.node(folder.path(), "reader", "verbs").join(&owner.address).start();
@@ -180,12 +181,10 @@ fn survives(lab: &Lab, what: &str, strike: impl FnOnce(), mend: Option<&dyn Fn()
     println!("{what}: {error}");
     // What is on a node goes on being read there.
     assert!(get(&put_at, "large", LARGE, 0).is_ok());
-    if let Some(mend) = mend {
-        mend();
-        eventually(&format!("{what} is over"), || {
-            get(&get_at, "large", LARGE, 0).map(drop).map_err(|error| error.to_string())
-        });
-    }
+    mend();
+    eventually(&format!("{what} no more"), || {
+        get(&get_at, "large", LARGE, 0).map(drop).map_err(|error| error.to_string())
+    });
     for node in [&mut owner, &mut reader] {
         assert!(node.is_running(), "{what}: {}", node.said());
     }
@@ -203,28 +202,29 @@ fn eventually_fails(store: &Store) -> StoreError {
     found.expect("it failed")
 }
 
+const REMOVE: &str = "link del rxe0";
+const ADD: &str = "link add rxe0 type rxe netdev rd0";
+
 #[test]
 fn a_link_that_is_down_for_a_while_is_used_again() {
     let Some(lab) = Lab::enter() else { return };
-    let up = || {
-        ip("link set rd0 up");
-        for last in 1..=4 {
-            // They stay on a link that is down, unless it is new.
-            let _ = Command::new("ip")
-                .args(["addr", "add", &format!("10.77.0.{last}/24"), "dev", "rd0"])
-                .output();
-        }
-    };
-    survives(&lab, "the link is down", || ip("link set rd0 down"), Some(&up));
+    survive(
+        &lab,
+        "the link is down",
+        || call("ip", "link set rd0 down"),
+        || {
+            call("ip", "link set rd0 up");
+            // Soft RoCE connects to nobody any more once it had to tell a peer something over a link that is down: the
+            // kernel's own queue pair for that stays broken (Linux 6.12; rping alone shows it). A new device has a new one.
+            call("rdma", REMOVE);
+            call("rdma", ADD);
+        },
+    );
 }
 
 #[test]
-fn a_device_that_is_removed_costs_its_links_and_nothing_else() {
+fn a_device_that_is_removed_costs_its_links_and_is_used_again() {
     let Some(lab) = Lab::enter() else { return };
-    let rdma = |words: &str| {
-        let status = Command::new("rdma").args(words.split(' ')).status().expect("rdma");
-        assert!(status.success(), "rdma {words}");
-    };
-    survives(&lab, "the device is gone", || rdma("link del rxe0"), None);
-    rdma("link add rxe0 type rxe netdev rd0");
+    // Soft RoCE waits until nobody has its device open, so this ends only if the nodes let it go.
+    survive(&lab, "the device is gone", || call("rdma", REMOVE), || call("rdma", ADD));
 }

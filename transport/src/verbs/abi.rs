@@ -94,12 +94,15 @@ pub struct ConnectionEvent {
     pub kind: u32,
     /// Of a failure: an errno, or for `EVENT_REJECTED` the reason that the fabric's connection manager names.
     pub status: i32,
-    /// Whom it is about. Of `EVENT_REQUEST`: the new connection, which is to be accepted or closed.
+    /// Whom it is about; null of `EVENT_DEVICE_REMOVED`. Of `EVENT_REQUEST`: the new connection, which is to be accepted or
+    /// closed.
     pub connection: *mut Connection,
     /// Of `EVENT_REQUEST`: who was listening.
     pub listener: *mut Connection,
     /// The number that was given to `resolve` or `listen`; of a request, the listener's.
     pub token: u64,
+    /// Of `EVENT_DEVICE_REMOVED`: which device.
+    pub device: *mut Device,
     /// How many bytes of `private` the peer has sent.
     pub private_len: u32,
     /// Of `EVENT_REQUEST` and `EVENT_ESTABLISHED`: how many reads the peer lets this end have under way.
@@ -126,7 +129,7 @@ pub const EVENT_UNREACHABLE: u32 = 4;
 pub const EVENT_REJECTED: u32 = 5;
 /// The connection has ended; its work is being flushed.
 pub const EVENT_DISCONNECTED: u32 = 6;
-/// The device of the connection goes away; all of it is to be closed.
+/// A device goes away, which waits until everything that was opened of it is closed: connections and listeners too.
 pub const EVENT_DEVICE_REMOVED: u32 = 7;
 
 /// What a device can do.
@@ -362,7 +365,11 @@ pub struct Table {
         out: *mut *mut Connection,
         failure: *mut Failure,
     ) -> i32,
-    /// The device that a routed or requested connection goes through; the same pointer for the same device.
+    /// Opens the devices that have an IP address of this machine, up to `room` of them; returns how many. The same pointer
+    /// for the same device, also from `device_of`.
+    pub devices_open: unsafe extern "C" fn(context: *mut Context, out: *mut *mut Device, room: u32) -> u32,
+    /// The device that a routed or requested connection goes through, or that a listener is bound to, opened if it is not;
+    /// the same pointer for the same device.
     pub device_of: unsafe extern "C" fn(
         context: *mut Context,
         connection: *mut Connection,

@@ -103,9 +103,9 @@ impl VerbsFabric {
     pub fn start(config: &VerbsConfig, sink: Arc<dyn FabricSink>) -> Result<Arc<Self>, StoreError> {
         let context = Context::open(Plugin::load(config.plugin.as_deref())?)?;
         let (listener, address) = context.listen(resolve(&config.listen)?, 0)?;
-        let mut state = State::new(Arc::clone(&context), listener, address.port());
+        let mut state = State::new(Arc::clone(&context), listener, address);
         (state.slice_bytes, state.links_max) = (config.slice_bytes.max(1), config.links_max);
-        state.open_listening_adapter()?;
+        state.open_adapters()?;
         let shared = Arc::new(Shared::new(sink, context, state, config.busy_poll)?);
         let fabric = Arc::new(Self { shared, address, threads: Mutex::default() });
         for number in 0..config.threads.max(1) {

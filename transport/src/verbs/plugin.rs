@@ -48,8 +48,8 @@ impl Plugin {
         };
         let checked = Self::check(table)
             .map_err(|why| absent(format!("{}: {why}; install that of this release", found.display())))?;
-        // Its functions are called until the process ends.
-        std::mem::forget(library);
+        // Its functions are called until the process ends, so it is never unloaded.
+        let _ = std::mem::ManuallyDrop::new(library);
         Ok(checked)
     }
 
@@ -201,10 +201,8 @@ impl Context {
         let mut event = std::mem::MaybeUninit::uninit();
         let mut failure = nothing_failed();
         // SAFETY: the context is open, and there is room for both.
-        check(
-            unsafe { (self.table.context_event)(self.raw, event.as_mut_ptr(), &raw mut failure) },
-            &failure,
-        )?;
+        let errno = unsafe { (self.table.context_event)(self.raw, event.as_mut_ptr(), &raw mut failure) };
+        check(errno, &failure)?;
         // SAFETY: the plugin has written it.
         let event = unsafe { event.assume_init() };
         Ok((event.kind != abi::EVENT_NONE).then_some(event))
@@ -254,6 +252,14 @@ impl Context {
         self.own(raw)
     }
 
+    /// The devices that have an address of this machine.
+    pub(super) fn devices(self: &Arc<Self>) -> Vec<*mut abi::Device> {
+        let mut devices = [ptr::null_mut(); 64];
+        // SAFETY: the context is open, and there is room for so many.
+        let count = unsafe { (self.table.devices_open)(self.raw, devices.as_mut_ptr(), 64) };
+        devices[..(count as usize).min(64)].to_vec()
+    }
+
     fn own(self: &Arc<Self>, raw: *mut abi::Connection) -> Connection {
         Connection { table: self.table, raw, _context: Arc::clone(self), pair: None }
     }
@@ -278,9 +284,9 @@ impl Device {
         Ok(raw)
     }
 
-    /// The one that `raw_of` has named, which has no owner yet.
-    pub(super) fn own(connection: &Connection, raw: *mut abi::Device) -> Arc<Self> {
-        Arc::new(Self { table: connection.table, raw, context: Arc::clone(&connection._context) })
+    /// One that `raw_of` or `Context::devices` has named, and that has no owner yet.
+    pub(super) fn own(context: &Arc<Context>, raw: *mut abi::Device) -> Arc<Self> {
+        Arc::new(Self { table: context.table, raw, context: Arc::clone(context) })
     }
 
     pub(super) fn is(&self, raw: *mut abi::Device) -> bool {
@@ -291,10 +297,8 @@ impl Device {
         let mut limits = std::mem::MaybeUninit::uninit();
         let mut failure = nothing_failed();
         // SAFETY: the device is open, and there is room for both.
-        check(
-            unsafe { (self.table.device_limits)(self.raw, limits.as_mut_ptr(), &raw mut failure) },
-            &failure,
-        )?;
+        let errno = unsafe { (self.table.device_limits)(self.raw, limits.as_mut_ptr(), &raw mut failure) };
+        check(errno, &failure)?;
         // SAFETY: the plugin has written it.
         Ok(unsafe { limits.assume_init() })
     }
@@ -397,10 +401,8 @@ impl Pool {
     pub(super) fn post(&self, id: u64, piece: &abi::Piece) -> Result<(), StoreError> {
         let mut failure = nothing_failed();
         // SAFETY: the pool is open; the caller owns the buffer, which is registered.
-        check(
-            unsafe { (self.table.pool_post)(self.raw, id, ptr::from_ref(piece), &raw mut failure) },
-            &failure,
-        )
+        let errno = unsafe { (self.table.pool_post)(self.raw, id, ptr::from_ref(piece), &raw mut failure) };
+        check(errno, &failure)
     }
 }
 

@@ -25,8 +25,8 @@ const TASK_BELL: u64 = 1;
 const CONNECTIONS: u64 = 3;
 const FIRST_ADAPTER: u64 = 16;
 
-/// How often links that are being made are looked at.
-const GREETING_LOOK: Duration = Duration::from_secs(1);
+/// How often links that are being made, and a listener that is away, are looked at.
+const LOOK: Duration = Duration::from_secs(1);
 
 pub(super) struct Shared {
     pub(super) sink: Arc<dyn FabricSink>,
@@ -83,7 +83,8 @@ impl Shared {
             let until = {
                 let mut state = self.state.lock();
                 state.expire();
-                state.is_greeting().then_some(GREETING_LOOK)
+                state.listen_again();
+                state.is_waiting().then_some(LOOK)
             };
             self.seats.wait(until);
         }

@@ -47,11 +47,13 @@ pub(super) struct State {
     pub(super) refused: u64,
     pub(super) slice_bytes: u64,
     pub(super) links_max: usize,
-    pub(super) port: u16,
+    /// Where it listens.
+    at: SocketAddr,
     ends: BTreeMap<u64, End>,
     by_pair: HashMap<(usize, u32), u64>,
     tokens: HashMap<LinkToken, LinkId>,
     pub(super) adapters: BTreeMap<usize, Adapter>,
+    /// None while the device that it is bound to is away.
     listener: Option<Connection>,
     context: Arc<Context>,
     next: u64,
@@ -60,7 +62,7 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn new(context: Arc<Context>, listener: Connection, port: u16) -> Self {
+    pub(super) fn new(context: Arc<Context>, listener: Connection, at: SocketAddr) -> Self {
         Self {
             segments: BTreeMap::new(),
             links: BTreeMap::new(),
@@ -69,7 +71,7 @@ impl State {
             refused: 0,
             slice_bytes: 1 << 20,
             links_max: 1024,
-            port,
+            at,
             ends: BTreeMap::new(),
             by_pair: HashMap::new(),
             tokens: HashMap::new(),
@@ -98,11 +100,14 @@ impl State {
 
     /// The adapter that a connection goes through, opened if it is the first.
     fn adapter_of(&mut self, connection: &Connection) -> Result<usize, StoreError> {
-        let raw = Device::raw_of(connection)?;
+        self.adapter(Device::raw_of(connection)?)
+    }
+
+    fn adapter(&mut self, raw: *mut abi::Device) -> Result<usize, StoreError> {
         if let Some((&number, _)) = self.adapters.iter().find(|(_, adapter)| adapter.device.is(raw)) {
             return Ok(number);
         }
-        let adapter = Adapter::open(Device::own(connection, raw), &self.segments)?;
+        let adapter = Adapter::open(Device::own(&self.context, raw), &self.segments)?;
         tracing::info!(device = adapter.name(), "an RDMA device is used");
         let number = usize::try_from(self.number()).unwrap_or(0);
         self.adapters.insert(number, adapter);
@@ -110,13 +115,63 @@ impl State {
         Ok(number)
     }
 
-    /// Opens the adapter that the listener is bound to, if it is bound to one: then segments are registered at once.
-    pub(super) fn open_listening_adapter(&mut self) -> Result<(), StoreError> {
-        let Some(listener) = self.listener.take() else { return Ok(()) };
-        let opened =
-            if Device::raw_of(&listener).is_ok() { self.adapter_of(&listener).map(|_| ()) } else { Ok(()) };
-        self.listener = Some(listener);
-        opened
+    /// Opens the adapters that peers may come through, the one that the listener is bound to or all that there are: so that
+    /// segments are registered before anybody asks for them.
+    pub(super) fn open_adapters(&mut self) -> Result<(), StoreError> {
+        let bound = self.listener.as_ref().filter(|_| !self.at.ip().is_unspecified());
+        let devices = match bound {
+            Some(listener) => vec![Device::raw_of(listener)?],
+            None => self.context.devices(),
+        };
+        for device in devices {
+            self.adapter(device)?;
+        }
+        Ok(())
+    }
+
+    /// An adapter's device goes away, or is broken: so does everything that goes through it.
+    fn lose_adapter(&mut self, number: usize, why: &StoreError) {
+        let of_it = self.ends.iter().filter(|(_, end)| end.adapter == Some(number));
+        let tokens: Vec<u64> = of_it.map(|(token, _)| *token).collect();
+        for token in tokens {
+            self.end_over(token, None, why);
+        }
+        if let Some(adapter) = self.adapters.remove(&number) {
+            tracing::warn!(device = adapter.name(), %why, "an RDMA device is not used any more");
+        }
+    }
+
+    /// A device is waiting to be closed so that it can go.
+    fn device_removed(&mut self, raw: *mut abi::Device) {
+        let why = StoreError::unavailable("its connection", "the RDMA device was removed");
+        // Before the adapter: its device is named by what is known of it.
+        if self.listener.as_ref().is_some_and(|it| Device::raw_of(it).is_ok_and(|of| of == raw)) {
+            self.listener = None;
+        }
+        let number =
+            self.adapters.iter().find(|(_, adapter)| adapter.device.is(raw)).map(|(number, _)| *number);
+        match number {
+            Some(number) => self.lose_adapter(number, &why),
+            // It was opened, and not used yet.
+            None => drop(Device::own(&self.context, raw)),
+        }
+    }
+
+    /// Listens again if the device that it listened on was removed, and is back.
+    pub(super) fn listen_again(&mut self) {
+        if self.listener.is_some() {
+            return;
+        }
+        if let Ok((listener, _)) = self.context.listen(self.at, 0) {
+            self.listener = Some(listener);
+            match self.open_adapters() {
+                Ok(()) => tracing::info!(address = %self.at, "RDMA is listened for again"),
+                Err(why) => {
+                    tracing::warn!(%why, "the RDMA device that is back cannot be used");
+                    self.listener = None;
+                }
+            }
+        }
     }
 
     /// Registers a segment with all adapters, or with none.
@@ -195,9 +250,9 @@ impl State {
         Ok(id)
     }
 
-    /// Whether a link is being made, and so may have to be given up.
-    pub(super) fn is_greeting(&self) -> bool {
-        self.links.values().any(|link| link.stage != Stage::Up)
+    /// Whether there is something to look after now and then: a link that is being made, or a listener that is not there.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.listener.is_none() || self.links.values().any(|link| link.stage != Stage::Up)
     }
 
     /// Gives up links that took too long to be made.
@@ -254,10 +309,7 @@ impl State {
                     &StoreError::unavailable("its connection", "the peer closed it"),
                 );
             }
-            abi::EVENT_DEVICE_REMOVED => {
-                let why = StoreError::unavailable("its connection", "the RDMA device was removed");
-                self.end_over(event.token, None, &why);
-            }
+            abi::EVENT_DEVICE_REMOVED => self.device_removed(event.device),
             _ => {}
         }
     }
@@ -272,7 +324,7 @@ impl State {
             };
             let link = link.ok_or_else(|| StoreError::unavailable("its link", "it is over"))?;
             let hello = match role {
-                Role::Control(_) => Hello::Control { port: self.port, token: link.mine },
+                Role::Control(_) => Hello::Control { port: self.at.port(), token: link.mine },
                 Role::Reading(_) | Role::Serving(_) => Hello::Data {
                     token: link.theirs.ok_or_else(|| StoreError::unavailable("its link", "it is not up"))?,
                 },
@@ -464,7 +516,7 @@ impl State {
                 let count = match adapter.queue.poll(&mut done) {
                     Ok(count) => count,
                     Err(why) => {
-                        self.adapter_broken(number, &why);
+                        self.lose_adapter(number, &why);
                         break;
                     }
                 };
@@ -480,14 +532,6 @@ impl State {
         any
     }
 
-    fn adapter_broken(&mut self, number: usize, why: &StoreError) {
-        let of_it = self.ends.iter().filter(|(_, end)| end.adapter == Some(number));
-        let tokens: Vec<u64> = of_it.map(|(token, _)| *token).collect();
-        for token in tokens {
-            self.end_over(token, None, why);
-        }
-    }
-
     /// Arms the queues of all adapters: whatever completes from now on wakes a thread.
     pub(super) fn arm(&mut self) {
         let mut broken = Vec::new();
@@ -497,7 +541,7 @@ impl State {
             }
         }
         for (number, why) in broken {
-            self.adapter_broken(number, &why);
+            self.lose_adapter(number, &why);
         }
     }
 
@@ -577,7 +621,7 @@ impl State {
     pub(super) fn lend_again(&mut self, number: usize, slot: u32) {
         let Some(adapter) = self.adapters.get(&number) else { return };
         if let Err(why) = adapter.post_receive(slot) {
-            self.adapter_broken(number, &why);
+            self.lose_adapter(number, &why);
         }
     }
 
@@ -661,6 +705,7 @@ impl State {
             self.by_pair.remove(&(adapter, made.number));
         }
         let (role, number, left) = (end.role, end.adapter.unwrap_or_default(), end.take_all());
+        tracing::debug!(?role, stage = ?end.stage, left = left.len(), %why, "a connection is over");
         end.connection.disconnect();
         // The adapter is done with its work when this returns.
         drop(end);

@@ -8,7 +8,7 @@ use std::mem::zeroed;
 
 use hetmem_transport::verbs_abi::{
     Address, Connection, Context, Device, FLAG_FENCE, FLAG_INLINE, FLAG_SIGNALED, Failure, Handshake, Piece,
-    QueuePair, WORK_READ, WORK_SEND, WORK_WRITE, Work,
+    QueuePair, WORK_READ, WORK_WRITE, Work,
 };
 use rdma_sys::{
     ibv_post_send, ibv_qp_init_attr, ibv_qp_type, ibv_send_flags as flags, ibv_send_wr, ibv_sge, ibv_srq,
@@ -46,6 +46,15 @@ impl Conn {
         connection
     }
 
+    /// Its address on this machine, with any free port.
+    pub(crate) fn own_address(&self) -> SocketAddress {
+        // SAFETY: librdmacm keeps the address as long as the identifier lives, as a socket address of either version.
+        let address = unsafe { &*(&raw const (*self.id).route.addr.src_addr_union).cast::<SocketAddress>() };
+        let mut address = SocketAddress(address.0);
+        address.0[2..4].fill(0);
+        address
+    }
+
     /// A new one on the context's channel.
     fn open(context: *mut Context, token: u64, failure: *mut Failure) -> Result<*mut Self, i32> {
         let mut id = std::ptr::null_mut();
@@ -61,9 +70,30 @@ impl Conn {
 
 /// An address as sockets have it, either version.
 #[repr(C, align(8))]
-struct SocketAddress([u8; 28]);
+pub(crate) struct SocketAddress([u8; 28]);
 
 impl SocketAddress {
+    /// Reads one that the system has; none of another family.
+    ///
+    /// # Safety
+    /// The address is null, or as long as its family wants.
+    pub(crate) unsafe fn read(address: *const libc::sockaddr) -> Option<Self> {
+        // SAFETY: as the caller says.
+        let len = match i32::from(unsafe { address.as_ref() }?.sa_family) {
+            libc::AF_INET => size_of::<libc::sockaddr_in>(),
+            libc::AF_INET6 => size_of::<libc::sockaddr_in6>(),
+            _ => return None,
+        };
+        let mut bytes = [0; 28];
+        // SAFETY: as the caller says, and none is longer than this.
+        unsafe { std::ptr::copy_nonoverlapping(address.cast::<u8>(), bytes.as_mut_ptr(), len) };
+        Some(Self(bytes))
+    }
+
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut libc::sockaddr {
+        self.0.as_mut_ptr().cast()
+    }
+
     fn of(address: &Address) -> Self {
         let mut bytes = [0; 28];
         bytes[2..4].copy_from_slice(&address.port.to_be_bytes());
@@ -319,9 +349,9 @@ pub(crate) unsafe extern "C" fn post(
 /// The work's pieces are there, and `pieces` has room for them.
 unsafe fn work_request(asked: &Work, pieces: &mut Vec<ibv_sge>) -> ibv_send_wr {
     let start = pieces.len();
-    // SAFETY: the caller says so; of no pieces, the pointer is not looked at.
     let given: &[Piece] = match asked.piece_count {
         0 => &[],
+        // SAFETY: the caller says so.
         count => unsafe { std::slice::from_raw_parts(asked.pieces, count as usize) },
     };
     pieces.extend(given.iter().map(|piece| ibv_sge {
@@ -338,7 +368,7 @@ unsafe fn work_request(asked: &Work, pieces: &mut Vec<ibv_sge>) -> ibv_send_wr {
     request.opcode = match asked.kind {
         WORK_READ => op::IBV_WR_RDMA_READ,
         WORK_WRITE => op::IBV_WR_RDMA_WRITE_WITH_IMM,
-        WORK_SEND | _ => op::IBV_WR_SEND_WITH_IMM,
+        _ => op::IBV_WR_SEND_WITH_IMM,
     };
     for (asked_for, flag) in [
         (FLAG_SIGNALED, flags::IBV_SEND_SIGNALED),

@@ -81,7 +81,7 @@ pub(crate) unsafe extern "C" fn event(
             return 0;
         }
         // SAFETY: the event is ours until it is acknowledged, which is here.
-        let told = unsafe { translate(&*event) };
+        let told = unsafe { translate(context, &*event) };
         // SAFETY: as above.
         unsafe { rdma_ack_cm_event(event) };
         if let Some(told) = told {
@@ -99,6 +99,7 @@ fn nothing() -> ConnectionEvent {
         connection: std::ptr::null_mut(),
         listener: std::ptr::null_mut(),
         token: 0,
+        device: std::ptr::null_mut(),
         private_len: 0,
         reads_out: 0,
         reads_in: 0,
@@ -111,13 +112,21 @@ fn nothing() -> ConnectionEvent {
 ///
 /// # Safety
 /// The event is not acknowledged yet.
-unsafe fn translate(event: &rdma_cm_event) -> Option<ConnectionEvent> {
+unsafe fn translate(context: &Ctx, event: &rdma_cm_event) -> Option<ConnectionEvent> {
+    if event.event == kind::RDMA_CM_EVENT_DEVICE_REMOVAL {
+        // Every identifier of the device has this event; its anchor's stands for all.
+        let device = Dev::removed(context, event.id)?;
+        return Some(ConnectionEvent { kind: EVENT_DEVICE_REMOVED, device, ..nothing() });
+    }
     // SAFETY: the identifier of an event that is not acknowledged is there, and its context is what `Conn` has put there:
-    // a new one has its listener's.
+    // a new one has its listener's, and an anchor none.
     let owner = unsafe { (*event.id).context }.cast::<Conn>();
+    if owner.is_null() {
+        return None;
+    }
     // SAFETY: as above.
-    let mut told =
-        ConnectionEvent { token: unsafe { (*owner).token }, connection: owner.cast(), ..nothing() };
+    let token = unsafe { (*owner).token };
+    let mut told = ConnectionEvent { token, connection: owner.cast(), ..nothing() };
     told.status = event.status.saturating_abs();
     told.kind = match event.event {
         kind::RDMA_CM_EVENT_ADDR_RESOLVED => {
@@ -141,7 +150,6 @@ unsafe fn translate(event: &rdma_cm_event) -> Option<ConnectionEvent> {
         | kind::RDMA_CM_EVENT_UNREACHABLE => EVENT_UNREACHABLE,
         kind::RDMA_CM_EVENT_REJECTED => EVENT_REJECTED,
         kind::RDMA_CM_EVENT_DISCONNECTED => EVENT_DISCONNECTED,
-        kind::RDMA_CM_EVENT_DEVICE_REMOVAL => EVENT_DEVICE_REMOVED,
         _ => return None,
     };
     if matches!(told.kind, EVENT_REQUEST | EVENT_ESTABLISHED | EVENT_REJECTED) {

@@ -14,9 +14,12 @@ mod queue;
 
 use hetmem_transport::verbs_abi::{ABI_VERSION, Table};
 
+#[allow(clippy::cast_possible_truncation, reason = "a table of some tens of pointers")]
+const TABLE_LEN: u32 = size_of::<Table>() as u32;
+
 static TABLE: Table = Table {
     abi_version: ABI_VERSION,
-    size_bytes: size_of::<Table>() as u32,
+    size_bytes: TABLE_LEN,
     context_open: context::open,
     context_close: context::close,
     context_descriptor: context::descriptor,
@@ -24,6 +27,7 @@ static TABLE: Table = Table {
     devices: device::all,
     listen: connection::listen,
     resolve: connection::resolve,
+    devices_open: device::open_all,
     device_of: device::of,
     connection_name: connection::name,
     peer_of: connection::peer,
