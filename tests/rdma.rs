@@ -1,6 +1,7 @@
 //! Nodes as processes of their own over RDMA verbs, where there is a device: `HETMEM_VERBS_ADDRESS` names an address of
 //! one, and `HETMEM_VERBS_PLUGIN` the plugin. What goes wrong between them, and what is used instead. Not the fabric by
 //! itself (its conformance suite), nor speed.
+#![allow(clippy::print_stdout, reason = "what nodes said of what was done to them belongs into the log")]
 
 use std::path::Path;
 use std::process::Command;
@@ -9,7 +10,7 @@ use std::time::Duration;
 
 use hetmem_client::{ErrorKind, GetOptions, Path as By, Receipt, Store, StoreError};
 use hetmem_tests::content::{bytes_of, key};
-use hetmem_tests::daemon::{Serve, eventually};
+use hetmem_tests::daemon::{Serve, binary, eventually};
 
 const SMALL: usize = 1_000;
 const LARGE: usize = 3 << 20;
@@ -87,6 +88,19 @@ fn objects_come_over_verbs_and_receipts_and_status_say_so() {
         let status = get_at.status().expect("it answers");
         assert_eq!(status.peers.iter().map(|peer| peer.fabric.as_str()).collect::<Vec<_>>(), ["verbs"]);
     }
+}
+
+#[test]
+fn the_demo_moves_a_state_dict() {
+    let Some(lab) = Lab::enter() else { return };
+    // It finds the plugin beside the program, and succeeds only if every byte has come.
+    let output = Command::new(binary())
+        .args(["demo", "--json", "--fabric", "verbs", "--size", "1MiB", "--listen", &lab.address])
+        .output()
+        .expect("hetmem runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    println!("{}", String::from_utf8_lossy(&output.stdout));
 }
 
 #[test]

@@ -14,8 +14,6 @@ use crate::workspace::Workspace;
 
 /// Seeds of the simulation in one test run.
 pub(crate) const SIMULATION_SEEDS: u64 = 10_000;
-/// Needs the headers of rdma-core, so only the step that installs them builds it.
-const RDMA_PLUGIN: &str = "hetmem-verbs";
 /// The state dict that the end-to-end step moves, in bytes: 64 MiB.
 const DEMO_SIZE: &str = "67108864";
 
@@ -78,18 +76,18 @@ fn deny(workspace: &Workspace) -> Report {
 fn clippy(workspace: &Workspace) -> Report {
     with_component(workspace, "clippy", "clippy", || {
         let mut command =
-            workspace.cargo(["clippy", "--workspace", "--exclude", RDMA_PLUGIN, "--all-targets"]);
+            workspace.cargo(["clippy", "--workspace", "--exclude", vm::PLUGIN, "--all-targets"]);
         report(run(command.args(["--", "-D", "warnings"])))
     })
 }
 
 fn docs(workspace: &Workspace) -> Report {
-    let mut command = workspace.cargo(["doc", "--workspace", "--exclude", RDMA_PLUGIN, "--no-deps"]);
+    let mut command = workspace.cargo(["doc", "--workspace", "--exclude", vm::PLUGIN, "--no-deps"]);
     report(run(command.env("RUSTDOCFLAGS", "-D warnings")))
 }
 
 fn test(workspace: &Workspace) -> Report {
-    let mut command = workspace.cargo(["test", "--workspace", "--exclude", RDMA_PLUGIN, "--no-fail-fast"]);
+    let mut command = workspace.cargo(["test", "--workspace", "--exclude", vm::PLUGIN, "--no-fail-fast"]);
     run_tests(command.args(["--", "--show-output"]))
 }
 

@@ -2,13 +2,15 @@
 //! machine itself. Invariant: a machine that cannot be started is a skip with its reason, one that dies is started once
 //! more, and nothing else is tried twice.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::process::{run, run_tests, run_tests_to_exit};
 use crate::tally::Report;
 use crate::workspace::Workspace;
 
+/// The crate that needs the headers of rdma-core: only this step, which installs them, builds it.
+pub(crate) const PLUGIN: &str = "hetmem-verbs";
 /// The guest's address on its first device.
 const ADDRESS: &str = "10.77.0.1";
 /// Of the guest, in MiB.
@@ -18,35 +20,46 @@ const LIMIT: &str = "420";
 /// `tests/vm/run` says by it that the guest, and not the command, failed.
 const GUEST_FAILED: i32 = 125;
 
-/// The conformance suite over soft RoCE.
+/// Test programs that run there: their packages and names.
+const PROGRAMS: &[(&str, &str)] = &[("hetmem-transport", "verbs"), ("hetmem-tests", "rdma")];
+
+/// The conformance suite and the process tests over soft RoCE.
 pub(crate) fn verbs(workspace: &Workspace) -> Report {
     if let Err(why) = run(&mut Command::new(workspace.root.join("tests/vm/install"))) {
         return Report::skipped(format!("the virtual machine's packages are not there: {why}"));
     }
-    let built = run(&mut workspace.cargo(["build", "--package", "hetmem-verbs"]))
-        .and_then(|()| workspace.test_program("hetmem-transport", "verbs"));
-    match built {
-        Ok(program) => in_guest(workspace, &program),
+    match built(workspace) {
+        Ok(programs) => in_guest(workspace, &programs),
         Err(why) => Report::failed(why),
     }
 }
 
-fn in_guest(workspace: &Workspace, program: &Path) -> Report {
+/// Builds the plugin, the tool and the test programs, without a warning.
+fn built(workspace: &Workspace) -> Result<Vec<PathBuf>, String> {
+    let mut lint = workspace.cargo(["clippy", "--package", PLUGIN]);
+    run(lint.args(["--", "-D", "warnings"]))?;
+    for (package, name) in PROGRAMS {
+        let mut lint = workspace.cargo(["clippy", "--package", package, "--test", name]);
+        run(lint.args(["--", "-D", "warnings"]))?;
+    }
+    // As the tests are built, so that nothing is compiled twice.
+    let tools = ["build", "--profile", "test", "--package", PLUGIN, "--package", "hetmem-cli"];
+    run(&mut workspace.cargo(tools))?;
+    PROGRAMS.iter().map(|(package, name)| workspace.test_program(package, name)).collect()
+}
+
+fn in_guest(workspace: &Workspace, programs: &[PathBuf]) -> Report {
     let mut command = Command::new(workspace.root.join("tests/vm/run"));
-    command.args([
-        "-m",
-        MEMORY,
-        "-t",
-        LIMIT,
-        "-e",
-        "HETMEM_VERBS_ADDRESS",
-        "-e",
-        "HETMEM_VERBS_PLUGIN",
-        "--",
-    ]);
-    command.arg(program).args(["--test-threads=1", "--show-output"]);
-    command.env("HETMEM_VERBS_ADDRESS", ADDRESS);
-    command.env("HETMEM_VERBS_PLUGIN", workspace.target.join("debug/libhetmem_verbs.so"));
+    command.args(["-m", MEMORY, "-t", LIMIT]);
+    let debug = |name: &str| workspace.target.join("debug").join(name);
+    for (name, value) in [
+        ("HETMEM_VERBS_ADDRESS", PathBuf::from(ADDRESS)),
+        ("HETMEM_VERBS_PLUGIN", debug("libhetmem_verbs.so")),
+        ("HETMEM_TEST_BINARY", debug("hetmem")),
+    ] {
+        command.args(["-e", name]).env(name, value);
+    }
+    command.arg("--").arg(workspace.root.join("tests/vm/suite")).args(programs.iter().map(Path::new));
     match run_tests_to_exit(&mut command) {
         (_, Some(GUEST_FAILED)) => {
             println!("the virtual machine did not live: once more");
