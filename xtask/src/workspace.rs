@@ -44,10 +44,16 @@ impl Workspace {
             .any(|target| target["name"] == name && items(&target, "kind").contains(&Value::from("bin")))
     }
 
-    /// Builds a package's test program of this name. Returns its path.
-    pub(crate) fn test_program(&self, package: &str, name: &str) -> Result<PathBuf, String> {
+    /// Builds a package's test program of this name, or that of its library. Returns its path.
+    pub(crate) fn test_program(&self, package: &str, name: Option<&str>) -> Result<PathBuf, String> {
         let mut command = self.cargo(["test", "--no-run", "--message-format", "json", "--package", package]);
-        let output = command.args(["--test", name]).stderr(std::process::Stdio::inherit()).output();
+        match name {
+            Some(name) => command.args(["--test", name]),
+            None => command.arg("--lib"),
+        };
+        let library = package.replace('-', "_");
+        let name = name.unwrap_or(&library);
+        let output = command.stderr(std::process::Stdio::inherit()).output();
         let output = output.map_err(|error| format!("cargo test --no-run: {error}"))?;
         let executables = String::from_utf8_lossy(&output.stdout);
         let executable = executables.lines().rev().find_map(|line| {

@@ -7,10 +7,13 @@
 
 pub mod abi;
 mod adapters;
+mod completion;
 mod ends;
 mod incoming;
 mod links;
 mod plugin;
+#[cfg(test)]
+mod seam_tests;
 mod shared;
 mod slots;
 mod state;

@@ -428,18 +428,27 @@ pub(super) struct Greeting<'a> {
     pub(super) private: &'a [u8],
     pub(super) reads_out: u8,
     pub(super) reads_in: u8,
+    /// How often the adapter sends again what is not acknowledged, up to 7.
+    pub(super) retries: u8,
+    /// The same when the other end has no receive buffer; 7 is for ever.
+    pub(super) not_ready_retries: u8,
 }
 
-impl Greeting<'_> {
+impl<'a> Greeting<'a> {
+    /// With all the patience that there is: a peer that has no buffer at the moment will have one, so that is back-pressure
+    /// and no failure.
+    pub(super) fn new(private: &'a [u8], (reads_out, reads_in): (u8, u8)) -> Self {
+        Self { private, reads_out, reads_in, retries: 7, not_ready_retries: 7 }
+    }
+
     fn to_abi(self) -> abi::Handshake {
         abi::Handshake {
             private: self.private.as_ptr(),
             private_len: u32::try_from(self.private.len()).unwrap_or(u32::MAX),
             reads_out: self.reads_out,
             reads_in: self.reads_in,
-            retries: 7,
-            // A peer that has no buffer at the moment will have one: that is back-pressure, not a failure.
-            not_ready_retries: 7,
+            retries: self.retries,
+            not_ready_retries: self.not_ready_retries,
         }
     }
 }

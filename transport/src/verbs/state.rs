@@ -11,6 +11,7 @@ use hetmem_core::{LinkId, RemoteKey, SegmentId, StoreError, TransferId};
 
 use super::abi;
 use super::adapters::{Adapter, Segment, receive_slot};
+use super::completion::{Class, class_of, explain};
 use super::ends::{End, Of, Role, Stage as EndStage};
 use super::links::{Link, Read, Stage};
 use super::plugin::{Connection, Context, Device, Greeting};
@@ -330,11 +331,7 @@ impl State {
                 },
             };
             end.stage = EndStage::Connecting;
-            end.connection.connect(Greeting {
-                private: &hello.to_bytes(),
-                reads_out: reads.0,
-                reads_in: reads.1,
-            })
+            end.connection.connect(Greeting::new(&hello.to_bytes(), reads))
         });
         self.keep(token, end);
         result
@@ -396,8 +393,8 @@ impl State {
         let mut end = End::new(connection, role, EndStage::Connecting);
         let accepted = self.pair(&mut end).and_then(|(reads_out, reads_in)| {
             // No more than the peer answers or asks for.
-            let (reads_out, reads_in) = (reads_out.min(event.reads_out), reads_in.min(event.reads_in));
-            end.connection.accept(Greeting { private: &welcome.to_bytes(), reads_out, reads_in })
+            let reads = (reads_out.min(event.reads_out), reads_in.min(event.reads_in));
+            end.connection.accept(Greeting::new(&welcome.to_bytes(), reads))
         });
         match accepted {
             Ok(()) => {
@@ -560,6 +557,11 @@ impl State {
             self.came_back(number, of, &Ok(()));
         }
         if done.status != 0 {
+            match class_of(done) {
+                Class::Here => tracing::error!(why = %explain(done), "RDMA has failed here"),
+                Class::Peer => self.refused += 1,
+                Class::Work | Class::Reconnect => {}
+            }
             let (why, guilty) = (explain(done), failed.as_ref().and_then(guilty_of(done)));
             if let Some(of) = failed {
                 self.came_back(number, of, &Err(why.clone()));
@@ -781,45 +783,9 @@ impl State {
     }
 }
 
-/// Codes of `enum ibv_wc_status`.
-mod status {
-    pub(super) const LOCAL_PROTECTION: u32 = 4;
-    pub(super) const FLUSHED: u32 = 5;
-    pub(super) const REMOTE_INVALID: u32 = 9;
-    pub(super) const REMOTE_ACCESS: u32 = 10;
-    pub(super) const REMOTE_OPERATION: u32 = 11;
-    pub(super) const RETRIES: u32 = 12;
-    pub(super) const NOT_READY: u32 = 13;
-}
-
-/// What a completion that failed means.
-fn explain(done: &abi::Completion) -> StoreError {
-    let abi::Completion { status, vendor, .. } = *done;
-    let what = match status {
-        status::LOCAL_PROTECTION => {
-            return StoreError::stale("read", "its target", "the local segment was deregistered");
-        }
-        status::REMOTE_ACCESS | status::REMOTE_INVALID | status::REMOTE_OPERATION => {
-            let why = format!("the owner has withdrawn it (completion status {status}, vendor {vendor:#x})");
-            return StoreError::stale("read", "its source", why);
-        }
-        status::FLUSHED => "the connection has ended",
-        status::RETRIES => "the peer acknowledges nothing: it, or the network between, is gone",
-        status::NOT_READY => "the peer has had no receive buffer for too long",
-        _ => "the adapter has failed the work",
-    };
-    StoreError::unavailable(
-        "its connection",
-        format!("{what} (completion status {status}, vendor {vendor:#x})"),
-    )
-}
-
 /// Whose fault it is, if only one read's.
 fn guilty_of(done: &abi::Completion) -> impl Fn(&Of) -> Option<TransferId> + use<> {
-    let own = matches!(
-        done.status,
-        status::LOCAL_PROTECTION | status::REMOTE_ACCESS | status::REMOTE_INVALID | status::REMOTE_OPERATION
-    );
+    let own = class_of(done) == Class::Work;
     move |of| match of {
         Of::Slice { transfer, .. } | Of::Word { transfer, .. } if own => Some(*transfer),
         _ => None,

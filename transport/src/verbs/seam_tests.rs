@@ -1,0 +1,190 @@
+//! What adapters do when work fails, through the plugin alone: two ends of one connection in one thread, on the device that
+//! `HETMEM_VERBS_ADDRESS` names (tests/vm). Not the fabric, which has no failure of these kinds to show: it is never out
+//! of receive buffers, and hears of a peer's end before its adapter has tried often enough.
+#![allow(unsafe_code, reason = "work is posted that names memory")]
+#![allow(clippy::print_stdout, reason = "says why nothing was tested")]
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use hetmem_core::StoreError;
+
+use super::abi;
+use super::completion::{Class, class_of, explain};
+use super::plugin::{Connection, Context, Device, Greeting, Made, Plugin, Pool, Queue, Registered};
+use crate::memory::{HeapRegion, RegionMemory};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const LEN: usize = 4096;
+
+/// Two ends of a connection whose adapter tries once more and no oftener. Ends go before what they use.
+struct Pair {
+    a: Connection,
+    b: Option<Connection>,
+    memory: Arc<HeapRegion>,
+    registered: Registered,
+    queues: [Arc<Queue>; 2],
+    pools: [Arc<Pool>; 2],
+    _device: Arc<Device>,
+    context: Arc<Context>,
+}
+
+/// None where there is no device; says so.
+fn pair() -> Option<Pair> {
+    let Ok(address) = std::env::var("HETMEM_VERBS_ADDRESS") else {
+        println!("skipped: HETMEM_VERBS_ADDRESS names no address of an RDMA device");
+        return None;
+    };
+    let plugin = std::env::var_os("HETMEM_VERBS_PLUGIN").map(std::path::PathBuf::from);
+    let at = SocketAddr::new(address.parse().expect("an address"), 0);
+    let plugin = Plugin::load(plugin.as_deref()).expect("the plugin");
+    Some(connected(&Context::open(plugin).expect("RDMA"), at).expect("a connection"))
+}
+
+fn event(context: &Arc<Context>, kind: u32) -> abi::ConnectionEvent {
+    let since = Instant::now();
+    while since.elapsed() < PATIENCE {
+        if let Some(event) = context.event().expect("events") {
+            assert_eq!(event.kind, kind);
+            return event;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    panic!("no event of kind {kind}");
+}
+
+fn connected(context: &Arc<Context>, at: SocketAddr) -> Result<Pair, StoreError> {
+    let (_listener, at) = context.listen(at, 1)?;
+    let mut a = context.resolve(at, 2_000, 2)?;
+    event(context, abi::EVENT_ROUTED);
+    let device = Device::own(context, Device::raw_of(&a)?);
+    let open = || Ok::<_, StoreError>((device.queue(64)?, device.pool(16)?));
+    let ((queue_a, pool_a), (queue_b, pool_b)) = (open()?, open()?);
+    let asked = Made { number: 0, work_max: 16, pieces_max: 2, inline_bytes_max: 64 };
+    let once = Greeting { retries: 1, not_ready_retries: 1, ..Greeting::new(b"", (1, 1)) };
+    a.queue_pair(&device, &queue_a, &pool_a, asked)?;
+    a.connect(once)?;
+    let mut b = context.requested(event(context, abi::EVENT_REQUEST).connection, 3);
+    b.queue_pair(&device, &queue_b, &pool_b, asked)?;
+    b.accept(once)?;
+    event(context, abi::EVENT_ESTABLISHED);
+    event(context, abi::EVENT_ESTABLISHED);
+    let memory = Arc::new(HeapRegion::new(2 * LEN));
+    let access = abi::ACCESS_LOCAL_WRITE | abi::ACCESS_REMOTE_READ;
+    let shared = Arc::clone(&memory) as Arc<dyn RegionMemory>;
+    let registered = device.register(&shared, (0, 2 * LEN as u64), access)?;
+    Ok(Pair {
+        a,
+        b: Some(b),
+        memory,
+        registered,
+        queues: [queue_a, queue_b],
+        pools: [pool_a, pool_b],
+        _device: device,
+        context: Arc::clone(context),
+    })
+}
+
+impl Pair {
+    /// Work of end a: reads the second half of the memory into the first, or sends the first.
+    fn post(&mut self, kind: u32, change: impl FnOnce(&mut abi::Work, &mut abi::Piece)) {
+        let (address, keys) = (self.memory.base() as u64, self.registered.keys());
+        let mut piece = abi::Piece { address, len_bytes: 64, key: keys.local };
+        let mut work = abi::Work {
+            id: 7,
+            pieces: std::ptr::null(),
+            piece_count: 1,
+            kind,
+            flags: abi::FLAG_SIGNALED,
+            immediate: 0,
+            remote_address: address + LEN as u64,
+            remote_key: keys.remote,
+            _reserved: 0,
+        };
+        change(&mut work, &mut piece);
+        work.pieces = &raw const piece;
+        // SAFETY: the piece is there, and names memory that lives as long as the connection.
+        unsafe { self.a.post(&[work]) }.map_err(|(_, why)| why).expect("it is posted");
+    }
+
+    /// How end a's work has ended.
+    fn ended(&self) -> abi::Completion {
+        let since = Instant::now();
+        while since.elapsed() < PATIENCE {
+            let mut done = [abi::Completion::default()];
+            if self.queues[0].poll(&mut done).expect("a queue") == 1 {
+                assert_eq!(done[0].id, 7);
+                return done[0];
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        panic!("the work does not end");
+    }
+
+    fn fails_with(&self, status: u32, class: Class) {
+        let done = self.ended();
+        println!("{}", explain(&done));
+        assert_eq!((done.status, class_of(&done)), (status, class));
+    }
+}
+
+#[test]
+fn work_that_can_be_done_succeeds() {
+    let Some(mut pair) = pair() else { return };
+    pair.memory.write(LEN, &[5; 64]);
+    pair.post(abi::WORK_READ, |_, _| {});
+    assert_eq!(pair.ended().status, 0);
+    assert_eq!(pair.memory.read(0, 64), [5; 64]);
+}
+
+#[test]
+fn a_peer_without_a_receive_buffer_is_not_ready() {
+    let Some(mut pair) = pair() else { return };
+    pair.post(abi::WORK_SEND, |_, _| {});
+    pair.fails_with(13, Class::Reconnect);
+}
+
+#[test]
+fn a_buffer_in_time_is_time_enough() {
+    let Some(mut pair) = pair() else { return };
+    let piece = abi::Piece {
+        address: pair.memory.base() as u64 + LEN as u64,
+        len_bytes: 64,
+        key: pair.registered.keys().local,
+    };
+    pair.pools[1].post(9, &piece).expect("room");
+    pair.post(abi::WORK_SEND, |_, _| {});
+    assert_eq!(pair.ended().status, 0);
+}
+
+#[test]
+fn memory_that_the_peer_does_not_show_is_not_read() {
+    let Some(mut pair) = pair() else { return };
+    pair.post(abi::WORK_READ, |work, _| work.remote_key ^= 0xff00);
+    pair.fails_with(10, Class::Work);
+}
+
+#[test]
+fn memory_that_is_not_registered_here_is_not_written() {
+    let Some(mut pair) = pair() else { return };
+    pair.post(abi::WORK_READ, |_, piece| piece.key ^= 0xff00);
+    pair.fails_with(4, Class::Work);
+}
+
+#[test]
+fn a_peer_that_is_gone_acknowledges_nothing() {
+    let Some(mut pair) = pair() else { return };
+    drop(pair.b.take());
+    pair.post(abi::WORK_READ, |_, _| {});
+    pair.fails_with(12, Class::Reconnect);
+    event(&pair.context, abi::EVENT_DISCONNECTED);
+}
+
+#[test]
+fn work_of_a_connection_that_was_ended_is_flushed() {
+    let Some(mut pair) = pair() else { return };
+    pair.a.disconnect();
+    pair.post(abi::WORK_READ, |_, _| {});
+    pair.fails_with(5, Class::Reconnect);
+}
