@@ -11,6 +11,8 @@ use crate::workspace::Workspace;
 
 /// The crate that needs the headers of rdma-core: only this step, which installs them, builds it.
 pub(crate) const PLUGIN: &str = "hetmem-verbs";
+const PLUGIN_NEEDS: &str =
+    "the plugin needs libibverbs-dev, librdmacm-dev and a libclang below 16: docs/rdma.md";
 /// The guest's address on its first device.
 const ADDRESS: &str = "10.77.0.1";
 /// Of the guest, in MiB.
@@ -38,14 +40,14 @@ pub(crate) fn verbs(workspace: &Workspace) -> Report {
 /// Builds the plugin, the tool and the test programs, without a warning.
 fn built(workspace: &Workspace) -> Result<Vec<PathBuf>, String> {
     let mut lint = workspace.cargo(["clippy", "--package", PLUGIN]);
-    run(lint.args(["--", "-D", "warnings"]))?;
+    run(lint.args(["--", "-D", "warnings"])).map_err(|why| format!("{why} ({PLUGIN_NEEDS})"))?;
     for (package, name) in PROGRAMS.iter().filter_map(|(package, name)| Some((package, (*name)?))) {
         let mut lint = workspace.cargo(["clippy", "--package", package, "--test", name]);
         run(lint.args(["--", "-D", "warnings"]))?;
     }
     // As the tests are built, so that nothing is compiled twice.
     let tools = ["build", "--profile", "test", "--package", PLUGIN, "--package", "hetmem-cli"];
-    run(&mut workspace.cargo(tools))?;
+    run(&mut workspace.cargo(tools)).map_err(|why| format!("{why} ({PLUGIN_NEEDS})"))?;
     PROGRAMS.iter().map(|(package, name)| workspace.test_program(package, *name)).collect()
 }
 

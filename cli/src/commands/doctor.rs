@@ -141,8 +141,11 @@ fn locked_memory() -> Check {
         Some(limit) => Check::new(
             name,
             false,
-            format!("{} may be locked (RLIMIT_MEMLOCK); TCP needs none, RDMA would", bytes(limit)),
-            "ulimit -l unlimited, once RDMA is there",
+            format!(
+                "{} may be locked (RLIMIT_MEMLOCK); TCP needs none, RDMA all memory of the node",
+                bytes(limit)
+            ),
+            "ulimit -l unlimited, for RDMA",
         ),
     }
 }
