@@ -26,6 +26,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("hetmem-kernels", &["hetmem-core"]),
     ("hetmem-gpu-mem", &["hetmem-core", "hetmem-kernels"]),
     ("hetmem-transport", &["hetmem-core"]),
+    ("hetmem-verbs", &["hetmem-transport"]),
     ("hetmem-node", &["hetmem-core", "hetmem-host-mem", "hetmem-gpu-mem", "hetmem-transport"]),
     ("hetmem-client", &["hetmem-core", "hetmem-host-mem", "hetmem-gpu-mem"]),
     ("hetmem-formats", &["hetmem-core"]),

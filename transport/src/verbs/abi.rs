@@ -9,6 +9,8 @@
 //!   regions, queues and pools before their device, devices and connections before the context.
 //! - Any function may be called on any thread; no two at a time on one connection or pool, and `close` of a thing not
 //!   beside any other use of it.
+//!
+//! Holds unsafe code: C functions, each of which is called by the rules above.
 
 use std::ffi::c_void;
 

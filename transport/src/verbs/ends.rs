@@ -1,5 +1,10 @@
 //! One end of one connection: what was posted to its queue pair and has not come back. Not why it was posted. Invariant:
-//! work comes back in the order in which it was posted; when all of it has, the adapter touches nothing for this end.
+//! work comes back in the order in which it was posted; when all of it has, or the end is dropped, the adapter touches
+//! nothing for it.
+//!
+//! Holds unsafe code: work names memory by its address. Pieces come from `Slots::piece`, whose slots stay lent until their
+//! work is back, and from `Adapter::stretch`, of extents that callers of the fabric leave alone until they are told.
+#![allow(unsafe_code)]
 
 use std::collections::VecDeque;
 
@@ -59,7 +64,33 @@ pub(super) struct End {
     done: u64,
     signalled: u64,
     under_way: VecDeque<Of>,
+    batch: Batch,
 }
+
+/// One piece of work.
+pub(super) enum What<'a> {
+    /// Sends bytes that travel inside of it.
+    Inline { bytes: &'a [u8], immediate: u32 },
+    /// Sends registered memory.
+    Send { pieces: &'a [abi::Piece], immediate: u32 },
+    /// Reads the peer's memory.
+    Read { into: abi::Piece, address: u64, key: u32 },
+}
+
+/// Work that is not posted yet. Kept, so that posting allocates nothing.
+#[derive(Default)]
+struct Batch {
+    work: Vec<abi::Work>,
+    /// Of all of it, in its order.
+    pieces: Vec<abi::Piece>,
+    /// What travels inside of it.
+    inline: Vec<u8>,
+    /// How much of that each piece of work has.
+    inline_lens: Vec<usize>,
+}
+
+// SAFETY: the pointers in it are set and used inside of one call.
+unsafe impl Send for Batch {}
 
 impl End {
     pub(super) fn new(connection: Connection, role: Role, stage: Stage) -> Self {
@@ -73,6 +104,7 @@ impl End {
             done: 0,
             signalled: 0,
             under_way: VecDeque::new(),
+            batch: Batch::default(),
         }
     }
 
@@ -101,34 +133,79 @@ impl End {
         if self.stage == Stage::Up { most.saturating_sub(self.under_way.len()) } else { 0 }
     }
 
-    /// Posts one piece of work. If it fails, the end is to be ended; the work then counts as come back.
-    ///
-    /// # Safety
-    /// As for `Connection::post`.
-    #[allow(unsafe_code)]
-    pub(super) unsafe fn post(
-        &mut self,
-        mut work: abi::Work,
-        of: Of,
-        signal: bool,
-    ) -> Result<(), (Of, StoreError)> {
-        work.id = self.posted + 1;
-        // Whatever comes next may be long in coming.
-        if signal || self.posted + 1 - self.signalled >= SIGNAL_EVERY {
-            work.flags |= abi::FLAG_SIGNALED;
-        }
-        // SAFETY: as the caller says.
-        match unsafe { self.connection.post(std::slice::from_ref(&work)) } {
-            Ok(()) => {
-                self.posted += 1;
-                if work.flags & abi::FLAG_SIGNALED != 0 {
-                    self.signalled = self.posted;
-                }
-                self.under_way.push_back(of);
-                Ok(())
+    /// Adds a piece of work to those that `flush` posts; it counts as under way from here on.
+    pub(super) fn add(&mut self, what: What<'_>, of: Of, signal: bool) {
+        let (mut kind, mut flags, mut immediate, mut remote) = (abi::WORK_SEND, 0, 0, (0, 0));
+        let (pieces_start, inline_start) = (self.batch.pieces.len(), self.batch.inline.len());
+        match what {
+            What::Inline { bytes, immediate: number } => {
+                (flags, immediate) = (abi::FLAG_INLINE, number);
+                self.batch.inline.extend_from_slice(bytes);
             }
-            Err((_, why)) => Err((of, why)),
+            What::Send { pieces, immediate: number } => {
+                immediate = number;
+                self.batch.pieces.extend_from_slice(pieces);
+            }
+            What::Read { into, address, key } => {
+                (kind, remote) = (abi::WORK_READ, (address, key));
+                self.batch.pieces.push(into);
+            }
         }
+        self.posted += 1;
+        // Whatever comes next may be long in coming.
+        if signal || self.posted - self.signalled >= SIGNAL_EVERY {
+            flags |= abi::FLAG_SIGNALED;
+            self.signalled = self.posted;
+        }
+        self.batch.work.push(abi::Work {
+            id: self.posted,
+            pieces: std::ptr::null(),
+            piece_count: u32::try_from(self.batch.pieces.len() - pieces_start).unwrap_or(0),
+            kind,
+            flags,
+            immediate,
+            remote_address: remote.0,
+            remote_key: remote.1,
+            _reserved: 0,
+        });
+        self.batch.inline_lens.push(self.batch.inline.len() - inline_start);
+        self.under_way.push_back(of);
+    }
+
+    /// Posts what was added, as one list. If that fails, the end is to be ended, and what was added comes back then.
+    pub(super) fn flush(&mut self) -> Result<(), StoreError> {
+        let Batch { work, pieces, inline, inline_lens } = &mut self.batch;
+        // Inline bytes are pieces too, at the end, so that what points at the others stays.
+        let mut inline_at = inline.as_ptr() as u64;
+        let others = pieces.len();
+        for &len in inline_lens.iter().filter(|len| **len > 0) {
+            let len_bytes = u32::try_from(len).unwrap_or(0);
+            pieces.push(abi::Piece { address: inline_at, len_bytes, key: 0 });
+            inline_at += len as u64;
+        }
+        let (mut next, mut next_inline) = (0, others);
+        for (work, &inline_len) in work.iter_mut().zip(&*inline_lens) {
+            let (start, count) =
+                if inline_len > 0 { (next_inline, 1) } else { (next, work.piece_count as usize) };
+            work.pieces = pieces[start..start + count].as_ptr();
+            if inline_len > 0 {
+                work.piece_count = 1;
+                next_inline += 1;
+            } else {
+                next += count;
+            }
+        }
+        let posted = if work.is_empty() {
+            Ok(())
+        } else {
+            // SAFETY: pieces and inline bytes are in the batch; what the pieces name is as the header says.
+            unsafe { self.connection.post(work) }
+        };
+        work.clear();
+        pieces.clear();
+        inline.clear();
+        inline_lens.clear();
+        posted.map_err(|(_, why)| why)
     }
 
     /// What came back by a completion with this number: all before it too, which was not signalled. Whether each of them

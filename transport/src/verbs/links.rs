@@ -9,7 +9,7 @@ use hetmem_core::{LinkId, RemoteExtent, RemoteKey, SegmentId, StoreError, Transf
 
 use super::abi;
 use super::adapters::{Adapter, BUFFER_LEN};
-use super::ends::{End, Of};
+use super::ends::{End, Of, What};
 use super::wire::{Described, FRAME_REST, LinkToken, RemoteChunk};
 use crate::fabric::{ReadStats, SendToken};
 use crate::payload::Gather;
@@ -166,15 +166,15 @@ impl Link {
         while end.room() > 0
             && let Some(next) = self.out.front_mut()
         {
-            if !next.post_part(end, adapter)? {
-                return Ok(());
+            if !next.add_part(end, adapter)? {
+                break;
             }
             if next.head_done == next.head.len() && next.payload_left == 0 {
                 self.out_bytes -= next.head.len();
                 self.out.pop_front();
             }
         }
-        Ok(())
+        end.flush()
     }
 
     /// Who waits for payloads that were not wholly posted.
@@ -208,8 +208,8 @@ impl Link {
         while end.room() > 0
             && let Some(read) = self.waiting.front_mut()
         {
-            if !read.post_next(end, adapter, slice_bytes)? {
-                return Ok(());
+            if !read.add_next(end, adapter, slice_bytes)? {
+                break;
             }
             if read.is_asked()
                 && let Some(read) = self.waiting.pop_front()
@@ -217,7 +217,7 @@ impl Link {
                 self.under_way.insert(read.transfer, read);
             }
         }
-        Ok(())
+        end.flush()
     }
 
     /// The data connection has ended under the reads that are posted: which are over with it. Others are begun anew.
@@ -256,65 +256,44 @@ impl Link {
 }
 
 impl Outgoing {
-    /// Posts one part; false if there is no buffer for it now.
-    fn post_part(&mut self, end: &mut End, adapter: &mut Adapter) -> Result<bool, StoreError> {
+    /// Adds one part to what the end posts; false if there is no buffer for it now.
+    fn add_part(&mut self, end: &mut End, adapter: &mut Adapter) -> Result<bool, StoreError> {
         let Some(made) = end.made else { return Ok(false) };
-        let first = self.head_done == 0;
+        let immediate = if self.head_done == 0 { self.kind } else { FRAME_REST };
+        if self.payload.is_none() && self.head.len() <= made.inline_bytes_max as usize {
+            self.head_done = self.head.len();
+            end.add(
+                What::Inline { bytes: &self.head, immediate },
+                Of::Part { slot: None, last_of: None },
+                true,
+            );
+            return Ok(true);
+        }
         let mut pieces: Vec<abi::Piece> = Vec::with_capacity(made.pieces_max as usize);
-        let mut room = BUFFER_LEN;
-        let mut slot = None;
-        let mut flags = 0;
+        let (mut room, mut slot) = (BUFFER_LEN, None);
         let head_len = (self.head.len() - self.head_done).min(BUFFER_LEN);
         if head_len > 0 {
-            let head = &self.head[self.head_done..self.head_done + head_len];
-            if self.payload.is_none() && self.head.len() <= made.inline_bytes_max as usize {
-                flags = abi::FLAG_INLINE;
-                let len_bytes = u32::try_from(head_len).unwrap_or(0);
-                pieces.push(abi::Piece { address: head.as_ptr() as u64, len_bytes, key: 0 });
-            } else {
-                let Some(taken) = adapter.frames.take() else { return Ok(false) };
-                adapter.frames.write(taken, 0, head);
-                pieces.push(adapter.frames.piece(taken, 0, head_len));
-                slot = Some(taken);
-            }
-            room -= head_len;
+            let Some(taken) = adapter.frames.take() else { return Ok(false) };
+            adapter.frames.write(taken, 0, &self.head[self.head_done..self.head_done + head_len]);
+            pieces.push(adapter.frames.piece(taken, 0, head_len));
+            (room, slot) = (room - head_len, Some(taken));
+            self.head_done += head_len;
         }
-        let head_done = self.head_done + head_len;
-        let gathered = match &mut self.payload {
-            Some(payload) if head_done == self.head.len() => {
-                gather(payload, &mut room, &mut pieces, made.pieces_max as usize, adapter)
-            }
-            _ => Ok(()),
-        };
-        let bytes: usize = pieces.iter().map(|piece| piece.len_bytes as usize).sum();
-        self.payload_left -= bytes - head_len;
-        self.head_done = head_done;
-        let last = head_done == self.head.len() && self.payload_left == 0;
-        let of = Of::Part { slot, last_of: self.token.filter(|_| last) };
-        let work = abi::Work {
-            id: 0,
-            pieces: pieces.as_ptr(),
-            piece_count: u32::try_from(pieces.len()).unwrap_or(0),
-            kind: abi::WORK_SEND,
-            flags,
-            immediate: if first { self.kind } else { FRAME_REST },
-            remote_address: 0,
-            remote_key: 0,
-            _reserved: 0,
-        };
-        let posted = match gathered {
-            // SAFETY: inline bytes are taken at once; others are in a slot that is lent until the work is back, or in an
-            // extent that the caller of `send` leaves alone until it is told.
-            #[allow(unsafe_code, reason = "work names memory by its address")]
-            Ok(()) => unsafe { end.post(work, of, last) },
-            Err(why) => Err((of, why)),
-        };
-        posted.map(|()| true).map_err(|(of, why)| {
-            if let Of::Part { slot: Some(slot), .. } = of {
+        let whole_head = self.head_done == self.head.len();
+        if let Some(payload) = self.payload.as_mut().filter(|_| whole_head)
+            && let Err(why) = gather(payload, &mut room, &mut pieces, made.pieces_max as usize, adapter)
+        {
+            if let Some(slot) = slot {
                 adapter.frames.give_back(slot);
             }
-            why
-        })
+            return Err(why);
+        }
+        let bytes: usize = pieces.iter().map(|piece| piece.len_bytes as usize).sum();
+        self.payload_left -= bytes - head_len;
+        let last = whole_head && self.payload_left == 0;
+        let of = Of::Part { slot, last_of: self.token.filter(|_| last) };
+        end.add(What::Send { pieces: &pieces, immediate }, of, last);
+        Ok(true)
     }
 }
 
@@ -389,8 +368,8 @@ impl Read {
         }
     }
 
-    /// Posts the next slice, or the word behind the last; false if there is no room for a word now.
-    fn post_next(
+    /// Adds the next slice to what the end posts, or the word behind the last; false if there is no room for a word now.
+    fn add_next(
         &mut self,
         end: &mut End,
         adapter: &mut Adapter,
@@ -422,28 +401,8 @@ impl Read {
             self.word_asked = true;
             (adapter.words.piece(slot, 0, 8), word, Of::Word { transfer, slot })
         };
-        let work = abi::Work {
-            id: 0,
-            pieces: &raw const piece,
-            piece_count: 1,
-            kind: abi::WORK_READ,
-            flags: 0,
-            immediate: 0,
-            remote_address: remote.address,
-            remote_key: remote.key,
-            _reserved: 0,
-        };
-        let last = self.is_asked();
-        // SAFETY: the target is a word's slot, lent until the work is back, or an extent that the caller of `read` leaves alone
-        // until it is told.
-        #[allow(unsafe_code, reason = "work names memory by its address")]
-        let posted = unsafe { end.post(work, of, last) };
-        posted.map(|()| true).map_err(|(of, why)| {
-            if let Of::Word { slot, .. } = of {
-                adapter.words.give_back(slot);
-            }
-            why
-        })
+        end.add(What::Read { into: piece, address: remote.address, key: remote.key }, of, self.is_asked());
+        Ok(true)
     }
 }
 

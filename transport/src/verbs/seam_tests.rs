@@ -1,7 +1,9 @@
 //! What adapters do when work fails, through the plugin alone: two ends of one connection in one thread, on the device that
 //! `HETMEM_VERBS_ADDRESS` names (tests/vm). Not the fabric, which has no failure of these kinds to show: it is never out
 //! of receive buffers, and hears of a peer's end before its adapter has tried often enough.
-#![allow(unsafe_code, reason = "work is posted that names memory")]
+//!
+//! Holds unsafe code: posts work that names memory, which lives as long as the connection.
+#![allow(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "says why nothing was tested")]
 
 use std::net::SocketAddr;

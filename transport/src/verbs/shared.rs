@@ -195,9 +195,7 @@ impl Shared {
                 let result = {
                     let mut inboxes = self.inboxes.lock();
                     let inbox = inboxes.entry(link).or_default();
-                    // SAFETY: the adapter has received into the slot, which is lent again below.
-                    #[allow(unsafe_code, reason = "a buffer is looked at in place")]
-                    let bytes = unsafe { slots.bytes(slot, len) };
+                    let bytes = slots.bytes(slot, len).unwrap_or_default();
                     inbox.received(link, (kind, bytes), &self.regions, &*self.sink)
                 };
                 let mut state = self.state.lock();

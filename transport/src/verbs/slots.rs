@@ -1,10 +1,12 @@
 //! Buffers of one length in memory that is registered with an adapter: what receives land in, and what frames and words are
-//! sent from and read into. Not which of them are in use at the adapter. Invariant: a slot is lent to one user at a time.
+//! sent from and read into. Not what is in them. Invariant: a slot is lent to one user at a time, and nobody looks at one
+//! that the adapter has.
 //!
 //! Holds unsafe code: looking at a slot's bytes in place.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use hetmem_core::StoreError;
 
@@ -17,6 +19,8 @@ pub(super) struct Slots {
     registered: Registered,
     slot_len: usize,
     free: Vec<u32>,
+    /// Which of them the adapter may write or read now.
+    lent: Box<[AtomicBool]>,
 }
 
 impl Slots {
@@ -31,7 +35,13 @@ impl Slots {
             access |= abi::ACCESS_REMOTE_WRITE;
         }
         let registered = device.register(&shared, (0, len_bytes), access)?;
-        Ok(Self { memory, registered, slot_len, free: (0..count).rev().collect() })
+        Ok(Self {
+            memory,
+            registered,
+            slot_len,
+            free: (0..count).rev().collect(),
+            lent: (0..count).map(|_| AtomicBool::new(false)).collect(),
+        })
     }
 
     pub(super) fn take(&mut self) -> Option<u32> {
@@ -40,16 +50,25 @@ impl Slots {
 
     pub(super) fn give_back(&mut self, slot: u32) {
         debug_assert!(!self.free.contains(&slot));
+        self.came_back(slot);
         self.free.push(slot);
     }
 
-    /// `len` bytes of a slot from `start` on, for the adapter.
+    /// `len` bytes of a slot from `start` on, for the adapter, which has the slot from here on.
     pub(super) fn piece(&self, slot: u32, start: usize, len: usize) -> abi::Piece {
         debug_assert!(start + len <= self.slot_len);
+        self.lent[slot as usize].store(true, Ordering::Release);
         abi::Piece {
             address: self.memory.base() as u64 + (slot as usize * self.slot_len + start) as u64,
             len_bytes: u32::try_from(len).unwrap_or(0),
             key: self.registered.keys().local,
+        }
+    }
+
+    /// The adapter has done its work with a slot, or will never do it.
+    pub(super) fn came_back(&self, slot: u32) {
+        if let Some(lent) = self.lent.get(slot as usize) {
+            lent.store(false, Ordering::Release);
         }
     }
 
@@ -58,14 +77,17 @@ impl Slots {
         self.memory.write(slot as usize * self.slot_len + start, bytes);
     }
 
-    /// The first bytes of a slot.
-    ///
-    /// # Safety
-    /// The adapter has done its work with the slot, and gets no more before the bytes were looked at.
-    pub(super) unsafe fn bytes(&self, slot: u32, len: usize) -> &[u8] {
-        let len = len.min(self.slot_len);
-        assert!((slot as usize + 1) * self.slot_len <= usize::try_from(self.memory.len_bytes()).unwrap_or(0));
-        // SAFETY: inside of the memory, which lives as long as `self`; nobody writes it, as the caller says.
-        unsafe { std::slice::from_raw_parts(self.memory.base().add(slot as usize * self.slot_len), len) }
+    /// The first bytes of a slot; none while the adapter has it.
+    pub(super) fn bytes(&self, slot: u32, len: usize) -> Option<&[u8]> {
+        let lent = self.lent.get(slot as usize)?;
+        if lent.load(Ordering::Acquire) || len > self.slot_len {
+            return None;
+        }
+        // SAFETY: inside of the memory, which lives as long as `self`. The adapter writes a slot only between `piece` and
+        // `came_back`, which the state of the fabric, whose lock is held for both, calls for work that it posts and that
+        // is over; who looks at a slot is the one that lends it again.
+        Some(unsafe {
+            std::slice::from_raw_parts(self.memory.base().add(slot as usize * self.slot_len), len)
+        })
     }
 }

@@ -579,6 +579,7 @@ impl State {
             Role::Control(link) if done.status == 0 => Some((token, link)),
             _ => None,
         });
+        slots.came_back(slot);
         let len = done.len_bytes as usize;
         let Some((token, link)) = control else {
             self.lend_again(number, slot);
@@ -600,9 +601,7 @@ impl State {
                 len,
             });
         }
-        // SAFETY: the adapter has received into the slot, which is lent again below.
-        #[allow(unsafe_code, reason = "a buffer is looked at in place")]
-        let described = described(unsafe { slots.bytes(slot, len) });
+        let described = described(slots.bytes(slot, len).unwrap_or_default());
         self.lend_again(number, slot);
         match (described, self.links.get_mut(&link)) {
             (Ok((key, Described::Gone)), Some(link)) => drop(link.remote.remove(&key)),
@@ -645,9 +644,8 @@ impl State {
             }
             Of::Word { transfer, slot } => {
                 let Some(adapter) = self.adapters.get_mut(&number) else { return };
-                // SAFETY: the adapter has read into the slot, which is free from here on.
-                #[allow(unsafe_code, reason = "a buffer is looked at in place")]
-                let word = unsafe { adapter.words.bytes(slot, 8) }.first_chunk::<8>().copied();
+                adapter.words.came_back(slot);
+                let word = adapter.words.bytes(slot, 8).and_then(|bytes| bytes.first_chunk::<8>().copied());
                 adapter.words.give_back(slot);
                 if result.is_ok() {
                     self.read_done(transfer, word.map(u64::from_le_bytes));
