@@ -7,6 +7,7 @@
 #[doc(hidden)]
 pub mod conformance;
 mod fabric;
+mod lookup;
 mod memory;
 mod payload;
 mod region;
@@ -21,7 +22,7 @@ pub use fabric::{
     Access, Fabric, FabricEvent, FabricKind, FabricSink, Landing, LandingPart, LandingStats, LandingToken,
     ReadStats, SendToken, Sent,
 };
-pub use memory::{HeapRegion, RegionMemory};
+pub use memory::{DeviceMemory, HeapRegion, RegionMemory};
 pub use sim::{SimFabric, SimFaults, SimNet};
 pub use tcp::{TcpConfig, TcpFabric};
 pub use verbs::{VerbsConfig, VerbsFabric, abi as verbs_abi, verbs_devices};

@@ -7,6 +7,7 @@
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::fmt;
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 
 /// Memory that a fabric may read from and write to.
@@ -14,13 +15,26 @@ use std::ptr::NonNull;
 /// # Safety
 /// The implementor guarantees that `base()..base() + len_bytes()` stays mapped, readable and writable, at the same
 /// address and of the same length, from before it is registered until the value is dropped, and that writing any
-/// byte of it at any time breaks no Rust reference. Other processes may write it too.
+/// byte of it at any time breaks no Rust reference. Other processes may write it too. Of memory of a device (`device()`)
+/// that is said of adapters, and processors do not touch it.
 pub unsafe trait RegionMemory: Send + Sync {
-    /// The first byte.
+    /// The first byte; of memory of a device, its address there.
     fn base(&self) -> *mut u8;
 
     /// How many bytes follow `base`.
     fn len_bytes(&self) -> u64;
+
+    /// What adapters are told of memory that is a device's; none: it is the host's, mapped here.
+    fn device(&self) -> Option<DeviceMemory<'_>> {
+        None
+    }
+}
+
+/// Memory of a device, a GPU say, as an adapter may come by it.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceMemory<'a> {
+    /// Its dma-buf, if its driver exports one, and where in that it starts, in bytes.
+    pub dma_buf: Option<(BorrowedFd<'a>, u64)>,
 }
 
 const ALIGNMENT: usize = 4096;

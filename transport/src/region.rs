@@ -25,6 +25,8 @@ use crate::payload::Target;
 const CLOSED: usize = 1 << (usize::BITS - 1);
 /// Bytes of a word that is read by one atomic load.
 const WORD_LEN: usize = 8;
+/// The operation of whoever looks for where a payload goes.
+pub(crate) const RECEIVE: &str = "receive";
 /// Parts of one system call; the kernel's own limit (`UIO_MAXIOV`).
 pub(crate) const PARTS_MAX: usize = 1024;
 
@@ -32,6 +34,8 @@ pub(crate) const PARTS_MAX: usize = 1024;
 #[derive(Default)]
 pub(crate) struct Regions {
     tables: RwLock<Tables>,
+    /// Whether the fabric's adapters move memory of devices. Processors never do.
+    with_devices: bool,
 }
 
 #[derive(Default)]
@@ -49,6 +53,8 @@ pub(crate) struct Region {
     access: Access,
     base: *mut u8,
     len_bytes: usize,
+    /// It is a device's: no processor touches it.
+    of_device: bool,
     users: AtomicUsize,
     /// Kept only so that it stays mapped; given back by `close`.
     memory: Mutex<Option<Arc<dyn RegionMemory>>>,
@@ -61,10 +67,16 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Regions {
+    /// Of a fabric whose adapters may come by memory of devices.
+    pub(crate) fn with_devices() -> Self {
+        Self { with_devices: true, ..Self::default() }
+    }
+
     /// Registers a segment under `key`.
     ///
     /// # Errors
-    /// `Invalid` if the segment is registered, the key is or was in use, or the length is no length of memory.
+    /// `Invalid` if the segment is registered, the key is or was in use, or the length is no length of memory;
+    /// `Unavailable` for memory of a device on a fabric that cannot move that.
     pub(crate) fn register(
         &self,
         segment: SegmentId,
@@ -78,12 +90,18 @@ impl Regions {
                 format!("segment {segment} has {} bytes, more than fit in memory", memory.len_bytes()),
             ));
         };
+        let of_device = memory.device().is_some();
+        if of_device && !self.with_devices {
+            let why = "it is a device's, and this fabric moves memory of the host only";
+            return Err(StoreError::unavailable(format!("segment {segment}"), why));
+        }
         let region = Arc::new(Region {
             segment,
             key,
             access,
             base: memory.base(),
             len_bytes,
+            of_device,
             users: AtomicUsize::new(0),
             memory: Mutex::new(Some(memory)),
         });
@@ -180,6 +198,10 @@ impl Tables {
                 format!("{operation}: segment {} is not registered with this fabric", extent.segment),
             ));
         };
+        if region.of_device && operation == RECEIVE {
+            let why = "it is a device's: what comes unasked is put in place by a processor";
+            return Err(StoreError::unavailable(format!("segment {}", extent.segment), why));
+        }
         region.piece(extent.offset, extent.len_bytes).ok_or_else(|| {
             StoreError::invalid(
                 "extent",
@@ -205,10 +227,11 @@ impl Region {
         })
     }
 
-    /// Keeps the memory in place until the returned value is dropped; none once the region is closed.
+    /// Keeps the memory in place until the returned value is dropped; none once the region is closed, nor if it is a
+    /// device's.
     fn enter(&self) -> Option<Entered<'_>> {
         let entered = Entered(self);
-        if self.users.fetch_add(1, Ordering::Acquire) & CLOSED != 0 {
+        if self.users.fetch_add(1, Ordering::Acquire) & CLOSED != 0 || self.of_device {
             return None;
         }
         Some(entered)

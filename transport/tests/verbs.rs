@@ -4,10 +4,17 @@
 
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
+use hetmem_core::wire::FrameHeader;
+use hetmem_core::{Extent, LinkId, RemoteExtent, SegmentId, TransferId};
 use hetmem_transport::conformance::{Bench, Pair};
-use hetmem_transport::{Fabric, FabricSink, VerbsConfig, VerbsFabric, conformance_suite, verbs_devices};
+use hetmem_transport::{
+    Access, Fabric, FabricEvent, FabricSink, HeapRegion, Landing, VerbsConfig, VerbsFabric,
+    conformance_suite, verbs_devices,
+};
 
 struct Device;
 
@@ -52,3 +59,79 @@ impl Bench for Device {
 }
 
 conformance_suite!(Device, when is_ready());
+
+/// Hands events on.
+struct Told(Mutex<Sender<FabricEvent>>);
+
+impl Told {
+    fn new() -> (Arc<Self>, Receiver<FabricEvent>) {
+        let (sender, events) = channel();
+        (Arc::new(Self(Mutex::new(sender))), events)
+    }
+}
+
+impl FabricSink for Told {
+    fn message(&self, _: LinkId, _: FrameHeader, _: &[u8]) -> Landing {
+        Landing::Discard
+    }
+
+    fn event(&self, event: FabricEvent) {
+        // Nobody listens any more when a test is over.
+        let _ = self.0.lock().expect("no panic under it").send(event);
+    }
+}
+
+/// The next event that `wanted` knows.
+fn await_event<T>(events: &Receiver<FabricEvent>, wanted: impl Fn(FabricEvent) -> Option<T>) -> T {
+    loop {
+        let event = events.recv_timeout(Duration::from_secs(60)).expect("an event");
+        if let Some(found) = wanted(event) {
+            return found;
+        }
+    }
+}
+
+#[test]
+fn of_too_many_connections_the_one_for_reads_that_was_not_used_for_longest_is_closed() {
+    const OWNERS: u8 = 3;
+    const LEN: usize = 5_000;
+    if !is_ready() {
+        return;
+    }
+    let listen = format!("{}:0", address().expect("looked at before"));
+    // A connection for each link, and one for reads.
+    let connections_max = usize::from(OWNERS) + 1;
+    let config = VerbsConfig { plugin: plugin(), listen, ..VerbsConfig::default() };
+    let (told, events) = Told::new();
+    let few = VerbsConfig { connections_max, ..config.clone() };
+    let reader = VerbsFabric::start(&few, told).expect("listen");
+    let target = Arc::new(HeapRegion::new(LEN));
+    let segment = SegmentId(1);
+    reader.register(segment, Arc::clone(&target) as _, Access::Local).expect("room");
+    let mut owners = Vec::new();
+    for number in 1..=OWNERS {
+        let (told, _) = Told::new();
+        let owner = VerbsFabric::start(&config, told).expect("listen");
+        let memory = Arc::new(HeapRegion::new(LEN));
+        memory.write(0, &[number; LEN]);
+        let key = owner.register(segment, memory as _, Access::RemoteRead).expect("room");
+        let link = reader.connect(&owner.address()).expect("a link");
+        await_event(&events, |event| matches!(event, FabricEvent::LinkUp { .. }).then_some(()));
+        owners.push((owner, key, link));
+    }
+    for (transfer, turn) in (1..).zip([0, 0, 1, 2, 1, 0, 2]) {
+        let (_, key, link) = &owners[turn];
+        target.write(0, &[0; LEN]);
+        let remote = RemoteExtent { key: *key, offset: 0, len_bytes: LEN as u64 };
+        let local = Extent { segment, offset: 0, len_bytes: LEN as u64 };
+        reader.read(*link, TransferId(transfer), remote, local).expect("a read");
+        let result = await_event(&events, |event| match event {
+            FabricEvent::ReadDone { result, .. } => Some(result),
+            FabricEvent::LinkDown { why, .. } => panic!("{why}"),
+            _ => None,
+        });
+        assert!(result.is_ok(), "{result:?}");
+        assert!(target.read(0, LEN).iter().all(|byte| usize::from(*byte) == turn + 1));
+        assert!(reader.connections() <= connections_max, "{}", reader.connections());
+    }
+}

@@ -25,10 +25,9 @@ mod sys;
 mod wire;
 
 use std::fmt;
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::SocketAddr;
 use std::num::NonZero;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -42,14 +41,13 @@ use crate::fabric::{
     Access, Fabric, FabricEvent, FabricKind, FabricSink, ReadStats, SendToken, Sent, check_lengths,
     check_payload, check_word,
 };
+use crate::lookup::{self, Lookups};
 use crate::memory::RegionMemory;
 use crate::payload::Gather;
 use crate::region::PARTS_MAX;
 
 /// The shortest slice: below, a request costs more than what it asks for.
 const SLICE_BYTES_MIN: usize = 256 << 10;
-/// Host names that are being looked up at once; each takes a thread for as long as the system's resolver does.
-const LOOKUPS_MAX: usize = 8;
 
 /// How a TCP fabric is set up.
 #[derive(Clone, Debug)]
@@ -122,7 +120,7 @@ pub struct TcpFabric {
     shared: Arc<Shared>,
     address: SocketAddr,
     threads: Mutex<Vec<JoinHandle<()>>>,
-    lookups: Arc<AtomicUsize>,
+    lookups: Lookups,
 }
 
 impl fmt::Debug for TcpFabric {
@@ -139,16 +137,12 @@ impl TcpFabric {
     /// configuration that cannot work.
     pub fn start(config: TcpConfig, sink: Arc<dyn FabricSink>) -> Result<Arc<Self>, StoreError> {
         check(&config)?;
-        let listen = resolve(&config.listen, true)?;
+        let listen = lookup::resolve(&config.listen, true)?;
         let (listener, address) = sys::listen(listen)?;
         let (threads, serving_threads) = (config.threads, config.serving_threads);
         let shared = Arc::new(Shared::new(config, sink, listener, address.port())?);
-        let fabric = Arc::new(Self {
-            shared,
-            address,
-            threads: Mutex::default(),
-            lookups: Arc::new(AtomicUsize::new(0)),
-        });
+        let fabric =
+            Arc::new(Self { shared, address, threads: Mutex::default(), lookups: Lookups::default() });
         for number in 0..threads {
             fabric.start_thread(format!("tcp-fabric-{number}"), Shared::serve)?;
         }
@@ -211,28 +205,6 @@ impl TcpFabric {
             self.shared.transfers.lock().remove(&transfer);
         })
     }
-
-    /// Looks a host name up on a thread of its own, since the system's resolver blocks.
-    fn look_up(&self, link: &Arc<Link>) -> Result<(), StoreError> {
-        let lookups = Arc::clone(&self.lookups);
-        if lookups.fetch_add(1, Ordering::Relaxed) >= LOOKUPS_MAX {
-            lookups.fetch_sub(1, Ordering::Relaxed);
-            return Err(StoreError::busy("connect", format!("{LOOKUPS_MAX} host names are being looked up")));
-        }
-        let (link, shared) = (Arc::clone(link), Arc::clone(&self.shared));
-        let wants_ipv4 = self.address.is_ipv4();
-        let started = std::thread::Builder::new().name("tcp-lookup".to_owned()).spawn(move || {
-            link.resolved(&shared, resolve(link.address(), wants_ipv4));
-            lookups.fetch_sub(1, Ordering::Relaxed);
-        });
-        match started {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                self.lookups.fetch_sub(1, Ordering::Relaxed);
-                Err(StoreError::os("start a thread to look a host name up", error))
-            }
-        }
-    }
 }
 
 fn check(config: &TcpConfig) -> Result<(), StoreError> {
@@ -248,15 +220,6 @@ fn check(config: &TcpConfig) -> Result<(), StoreError> {
         return Err(StoreError::invalid("TCP fabric", what));
     }
     Ok(())
-}
-
-/// The address of a host and port; where the host has several, one of the wanted family if there is one.
-fn resolve(address: &str, wants_ipv4: bool) -> Result<SocketAddr, StoreError> {
-    let wrong = |why: String| StoreError::invalid("address", format!("{address:?}: {why}; write host:port"));
-    let found = address.to_socket_addrs().map_err(|error| wrong(error.to_string()))?;
-    let found: Vec<SocketAddr> = found.collect();
-    let wanted = found.iter().find(|found| found.is_ipv4() == wants_ipv4).or(found.first());
-    wanted.copied().ok_or_else(|| wrong("the host has no address".to_owned()))
 }
 
 impl Fabric for TcpFabric {
@@ -297,20 +260,12 @@ impl Fabric for TcpFabric {
     }
 
     fn connect(&self, address: &str) -> Result<LinkId, StoreError> {
-        let Some((_, port)) = address.rsplit_once(':') else {
-            return Err(StoreError::invalid("address", format!("{address:?} has no port; write host:port")));
-        };
-        if port.parse::<u16>().is_err() {
-            return Err(StoreError::invalid("address", format!("{address:?}: {port:?} is no port")));
-        }
+        lookup::check(address)?;
         let link = Link::outbound(&self.shared, address)?;
-        match address.parse::<SocketAddr>() {
-            Ok(address) => link.resolved(&self.shared, Ok(address)),
-            Err(_) => {
-                if let Err(why) = self.look_up(&link) {
-                    link.fail(&self.shared, why);
-                }
-            }
+        let (resolved, shared) = (Arc::clone(&link), Arc::clone(&self.shared));
+        let then = move |address| resolved.resolved(&shared, address);
+        if let Err(why) = self.lookups.start(address, self.address.is_ipv4(), then) {
+            link.fail(&self.shared, why);
         }
         Ok(link.id)
     }

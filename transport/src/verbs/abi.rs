@@ -241,7 +241,7 @@ pub struct Work {
     pub kind: u32,
     /// Any of `FLAG_*`.
     pub flags: u32,
-    /// Of `WORK_SEND` and `WORK_WRITE`.
+    /// Of `WORK_WRITE`.
     pub immediate: u32,
     /// Of `WORK_READ` and `WORK_WRITE`: where in the peer's memory.
     pub remote_address: u64,
@@ -251,7 +251,7 @@ pub struct Work {
     pub _reserved: u32,
 }
 
-/// Sends the pieces, with the immediate number, into the peer's next receive buffer.
+/// Sends the pieces into the peer's next receive buffer.
 pub const WORK_SEND: u32 = 1;
 /// Reads the peer's memory into the pieces.
 pub const WORK_READ: u32 = 2;

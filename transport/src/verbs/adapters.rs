@@ -8,7 +8,8 @@ use std::sync::Arc;
 use hetmem_core::{RemoteKey, SegmentId, StoreError};
 
 use super::abi;
-use super::plugin::{Device, Pool, Queue, Registered, device_name};
+use super::ladder::{Way, climb};
+use super::plugin::{Device, Pool, Queue, Refusal, Registered, device_name};
 use super::slots::Slots;
 use super::wire::{CHUNKS_MAX, Described, RemoteChunk};
 use crate::fabric::Access;
@@ -102,13 +103,24 @@ impl Adapter {
         if self.limits.transport == abi::TRANSPORT_IWARP {
             access |= abi::ACCESS_REMOTE_WRITE;
         }
-        let (mut chunks, mut start) = (Vec::new(), 0);
-        while start < len {
-            let len_bytes = most.min(len - start);
-            let registered = self.device.register(&segment.memory, (start, len_bytes), access)?;
-            chunks.push(Chunk { start, len_bytes, registered });
-            start += len_bytes;
-        }
+        let register = |way| {
+            let (mut chunks, mut start) = (Vec::new(), 0);
+            while start < len {
+                let len_bytes = most.min(len - start);
+                let registered = self.device.register(&segment.memory, (start, len_bytes), way, access)?;
+                chunks.push(Chunk { start, len_bytes, registered });
+                start += len_bytes;
+            }
+            Ok(chunks)
+        };
+        let chunks = match segment.memory.device() {
+            None => register(Way::Host).map_err(|refusal: Refusal| refusal.why)?,
+            Some(device) => {
+                let (chunks, way) = climb(&device, register)?;
+                tracing::info!(segment = %number, device = self.name(), ?way, "memory of a device is registered");
+                chunks
+            }
+        };
         self.segments.insert(number, chunks);
         Ok(())
     }

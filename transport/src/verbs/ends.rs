@@ -70,9 +70,9 @@ pub(super) struct End {
 /// One piece of work.
 pub(super) enum What<'a> {
     /// Sends bytes that travel inside of it.
-    Inline { bytes: &'a [u8], immediate: u32 },
+    Inline { bytes: &'a [u8] },
     /// Sends registered memory.
-    Send { pieces: &'a [abi::Piece], immediate: u32 },
+    Send { pieces: &'a [abi::Piece] },
     /// Reads the peer's memory.
     Read { into: abi::Piece, address: u64, key: u32 },
 }
@@ -135,17 +135,14 @@ impl End {
 
     /// Adds a piece of work to those that `flush` posts; it counts as under way from here on.
     pub(super) fn add(&mut self, what: What<'_>, of: Of, signal: bool) {
-        let (mut kind, mut flags, mut immediate, mut remote) = (abi::WORK_SEND, 0, 0, (0, 0));
+        let (mut kind, mut flags, mut remote) = (abi::WORK_SEND, 0, (0, 0));
         let (pieces_start, inline_start) = (self.batch.pieces.len(), self.batch.inline.len());
         match what {
-            What::Inline { bytes, immediate: number } => {
-                (flags, immediate) = (abi::FLAG_INLINE, number);
+            What::Inline { bytes } => {
+                flags = abi::FLAG_INLINE;
                 self.batch.inline.extend_from_slice(bytes);
             }
-            What::Send { pieces, immediate: number } => {
-                immediate = number;
-                self.batch.pieces.extend_from_slice(pieces);
-            }
+            What::Send { pieces } => self.batch.pieces.extend_from_slice(pieces),
             What::Read { into, address, key } => {
                 (kind, remote) = (abi::WORK_READ, (address, key));
                 self.batch.pieces.push(into);
@@ -163,7 +160,7 @@ impl End {
             piece_count: u32::try_from(self.batch.pieces.len() - pieces_start).unwrap_or(0),
             kind,
             flags,
-            immediate,
+            immediate: 0,
             remote_address: remote.0,
             remote_key: remote.1,
             _reserved: 0,

@@ -5,7 +5,6 @@
 use hetmem_core::wire::{FrameHeader, HEADER_LEN};
 use hetmem_core::{LinkId, StoreError};
 
-use super::wire::{FRAME_REST, FRAME_START};
 use crate::fabric::{FabricEvent, FabricSink, Landing, LandingStats, LandingToken};
 use crate::payload::Scatter;
 use crate::region::Regions;
@@ -27,22 +26,17 @@ struct Payload {
 }
 
 impl Inbox {
-    /// A buffer has come; tells the sink of what is whole by now.
+    /// A part of a frame has come; tells the sink of what is whole by now.
     ///
     /// # Errors
     /// `Protocol` if this is no frame.
     pub(super) fn received(
         &mut self,
         link: LinkId,
-        (kind, mut bytes): (u32, &[u8]),
+        mut bytes: &[u8],
         regions: &Regions,
         sink: &dyn FabricSink,
     ) -> Result<(), StoreError> {
-        let under_way = self.payload.is_some() || !self.frame.is_empty();
-        if (kind == FRAME_START) == under_way || !matches!(kind, FRAME_START | FRAME_REST) {
-            let what = if under_way { "in the middle of a frame" } else { "between frames" };
-            return Err(StoreError::protocol(format!("a send of kind {kind} {what}")));
-        }
         if self.payload.is_none() {
             self.frame.extend_from_slice(bytes);
             let Some(head) = self.frame.first_chunk::<HEADER_LEN>() else {

@@ -5,12 +5,13 @@ use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::time::Instant;
 
+use hetmem_core::wire::{FrameHeader, HEADER_LEN};
 use hetmem_core::{LinkId, RemoteExtent, RemoteKey, SegmentId, StoreError, TransferId};
 
 use super::abi;
 use super::adapters::{Adapter, BUFFER_LEN};
 use super::ends::{End, Of, What};
-use super::wire::{Described, FRAME_REST, LinkToken, RemoteChunk};
+use super::wire::{Described, LinkToken, RemoteChunk, is_description};
 use crate::fabric::{ReadStats, SendToken};
 use crate::payload::Gather;
 use crate::region::Piece;
@@ -44,6 +45,8 @@ pub(super) struct Link {
     pub(super) control: u64,
     /// This end's data connection, if there is one.
     pub(super) reading: Option<u64>,
+    /// When something was last read over it.
+    pub(super) read_at: Instant,
     /// The peer's.
     pub(super) serving: Vec<u64>,
     /// What the peer shows to open one here, and this end there.
@@ -51,6 +54,8 @@ pub(super) struct Link {
     pub(super) theirs: Option<LinkToken>,
     out: VecDeque<Outgoing>,
     out_bytes: usize,
+    /// Bytes of the frame that is coming in which are still to come.
+    coming: u64,
     pub(super) remote: HashMap<RemoteKey, Described>,
     /// The peer has described all of its memory, perhaps before this end hears that there is a connection.
     pub(super) all_described: bool,
@@ -62,7 +67,6 @@ pub(super) struct Link {
 
 /// A frame with its payload, or a description.
 struct Outgoing {
-    kind: u32,
     head: Vec<u8>,
     head_done: usize,
     payload: Option<Gather>,
@@ -97,16 +101,39 @@ impl Link {
             since: Instant::now(),
             control,
             reading: None,
+            read_at: Instant::now(),
             serving: Vec::new(),
             mine,
             theirs: None,
             out: VecDeque::new(),
             out_bytes: 0,
+            coming: 0,
             remote: HashMap::new(),
             all_described: false,
             waiting: VecDeque::new(),
             under_way: HashMap::new(),
         }
+    }
+
+    /// Whether a message that has come is of a frame; otherwise it describes memory.
+    ///
+    /// # Errors
+    /// `Protocol` if it is neither, or longer than what is left of the frame.
+    pub(super) fn is_of_frame(&mut self, bytes: &[u8]) -> Result<bool, StoreError> {
+        if self.coming == 0 {
+            if is_description(bytes) {
+                return Ok(false);
+            }
+            let head = bytes.first_chunk::<HEADER_LEN>();
+            let short = || StoreError::protocol("a frame that begins with less than its header");
+            let header = FrameHeader::parse(head.ok_or_else(short)?)?;
+            let body_len = HEADER_LEN as u64 + u64::from(header.body_len);
+            self.coming = header.payload_len.saturating_add(body_len);
+        }
+        let len = bytes.len() as u64;
+        let long = || StoreError::protocol(format!("{len} bytes where {} are left of a frame", self.coming));
+        self.coming = self.coming.checked_sub(len).ok_or_else(long)?;
+        Ok(true)
     }
 
     /// What is said of something that the end of this link has ended.
@@ -129,7 +156,6 @@ impl Link {
     /// `Busy` if too much waits.
     pub(super) fn queue(
         &mut self,
-        kind: u32,
         head: Vec<u8>,
         payload: Option<Gather>,
         token: SendToken,
@@ -140,22 +166,16 @@ impl Link {
                 format!("{} frames wait on link {}", self.out.len(), self.id),
             ));
         }
-        self.queue_always(kind, head, payload, token);
+        self.queue_always(head, payload, token);
         Ok(())
     }
 
     /// The same for what is bounded otherwise.
-    pub(super) fn queue_always(
-        &mut self,
-        kind: u32,
-        head: Vec<u8>,
-        payload: Option<Gather>,
-        token: SendToken,
-    ) {
+    pub(super) fn queue_always(&mut self, head: Vec<u8>, payload: Option<Gather>, token: SendToken) {
         let payload_left = payload.as_ref().map_or(0, Gather::len);
         let token = payload.is_some().then_some(token);
         self.out_bytes += head.len();
-        self.out.push_back(Outgoing { kind, head, head_done: 0, payload, payload_left, token });
+        self.out.push_back(Outgoing { head, head_done: 0, payload, payload_left, token });
     }
 
     /// Posts what waits, as far as there is room.
@@ -205,6 +225,7 @@ impl Link {
         adapter: &mut Adapter,
         slice_bytes: u64,
     ) -> Result<(), StoreError> {
+        self.read_at = Instant::now();
         while end.room() > 0
             && let Some(read) = self.waiting.front_mut()
         {
@@ -259,14 +280,9 @@ impl Outgoing {
     /// Adds one part to what the end posts; false if there is no buffer for it now.
     fn add_part(&mut self, end: &mut End, adapter: &mut Adapter) -> Result<bool, StoreError> {
         let Some(made) = end.made else { return Ok(false) };
-        let immediate = if self.head_done == 0 { self.kind } else { FRAME_REST };
         if self.payload.is_none() && self.head.len() <= made.inline_bytes_max as usize {
             self.head_done = self.head.len();
-            end.add(
-                What::Inline { bytes: &self.head, immediate },
-                Of::Part { slot: None, last_of: None },
-                true,
-            );
+            end.add(What::Inline { bytes: &self.head }, Of::Part { slot: None, last_of: None }, true);
             return Ok(true);
         }
         let mut pieces: Vec<abi::Piece> = Vec::with_capacity(made.pieces_max as usize);
@@ -292,7 +308,7 @@ impl Outgoing {
         self.payload_left -= bytes - head_len;
         let last = whole_head && self.payload_left == 0;
         let of = Of::Part { slot, last_of: self.token.filter(|_| last) };
-        end.add(What::Send { pieces: &pieces, immediate }, of, last);
+        end.add(What::Send { pieces: &pieces }, of, last);
         Ok(true)
     }
 }

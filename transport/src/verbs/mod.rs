@@ -10,6 +10,9 @@ mod adapters;
 mod completion;
 mod ends;
 mod incoming;
+mod ladder;
+#[cfg(test)]
+mod ladder_tests;
 mod links;
 mod plugin;
 #[cfg(test)]
@@ -20,7 +23,7 @@ mod state;
 mod wire;
 
 use std::fmt;
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -35,11 +38,12 @@ use self::links::{Read, Stage, stretches_of};
 use self::plugin::{Context, Plugin, device_name};
 use self::shared::Shared;
 use self::state::State;
-use self::wire::{FRAME_START, LinkToken};
+use self::wire::LinkToken;
 use crate::fabric::{
     Access, Fabric, FabricEvent, FabricKind, FabricSink, SendToken, Sent, check_lengths, check_payload,
     check_word,
 };
+use crate::lookup::{self, Lookups};
 use crate::memory::RegionMemory;
 use crate::payload::Gather;
 
@@ -61,6 +65,9 @@ pub struct VerbsConfig {
     pub busy_poll: Duration,
     /// The most links, in and out.
     pub links_max: usize,
+    /// The most connections: one for each link, and more for reads. Beyond that, the one for reads that has not been used
+    /// for longest is closed; it is made again when it is wanted.
+    pub connections_max: usize,
 }
 
 impl Default for VerbsConfig {
@@ -72,6 +79,7 @@ impl Default for VerbsConfig {
             slice_bytes: 1 << 20,
             busy_poll: Duration::from_micros(50),
             links_max: 1024,
+            connections_max: 4096,
         }
     }
 }
@@ -88,6 +96,7 @@ pub fn verbs_devices(plugin: Option<&std::path::Path>) -> Result<Vec<String>, St
 pub struct VerbsFabric {
     shared: Arc<Shared>,
     address: SocketAddr,
+    lookups: Lookups,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -105,12 +114,14 @@ impl VerbsFabric {
     /// listened on.
     pub fn start(config: &VerbsConfig, sink: Arc<dyn FabricSink>) -> Result<Arc<Self>, StoreError> {
         let context = Context::open(Plugin::load(config.plugin.as_deref())?)?;
-        let (listener, address) = context.listen(resolve(&config.listen)?, 0)?;
+        let (listener, address) = context.listen(lookup::resolve(&config.listen, true)?, 0)?;
         let mut state = State::new(Arc::clone(&context), listener, address);
         (state.slice_bytes, state.links_max) = (config.slice_bytes.max(1), config.links_max);
+        state.connections_max = config.connections_max;
         state.open_adapters()?;
         let shared = Arc::new(Shared::new(sink, context, state, config.busy_poll)?);
-        let fabric = Arc::new(Self { shared, address, threads: Mutex::default() });
+        let fabric =
+            Arc::new(Self { shared, address, lookups: Lookups::default(), threads: Mutex::default() });
         for number in 0..config.threads.max(1) {
             let shared = Arc::clone(&fabric.shared);
             let thread = std::thread::Builder::new()
@@ -120,6 +131,12 @@ impl VerbsFabric {
             fabric.threads.lock().push(thread);
         }
         Ok(fabric)
+    }
+
+    /// How many connections there are, those included that are being made.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.shared.state.lock().connections()
     }
 
     fn begin_read(
@@ -184,12 +201,6 @@ fn no_link(operation: &'static str, link: LinkId) -> StoreError {
     }
 }
 
-fn resolve(address: &str) -> Result<SocketAddr, StoreError> {
-    let wrong = |why: String| StoreError::invalid("address", format!("{address:?}: {why}; write host:port"));
-    let mut found = address.to_socket_addrs().map_err(|error| wrong(error.to_string()))?;
-    found.next().ok_or_else(|| wrong("the host has no address".to_owned()))
-}
-
 impl Fabric for VerbsFabric {
     fn kind(&self) -> FabricKind {
         FabricKind::Verbs
@@ -231,13 +242,23 @@ impl Fabric for VerbsFabric {
     }
 
     fn connect(&self, address: &str) -> Result<LinkId, StoreError> {
-        let peer = resolve(address)?;
+        lookup::check(address)?;
         let mine = LinkToken(crate::tcp::random_number()?);
-        let mut state = self.shared.state.lock();
-        let link = state.dial(address, peer, mine)?;
-        drop(state);
-        // Somebody has to look when it takes too long.
-        self.shared.ring();
+        let link = self.shared.state.lock().new_link(address, mine)?;
+        let shared = Arc::clone(&self.shared);
+        let then = move |peer: Result<SocketAddr, StoreError>| {
+            let mut state = shared.state.lock();
+            if let Err(why) = peer.and_then(|peer| state.dial(link, peer)) {
+                state.disconnect(link, &why);
+            }
+            drop(state);
+            // Somebody has to look when it takes too long, and if it is over already.
+            shared.ring();
+        };
+        if let Err(why) = self.lookups.start(address, self.address.is_ipv4(), then) {
+            self.shared.state.lock().disconnect(link, &why);
+            self.shared.ring();
+        }
         Ok(link)
     }
 
@@ -265,7 +286,7 @@ impl Fabric for VerbsFabric {
         let Some(found) = state.links.get_mut(&link).filter(|link| link.stage == Stage::Up) else {
             return Err(no_link("send", link));
         };
-        found.queue(FRAME_START, frame.as_bytes().to_vec(), gather, token)?;
+        found.queue(frame.as_bytes().to_vec(), gather, token)?;
         state.post(link);
         self.look_after(state);
         Ok(sent)

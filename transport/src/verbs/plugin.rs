@@ -14,6 +14,7 @@ use std::sync::Arc;
 use hetmem_core::StoreError;
 
 use super::abi;
+use super::ladder::Way;
 use crate::memory::RegionMemory;
 
 /// What the plugin's file is called.
@@ -61,6 +62,12 @@ impl Plugin {
             return Err(format!("a table of {} bytes, not {}", table.size_bytes, size_of::<abi::Table>()));
         }
         Ok(Self(table))
+    }
+
+    /// A table that is a test's own.
+    #[cfg(test)]
+    pub(super) fn stand_in(table: &'static abi::Table) -> Self {
+        Self(table)
     }
 
     /// Devices of this machine.
@@ -319,31 +326,49 @@ impl Device {
         Ok(Arc::new(Pool { table: self.table, raw, _device: Arc::clone(self) }))
     }
 
-    /// Registers `len_bytes` bytes of host memory from `start` on.
+    /// Registers `len_bytes` bytes of memory from `start` on, in this way.
     pub(super) fn register(
         self: &Arc<Self>,
         memory: &Arc<dyn RegionMemory>,
         (start, len_bytes): (u64, u64),
+        way: Way,
         access: u32,
-    ) -> Result<Registered, StoreError> {
+    ) -> Result<Registered, Refusal> {
+        let (descriptor, offset) = match way {
+            Way::DmaBuf { descriptor, offset } => (descriptor, offset + start),
+            Way::Host | Way::Peer => (-1, 0),
+        };
         let description = abi::Memory {
-            kind: abi::MEMORY_HOST,
-            descriptor: -1,
-            offset: 0,
+            kind: way.kind(),
+            descriptor,
+            offset,
             address: memory.base() as u64 + start,
             len_bytes,
             access,
             _reserved: 0,
         };
         let (mut raw, mut failure, mut keys) = (ptr::null_mut(), nothing_failed(), abi::Keys::default());
-        // SAFETY: the device is open, and there is room for all. The memory stays mapped while the region holds it.
+        // SAFETY: the device is open, and there is room for all. The memory stays where it is while the region holds it.
         let errno = unsafe {
             let (out, keys) = (&raw mut raw, &raw mut keys);
             (self.table.region_open)(self.raw, &raw const description, out, keys, &raw mut failure)
         };
-        check(errno, &failure)?;
+        check(errno, &failure).map_err(|why| Refusal { errno, why })?;
         let (device, memory) = (Arc::clone(self), Some(Arc::clone(memory)));
         Ok(Registered { table: self.table, raw, _device: device, _memory: memory, keys })
+    }
+}
+
+/// Why memory was not registered.
+#[derive(Clone, Debug)]
+pub(super) struct Refusal {
+    pub(super) errno: i32,
+    pub(super) why: StoreError,
+}
+
+impl From<Refusal> for StoreError {
+    fn from(refusal: Refusal) -> Self {
+        refusal.why
     }
 }
 

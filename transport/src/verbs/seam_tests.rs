@@ -6,16 +6,22 @@
 #![allow(unsafe_code)]
 #![allow(clippy::print_stdout, reason = "says why nothing was tested")]
 
+use std::ffi::c_void;
 use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hetmem_core::StoreError;
+use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create, open};
+use rustix::io::Errno;
+use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 
 use super::abi;
 use super::completion::{Class, class_of, explain};
+use super::ladder::{Way, climb};
 use super::plugin::{Connection, Context, Device, Greeting, Made, Plugin, Pool, Queue, Registered};
-use crate::memory::{HeapRegion, RegionMemory};
+use crate::memory::{DeviceMemory, HeapRegion, RegionMemory};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const LEN: usize = 4096;
@@ -28,7 +34,7 @@ struct Pair {
     registered: Registered,
     queues: [Arc<Queue>; 2],
     pools: [Arc<Pool>; 2],
-    _device: Arc<Device>,
+    device: Arc<Device>,
     context: Arc<Context>,
 }
 
@@ -75,7 +81,7 @@ fn connected(context: &Arc<Context>, at: SocketAddr) -> Result<Pair, StoreError>
     let memory = Arc::new(HeapRegion::new(2 * LEN));
     let access = abi::ACCESS_LOCAL_WRITE | abi::ACCESS_REMOTE_READ;
     let shared = Arc::clone(&memory) as Arc<dyn RegionMemory>;
-    let registered = device.register(&shared, (0, 2 * LEN as u64), access)?;
+    let registered = device.register(&shared, (0, 2 * LEN as u64), Way::Host, access)?;
     Ok(Pair {
         a,
         b: Some(b),
@@ -83,7 +89,7 @@ fn connected(context: &Arc<Context>, at: SocketAddr) -> Result<Pair, StoreError>
         registered,
         queues: [queue_a, queue_b],
         pools: [pool_a, pool_b],
-        _device: device,
+        device,
         context: Arc::clone(context),
     })
 }
@@ -189,4 +195,80 @@ fn work_of_a_connection_that_was_ended_is_flushed() {
     pair.a.disconnect();
     pair.post(abi::WORK_READ, |_, _| {});
     pair.fails_with(5, Class::Reconnect);
+}
+
+/// Memory that says it is a device's: a dma-buf of the kernel's own, and an address that nobody knows.
+struct Foreign(OwnedFd);
+
+// SAFETY: the adapter is expected to refuse it, and no processor is led to it.
+unsafe impl RegionMemory for Foreign {
+    fn base(&self) -> *mut u8 {
+        std::ptr::without_provenance_mut(1 << 16)
+    }
+
+    fn len_bytes(&self) -> u64 {
+        LEN as u64
+    }
+
+    fn device(&self) -> Option<DeviceMemory<'_>> {
+        Some(DeviceMemory { dma_buf: Some((self.0.as_fd(), 0)) })
+    }
+}
+
+/// UDMABUF_CREATE of linux/udmabuf.h: makes a dma-buf of a memory file.
+#[repr(C)]
+struct MakeDmaBuf {
+    memory_file: u32,
+    flags: u32,
+    offset: u64,
+    len_bytes: u64,
+}
+
+// SAFETY: the kernel reads the fields, of the layout that the header has, and answers with a new descriptor.
+unsafe impl Ioctl for MakeDmaBuf {
+    type Output = OwnedFd;
+
+    const IS_MUTATING: bool = false;
+
+    fn opcode(&self) -> Opcode {
+        opcode::write::<Self>(b'u', 0x42)
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        std::ptr::from_mut(self).cast()
+    }
+
+    unsafe fn output_from_ptr(answer: IoctlOutput, _: *mut c_void) -> rustix::io::Result<OwnedFd> {
+        // SAFETY: the call has succeeded, so this is a descriptor, and nobody else has it.
+        Ok(unsafe { OwnedFd::from_raw_fd(answer) })
+    }
+}
+
+fn dma_buf() -> rustix::io::Result<OwnedFd> {
+    let file = memfd_create("dma-buf", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    ftruncate(&file, LEN as u64)?;
+    fcntl_add_seals(&file, SealFlags::SHRINK)?;
+    let maker = open("/dev/udmabuf", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    let memory_file = file.as_raw_fd().cast_unsigned();
+    // SAFETY: as for `Ioctl` above.
+    unsafe { ioctl(&maker, MakeDmaBuf { memory_file, flags: 0, offset: 0, len_bytes: LEN as u64 }) }
+}
+
+#[test]
+fn soft_roce_takes_no_device_memory_and_says_why() {
+    let Some(pair) = pair() else { return };
+    let memory: Arc<dyn RegionMemory> = Arc::new(Foreign(dma_buf().expect("a dma-buf")));
+    let device = memory.device().expect("it says so");
+    let access = abi::ACCESS_LOCAL_WRITE | abi::ACCESS_REMOTE_READ;
+    let mut errnos = Vec::new();
+    let refused = climb(&device, |way| {
+        let refused = pair.device.register(&memory, (0, LEN as u64), way, access);
+        refused.inspect_err(|refusal| errnos.push(refusal.errno))
+    });
+    let Err(why) = refused else { panic!("it was registered, and this test knows no adapter that does") };
+    println!("{why}");
+    assert_eq!(errnos, [Errno::OPNOTSUPP.raw_os_error(), Errno::FAULT.raw_os_error()]);
+    for part in ["takes no dma-buf", "load nvidia-peermem", "staged through host memory"] {
+        assert!(why.to_string().contains(part), "{why}");
+    }
 }

@@ -55,7 +55,7 @@ impl Shared {
         seats.events().add(context.descriptor(), CONNECTIONS, EventFlags::IN | EventFlags::ET)?;
         Ok(Self {
             sink,
-            regions: Regions::default(),
+            regions: Regions::with_devices(),
             state: Mutex::new(state),
             seats,
             busy_poll,
@@ -191,12 +191,12 @@ impl Shared {
     fn carry_out(&self, effect: Effect) {
         match effect {
             Effect::Report(event) => self.sink.event(event),
-            Effect::Received { link, adapter, slots, slot, kind, len } => {
+            Effect::Received { link, adapter, slots, slot, len } => {
                 let result = {
                     let mut inboxes = self.inboxes.lock();
                     let inbox = inboxes.entry(link).or_default();
                     let bytes = slots.bytes(slot, len).unwrap_or_default();
-                    inbox.received(link, (kind, bytes), &self.regions, &*self.sink)
+                    inbox.received(link, bytes, &self.regions, &*self.sink)
                 };
                 let mut state = self.state.lock();
                 state.lend_again(adapter, slot);

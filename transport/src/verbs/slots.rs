@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use hetmem_core::StoreError;
 
 use super::abi;
+use super::ladder::Way;
 use super::plugin::{Device, Registered};
 use crate::memory::{HeapRegion, RegionMemory};
 
@@ -34,7 +35,7 @@ impl Slots {
         if device.limits()?.transport == abi::TRANSPORT_IWARP {
             access |= abi::ACCESS_REMOTE_WRITE;
         }
-        let registered = device.register(&shared, (0, len_bytes), access)?;
+        let registered = device.register(&shared, (0, len_bytes), Way::Host, access)?;
         Ok(Self {
             memory,
             registered,

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hetmem_core::{LinkId, RemoteKey, SegmentId, StoreError, TransferId};
 
@@ -16,7 +16,7 @@ use super::ends::{End, Of, Role, Stage as EndStage};
 use super::links::{Link, Read, Stage};
 use super::plugin::{Connection, Context, Device, Greeting};
 use super::slots::Slots;
-use super::wire::{Described, Hello, LinkToken, REGION, describe, described};
+use super::wire::{Described, Hello, LinkToken, describe, described};
 use crate::fabric::{FabricEvent, FabricKind, SendToken};
 
 /// How long looking for the way to a peer may take, in milliseconds.
@@ -35,7 +35,7 @@ pub(super) enum Effect {
     /// The sink hears of it.
     Report(FabricEvent),
     /// A buffer came for a link; it is lent again afterwards.
-    Received { link: LinkId, adapter: usize, slots: Arc<Slots>, slot: u32, kind: u32, len: usize },
+    Received { link: LinkId, adapter: usize, slots: Arc<Slots>, slot: u32, len: usize },
     /// A link is over: a landing that was promised is told, then the link's end.
     Ended { link: LinkId, why: StoreError, was_up: bool },
 }
@@ -48,6 +48,7 @@ pub(super) struct State {
     pub(super) refused: u64,
     pub(super) slice_bytes: u64,
     pub(super) links_max: usize,
+    pub(super) connections_max: usize,
     /// Where it listens.
     at: SocketAddr,
     ends: BTreeMap<u64, End>,
@@ -72,6 +73,7 @@ impl State {
             refused: 0,
             slice_bytes: 1 << 20,
             links_max: 1024,
+            connections_max: usize::MAX,
             at,
             ends: BTreeMap::new(),
             by_pair: HashMap::new(),
@@ -213,7 +215,7 @@ impl State {
         self.adapters.values_mut().for_each(|adapter| adapter.deregister(number));
         let gone = describe(segment.key, &Described::Gone);
         for link in self.links.values_mut().filter(|link| link.stage != Stage::Dialing) {
-            link.queue_always(REGION, gone.clone(), None, SendToken(0));
+            link.queue_always(gone.clone(), None, SendToken(0));
         }
         self.post_all();
     }
@@ -227,28 +229,49 @@ impl State {
         let adapter = adapter.and_then(|adapter| self.adapters.get(&adapter));
         if let (Some(adapter), Some(segment)) = (adapter, self.segments.get(&number)) {
             let described = adapter.describe(number, segment);
-            link.queue_always(REGION, describe(segment.key, &described), None, SendToken(0));
+            link.queue_always(describe(segment.key, &described), None, SendToken(0));
         }
     }
 
     // Connections.
 
-    /// Begins to connect.
-    pub(super) fn dial(
-        &mut self,
-        address: &str,
-        peer: SocketAddr,
-        mine: LinkToken,
-    ) -> Result<LinkId, StoreError> {
+    /// A link that is to be dialled once its address is known.
+    pub(super) fn new_link(&mut self, address: &str, mine: LinkToken) -> Result<LinkId, StoreError> {
         if self.links.len() >= self.links_max {
             return Err(StoreError::busy("connect", format!("there are {} links", self.links.len())));
         }
         let (id, token) = (self.link_number(), self.number());
+        let nowhere = SocketAddr::from(([0; 4], 0));
+        self.tokens.insert(mine, id);
+        self.links.insert(id, Link::new(id, address.to_owned(), nowhere, token, mine));
+        Ok(id)
+    }
+
+    /// Begins to connect.
+    pub(super) fn dial(&mut self, id: LinkId, peer: SocketAddr) -> Result<(), StoreError> {
+        let Some(link) = self.links.get_mut(&id) else { return Ok(()) };
+        (link.peer, link.since) = (peer, Instant::now());
+        let token = link.control;
         let connection = self.context.resolve(peer, RESOLVE_MS, token)?;
         self.ends.insert(token, End::new(connection, Role::Control(id), EndStage::Resolving));
-        self.tokens.insert(mine, id);
-        self.links.insert(id, Link::new(id, address.to_owned(), peer, token, mine));
-        Ok(id)
+        Ok(())
+    }
+
+    pub(super) fn connections(&self) -> usize {
+        self.ends.len()
+    }
+
+    /// If there are as many connections as there may be, closes that for reads which was not used for longest.
+    fn make_room(&mut self) {
+        if self.ends.len() < self.connections_max {
+            return;
+        }
+        let idle =
+            |link: &&Link| link.reading.is_some() && link.waiting.is_empty() && link.under_way.is_empty();
+        let oldest = self.links.values().filter(idle).min_by_key(|link| link.read_at);
+        if let Some(token) = oldest.and_then(|link| link.reading) {
+            self.end_over(token, None, &StoreError::unavailable("its connection", "others are wanted more"));
+        }
     }
 
     /// Whether there is something to look after now and then: a link that is being made, or a listener that is not there.
@@ -432,7 +455,7 @@ impl State {
                 self.tell_of(id, segment);
             }
             if let Some(link) = self.links.get_mut(&id) {
-                link.queue_always(REGION, describe(RemoteKey(0), &Described::All), None, SendToken(0));
+                link.queue_always(describe(RemoteKey(0), &Described::All), None, SendToken(0));
             }
             self.up_if_greeted(id);
         }
@@ -464,6 +487,7 @@ impl State {
         if let Some(token) = link.reading
             && let Some(end) = self.ends.get_mut(&token)
             && let Some(adapter) = end.adapter.and_then(|number| self.adapters.get_mut(&number))
+            && !link.waiting.is_empty()
             && let Err(why) = link.post_reads(end, adapter, self.slice_bytes)
         {
             failed.get_or_insert((token, why));
@@ -485,6 +509,7 @@ impl State {
     }
 
     fn open_reading(&mut self, id: LinkId) {
+        self.make_room();
         let token = self.number();
         let Some(link) = self.links.get_mut(&id) else { return };
         match self.context.resolve(link.peer, RESOLVE_MS, token) {
@@ -590,18 +615,17 @@ impl State {
             }
             return;
         };
-        if done.immediate != REGION {
-            let kind = done.immediate;
-            return self.effects.push_back(Effect::Received {
-                link,
-                adapter: number,
-                slots,
-                slot,
-                kind,
-                len,
-            });
-        }
-        let described = described(slots.bytes(slot, len).unwrap_or_default());
+        let bytes = slots.bytes(slot, len).unwrap_or_default();
+        let Some(of_frame) = self.links.get_mut(&link).map(|link| link.is_of_frame(bytes)) else {
+            return self.lend_again(number, slot);
+        };
+        let described = match of_frame {
+            Ok(true) => {
+                return self.effects.push_back(Effect::Received { link, adapter: number, slots, slot, len });
+            }
+            Ok(false) => described(bytes),
+            Err(why) => Err(why),
+        };
         self.lend_again(number, slot);
         match (described, self.links.get_mut(&link)) {
             (Ok((key, Described::Gone)), Some(link)) => drop(link.remote.remove(&key)),
@@ -760,8 +784,10 @@ impl State {
 
     /// This end disconnects a link.
     pub(super) fn disconnect(&mut self, id: LinkId, why: &StoreError) {
-        if let Some(control) = self.links.get(&id).map(|link| link.control) {
-            self.end_over(control, None, why);
+        match self.links.get(&id).map(|link| link.control) {
+            Some(control) if self.ends.contains_key(&control) => self.end_over(control, None, why),
+            Some(_) => self.link_over(id, why),
+            None => {}
         }
     }
 

@@ -10,12 +10,14 @@ const HELLO_LEN: usize = 16;
 /// Regions of more chunks than that are not described.
 pub(super) const CHUNKS_MAX: usize = 256;
 
-/// Immediate numbers: what a send brings.
-pub(super) const FRAME_START: u32 = 1;
-/// More of the frame, or of its payload.
-pub(super) const FRAME_REST: u32 = 2;
-/// A description of memory.
-pub(super) const REGION: u32 = 3;
+/// How a description begins. A frame begins with another word (`hetmem_core::wire::MAGIC`). Not an immediate number, which
+/// iWARP does not have.
+const DESCRIPTION: [u8; 4] = *b"HMVR";
+
+/// Whether a message that is not inside of a frame describes memory, and is not a frame.
+pub(super) fn is_description(bytes: &[u8]) -> bool {
+    bytes.starts_with(&DESCRIPTION)
+}
 
 /// Names a link to the end that is to open a data connection for it, or that has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -88,7 +90,7 @@ pub(super) enum Described {
     All,
 }
 
-const REGION_HEAD_LEN: usize = 20;
+const REGION_HEAD_LEN: usize = 24;
 const CHUNK_LEN: usize = 20;
 
 // A description is one send.
@@ -102,6 +104,7 @@ pub(super) fn describe(key: RemoteKey, described: &Described) -> Vec<u8> {
         Described::All => (3, 0, &[]),
     };
     let mut bytes = Vec::with_capacity(REGION_HEAD_LEN + chunks.len() * CHUNK_LEN);
+    bytes.extend_from_slice(&DESCRIPTION);
     bytes.extend_from_slice(&key.0.to_be_bytes());
     bytes.extend_from_slice(&kind.to_be_bytes());
     bytes.extend_from_slice(&segment.to_be_bytes());
@@ -119,6 +122,7 @@ pub(super) fn describe(key: RemoteKey, described: &Described) -> Vec<u8> {
 pub(super) fn described(bytes: &[u8]) -> Result<(RemoteKey, Described), StoreError> {
     let wrong = || StoreError::protocol(format!("{} bytes that describe no region", bytes.len()));
     let (head, rest) = bytes.split_first_chunk::<REGION_HEAD_LEN>().ok_or_else(wrong)?;
+    let head = head.strip_prefix(&DESCRIPTION[..]).ok_or_else(wrong)?;
     let (key, head) = head.split_first_chunk::<8>().ok_or_else(wrong)?;
     let (kind, head) = head.split_first_chunk::<4>().ok_or_else(wrong)?;
     let (segment, count) = head.split_first_chunk::<4>().ok_or_else(wrong)?;
@@ -213,6 +217,7 @@ mod tests {
         let readable = Described::Readable { segment: 5, chunks: (0..7).map(chunk).collect() };
         for of in [Described::Gone, Described::Local { segment: 9 }, Described::All, readable] {
             let bytes = describe(RemoteKey(77), &of);
+            assert!(is_description(&bytes));
             assert_eq!(described(&bytes).expect("whole"), (RemoteKey(77), of));
             for len in 0..bytes.len() {
                 assert!(described(&bytes[..len]).is_err(), "cut at {len}");

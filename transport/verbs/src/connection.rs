@@ -368,7 +368,7 @@ unsafe fn work_request(asked: &Work, pieces: &mut Vec<ibv_sge>) -> ibv_send_wr {
     request.opcode = match asked.kind {
         WORK_READ => op::IBV_WR_RDMA_READ,
         WORK_WRITE => op::IBV_WR_RDMA_WRITE_WITH_IMM,
-        _ => op::IBV_WR_SEND_WITH_IMM,
+        _ => op::IBV_WR_SEND,
     };
     for (asked_for, flag) in [
         (FLAG_SIGNALED, flags::IBV_SEND_SIGNALED),
