@@ -54,6 +54,7 @@ fn built(workspace: &Workspace) -> Result<Vec<PathBuf>, String> {
 fn in_guest(workspace: &Workspace, programs: &[PathBuf]) -> Report {
     let mut command = Command::new(workspace.root.join("tests/vm/run"));
     command.args(["-m", MEMORY, "-t", LIMIT]);
+    command.arg("-r").arg(&workspace.root).arg("-r").arg(&workspace.target);
     let debug = |name: &str| workspace.target.join("debug").join(name);
     for (name, value) in [
         ("HETMEM_VERBS_ADDRESS", PathBuf::from(ADDRESS)),

@@ -2,6 +2,8 @@
 //! not the bytes that come (`incoming`). Invariant: everything here is changed under one lock, nothing waits under it, and
 //! the sink is never called under it: what it is to hear is put into `effects`.
 
+mod devices;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -14,7 +16,7 @@ use super::adapters::{Adapter, Segment, receive_slot};
 use super::completion::{Class, class_of, explain};
 use super::ends::{End, Of, Role, Stage as EndStage};
 use super::links::{Link, Read, Stage};
-use super::plugin::{Connection, Context, Device, Greeting};
+use super::plugin::{Connection, Context, Greeting};
 use super::slots::Slots;
 use super::wire::{Described, Hello, LinkToken, describe, described};
 use crate::fabric::{FabricEvent, FabricKind, SendToken};
@@ -97,140 +99,6 @@ impl State {
 
     pub(super) fn report(&mut self, event: FabricEvent) {
         self.effects.push_back(Effect::Report(event));
-    }
-
-    // Adapters.
-
-    /// The adapter that a connection goes through, opened if it is the first.
-    fn adapter_of(&mut self, connection: &Connection) -> Result<usize, StoreError> {
-        self.adapter(Device::raw_of(connection)?)
-    }
-
-    fn adapter(&mut self, raw: *mut abi::Device) -> Result<usize, StoreError> {
-        if let Some((&number, _)) = self.adapters.iter().find(|(_, adapter)| adapter.device.is(raw)) {
-            return Ok(number);
-        }
-        let adapter = Adapter::open(Device::own(&self.context, raw), &self.segments)?;
-        tracing::info!(device = adapter.name(), "an RDMA device is used");
-        let number = usize::try_from(self.number()).unwrap_or(0);
-        self.adapters.insert(number, adapter);
-        self.unwatched.push(number);
-        Ok(number)
-    }
-
-    /// Opens the adapters that peers may come through, the one that the listener is bound to or all that there are: so that
-    /// segments are registered before anybody asks for them.
-    pub(super) fn open_adapters(&mut self) -> Result<(), StoreError> {
-        let bound = self.listener.as_ref().filter(|_| !self.at.ip().is_unspecified());
-        let devices = match bound {
-            Some(listener) => vec![Device::raw_of(listener)?],
-            None => self.context.devices(),
-        };
-        for device in devices {
-            self.adapter(device)?;
-        }
-        Ok(())
-    }
-
-    /// An adapter's device goes away, or is broken: so does everything that goes through it.
-    fn lose_adapter(&mut self, number: usize, why: &StoreError) {
-        let of_it = self.ends.iter().filter(|(_, end)| end.adapter == Some(number));
-        let tokens: Vec<u64> = of_it.map(|(token, _)| *token).collect();
-        for token in tokens {
-            self.end_over(token, None, why);
-        }
-        if let Some(adapter) = self.adapters.remove(&number) {
-            tracing::warn!(device = adapter.name(), %why, "an RDMA device is not used any more");
-        }
-    }
-
-    /// A device is waiting to be closed so that it can go.
-    fn device_removed(&mut self, raw: *mut abi::Device) {
-        let why = StoreError::unavailable("its connection", "the RDMA device was removed");
-        // Before the adapter: its device is named by what is known of it.
-        if self.listener.as_ref().is_some_and(|it| Device::raw_of(it).is_ok_and(|of| of == raw)) {
-            self.listener = None;
-        }
-        let number =
-            self.adapters.iter().find(|(_, adapter)| adapter.device.is(raw)).map(|(number, _)| *number);
-        match number {
-            Some(number) => self.lose_adapter(number, &why),
-            // It was opened, and not used yet.
-            None => drop(Device::own(&self.context, raw)),
-        }
-    }
-
-    /// Listens again if the device that it listened on was removed, and is back.
-    pub(super) fn listen_again(&mut self) {
-        if self.listener.is_some() {
-            return;
-        }
-        if let Ok((listener, _)) = self.context.listen(self.at, 0) {
-            self.listener = Some(listener);
-            match self.open_adapters() {
-                Ok(()) => tracing::info!(address = %self.at, "RDMA is listened for again"),
-                Err(why) => {
-                    tracing::warn!(%why, "the RDMA device that is back cannot be used");
-                    self.listener = None;
-                }
-            }
-        }
-    }
-
-    /// Registers a segment with all adapters, or with none.
-    pub(super) fn register(&mut self, number: SegmentId, segment: Segment) -> Result<(), StoreError> {
-        let mut failed = None;
-        for adapter in self.adapters.values_mut() {
-            if let Err(why) = adapter.register(number, &segment) {
-                failed = Some(why);
-                break;
-            }
-        }
-        if let Some(why) = failed {
-            self.adapters.values_mut().for_each(|adapter| adapter.deregister(number));
-            return Err(why);
-        }
-        self.segments.insert(number, segment);
-        let links: Vec<LinkId> = self.links.keys().copied().collect();
-        for link in links {
-            self.tell_of(link, number);
-        }
-        Ok(())
-    }
-
-    pub(super) fn deregister(&mut self, number: SegmentId) {
-        let Some(segment) = self.segments.remove(&number) else { return };
-        let why = |transfer: TransferId| {
-            let subject = format!("transfer {transfer}");
-            StoreError::stale("read", subject, format!("local segment {number} was deregistered"))
-        };
-        let mut of_it = Vec::new();
-        for link in self.links.values() {
-            let all = link.waiting.iter().chain(link.under_way.values());
-            of_it.extend(all.filter(|read| read.segment == Some(number)).map(|read| read.transfer));
-        }
-        for transfer in of_it {
-            self.give_up(transfer, &why(transfer));
-        }
-        self.adapters.values_mut().for_each(|adapter| adapter.deregister(number));
-        let gone = describe(segment.key, &Described::Gone);
-        for link in self.links.values_mut().filter(|link| link.stage != Stage::Dialing) {
-            link.queue_always(gone.clone(), None, SendToken(0));
-        }
-        self.post_all();
-    }
-
-    /// Tells the peer of a link of a segment.
-    fn tell_of(&mut self, link: LinkId, number: SegmentId) {
-        let Some(link) = self.links.get_mut(&link).filter(|link| link.stage != Stage::Dialing) else {
-            return;
-        };
-        let adapter = self.ends.get(&link.control).and_then(|end| end.adapter);
-        let adapter = adapter.and_then(|adapter| self.adapters.get(&adapter));
-        if let (Some(adapter), Some(segment)) = (adapter, self.segments.get(&number)) {
-            let described = adapter.describe(number, segment);
-            link.queue_always(describe(segment.key, &described), None, SendToken(0));
-        }
     }
 
     // Connections.
