@@ -110,8 +110,7 @@ impl VerbsFabric {
     /// Opens the plugin, listens and starts the threads. The sink is kept until the fabric is dropped.
     ///
     /// # Errors
-    /// `Unavailable` naming what is missing (the plugin, a library), `Os` if there is no device, or the address cannot be
-    /// listened on.
+    /// `Unavailable` naming what is missing (the plugin, a library, a device), `Os` if the address cannot be listened on.
     pub fn start(config: &VerbsConfig, sink: Arc<dyn FabricSink>) -> Result<Arc<Self>, StoreError> {
         let context = Context::open(Plugin::load(config.plugin.as_deref())?)?;
         let (listener, address) = context.listen(lookup::resolve(&config.listen, true)?, 0)?;

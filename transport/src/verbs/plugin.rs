@@ -190,11 +190,12 @@ owned! {
 
 impl Context {
     /// # Errors
-    /// `Os` where there is no RDMA.
+    /// `Unavailable` where there is no RDMA.
     pub(super) fn open(plugin: Plugin) -> Result<Arc<Self>, StoreError> {
         let (mut raw, mut failure) = (ptr::null_mut(), nothing_failed());
         // SAFETY: there is room for both.
-        check(unsafe { (plugin.0.context_open)(&raw mut raw, &raw mut failure) }, &failure)?;
+        let errno = unsafe { (plugin.0.context_open)(&raw mut raw, &raw mut failure) };
+        check(errno, &failure).map_err(|why| absent(why.to_string()))?;
         Ok(Arc::new(Self { table: plugin.0, raw }))
     }
 
