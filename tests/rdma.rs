@@ -104,6 +104,19 @@ fn the_demo_moves_a_state_dict() {
 }
 
 #[test]
+fn a_node_that_listens_everywhere_is_reached_and_doctor_names_the_device() {
+    let Some(lab) = Lab::enter() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let owner = lab.node(folder.path(), "owner", "verbs").flag("listen", "0.0.0.0:7801").start();
+    let at = format!("{}:7801", lab.address);
+    let reader = lab.node(folder.path(), "reader", "verbs").join(&at).start();
+    both_come_over(&owner.connect(), &reader.connect(), ["small", "large"], "verbs");
+    let output = Command::new(binary()).args(["doctor", "--json"]).output().expect("hetmem runs");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("rxe0"), "{said}");
+}
+
+#[test]
 fn a_peer_without_verbs_is_reached_over_tcp_unless_that_is_refused() {
     let Some(lab) = Lab::enter() else { return };
     let folder = tempfile::tempdir().expect("a folder");
@@ -111,6 +124,7 @@ fn a_peer_without_verbs_is_reached_over_tcp_unless_that_is_refused() {
     let reader = lab.node(folder.path(), "reader", "auto").join(&owner.address).start();
     both_come_over(&owner.connect(), &reader.connect(), ["small", "large"], "tcp");
     reader.says("TCP is used");
+    assert!(reader.connect().status().expect("it answers").counters.fallbacks > 0, "it is counted");
     let strict = lab.node(folder.path(), "strict", "verbs").join(&owner.address).start();
     let error = get(&strict.connect(), "small", SMALL, 0).expect_err("there is no way");
     let clear = [ErrorKind::PeerLost, ErrorKind::Unavailable, ErrorKind::TimedOut];

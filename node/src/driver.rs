@@ -274,7 +274,10 @@ impl Driver {
         if let ClientReply::Status(status) = &mut reply {
             status.counters.hits = core.hits();
             status.counters.refused += self.refused.load(Ordering::Relaxed);
-            status.counters.refused += self.fabrics.get().map_or(0, |fabrics| fabrics.refused());
+            if let Some(fabrics) = self.fabrics.get() {
+                status.counters.refused += fabrics.refused();
+                status.counters.fallbacks = fabrics.fallbacks();
+            }
             for tier in &mut status.tiers {
                 tier.pages = core.pages_in_words();
             }

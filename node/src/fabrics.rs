@@ -210,6 +210,10 @@ impl Fabrics {
         }
     }
 
+    pub(crate) fn fallbacks(&self) -> u64 {
+        self.fallbacks.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn refused(&self) -> u64 {
         self.all().map(|(_, fabric)| fabric.refused()).sum()
     }

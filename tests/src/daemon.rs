@@ -161,20 +161,16 @@ impl Serve {
     }
 
     fn command(&self) -> Command {
-        let mut command = match (self.descriptors_max, self.wrapper.split_first()) {
-            (None, None) => Command::new(binary()),
-            (None, Some((program, words))) => {
-                let mut command = Command::new(program);
-                command.args(words).arg(binary());
-                command
-            }
-            (Some(limit), _) => {
+        let mut words = self.wrapper.iter().map(OsStr::new).chain([binary().as_os_str()]);
+        let mut command = match self.descriptors_max {
+            None => Command::new(words.next().expect("the program is the last of them")),
+            Some(limit) => {
                 let mut shell = Command::new("sh");
                 shell.arg("-c").arg(format!("ulimit -n {limit} && exec \"$0\" \"$@\""));
-                shell.arg(binary());
                 shell
             }
         };
+        command.args(words);
         command.args(["serve", "--stop-with-stdin", "--name", &self.name]);
         command.arg("--socket").arg(&self.socket);
         for (key, value) in &self.flags {

@@ -158,7 +158,7 @@ impl Scatter {
             LandingPart::Extent(extent) => Some(*extent),
             LandingPart::Skip(_) => None,
         };
-        let mut pieces = regions.locals(crate::region::RECEIVE, parts.iter().filter_map(extent))?.into_iter();
+        let mut pieces = regions.targets(parts.iter().filter_map(extent))?.into_iter();
         let (mut len, mut landing_len, mut skipped_max) = (0_u64, 0, 0);
         let mut targets = Vec::with_capacity(parts.len());
         for part in parts {

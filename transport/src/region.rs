@@ -25,8 +25,6 @@ use crate::payload::Target;
 const CLOSED: usize = 1 << (usize::BITS - 1);
 /// Bytes of a word that is read by one atomic load.
 const WORD_LEN: usize = 8;
-/// The operation of whoever looks for where a payload goes.
-pub(crate) const RECEIVE: &str = "receive";
 /// Parts of one system call; the kernel's own limit (`UIO_MAXIOV`).
 pub(crate) const PARTS_MAX: usize = 1024;
 
@@ -156,6 +154,21 @@ impl Regions {
         extents.map(|extent| tables.local(operation, extent)).collect()
     }
 
+    /// Own extents that a processor writes what comes to, in their order.
+    ///
+    /// # Errors
+    /// As `local`; `Unavailable` for memory of a device.
+    pub(crate) fn targets(&self, extents: impl Iterator<Item = Extent>) -> Result<Vec<Piece>, StoreError> {
+        let pieces = self.locals("receive", extents)?;
+        match pieces.iter().find(|piece| piece.region.of_device) {
+            Some(piece) => {
+                let why = "it is a device's: what comes unasked is put in place by a processor";
+                Err(StoreError::unavailable(format!("segment {}", piece.region.segment), why))
+            }
+            None => Ok(pieces),
+        }
+    }
+
     /// What a peer asks to read. Nothing in `extent` is believed.
     ///
     /// # Errors
@@ -198,10 +211,6 @@ impl Tables {
                 format!("{operation}: segment {} is not registered with this fabric", extent.segment),
             ));
         };
-        if region.of_device && operation == RECEIVE {
-            let why = "it is a device's: what comes unasked is put in place by a processor";
-            return Err(StoreError::unavailable(format!("segment {}", extent.segment), why));
-        }
         region.piece(extent.offset, extent.len_bytes).ok_or_else(|| {
             StoreError::invalid(
                 "extent",

@@ -53,7 +53,7 @@ fn status_json(status: &Status) -> Value {
 }
 
 /// Counters with their names, once for text and JSON.
-fn counters(status: &Status) -> [(&'static str, &'static str, u64); 14] {
+fn counters(status: &Status) -> [(&'static str, &'static str, u64); 15] {
     let counted = &status.counters;
     [
         ("puts", "objects sealed by clients", counted.puts),
@@ -70,6 +70,7 @@ fn counters(status: &Status) -> [(&'static str, &'static str, u64); 14] {
         ("served_grants", "objects granted to peers for Read", counted.served_grants),
         ("replicas", "objects held for good because others asked for it", counted.replicas),
         ("refused", "frames or sessions refused", counted.refused),
+        ("fallbacks", "times TCP was used because RDMA did not reach a peer", counted.fallbacks),
     ]
 }
 

@@ -353,6 +353,8 @@ pub struct NodeStatus {
     pub outdated: u64,
     /// Objects of which this node was made to hold a replica.
     pub replicas: u64,
+    /// Times that a peer was dialled over TCP because RDMA did not reach it.
+    pub fallbacks: u64,
 }
 
 /// A node's view of itself and its cluster.

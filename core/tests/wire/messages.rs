@@ -224,7 +224,7 @@ fn peer_status() -> impl Strategy<Value = PeerStatus> {
 }
 
 fn status() -> impl Strategy<Value = Status> {
-    let counters = any::<[u64; 14]>().prop_map(|n| NodeStatus {
+    let counters = any::<[u64; 15]>().prop_map(|n| NodeStatus {
         puts: n[0],
         hits: n[1],
         gets: n[2],
@@ -239,6 +239,7 @@ fn status() -> impl Strategy<Value = Status> {
         outdated: n[11],
         ahead: n[12],
         replicas: n[13],
+        fallbacks: n[14],
     });
     let lists = (vec(tier_status(), 0..3), vec(peer_status(), 0..3));
     let lacking = (prop::option::of(text()), vec(key(), 0..4));

@@ -251,17 +251,29 @@ unsafe fn parameters(with: *const Handshake) -> rdma_conn_param {
     param
 }
 
+/// # Safety
+/// The host has the connection and gives the handshake.
+unsafe fn shake(
+    call: (&str, unsafe extern "C" fn(*mut rdma_cm_id, *mut rdma_conn_param) -> i32),
+    connection: *mut Connection,
+    with: *const Handshake,
+    failure: *mut Failure,
+) -> i32 {
+    // SAFETY: as the caller says.
+    let begun = unsafe {
+        let mut param = parameters(with);
+        call.1((*connection.cast::<Conn>()).id, &raw mut param)
+    };
+    check(call.0, begun, failure).err().unwrap_or(0)
+}
+
 pub(crate) unsafe extern "C" fn connect(
     connection: *mut Connection,
     with: *const Handshake,
     failure: *mut Failure,
 ) -> i32 {
     // SAFETY: the host has the connection and gives the handshake.
-    let begun = unsafe {
-        let mut param = parameters(with);
-        rdma_connect((*connection.cast::<Conn>()).id, &raw mut param)
-    };
-    check("rdma_connect", begun, failure).err().unwrap_or(0)
+    unsafe { shake(("rdma_connect", rdma_connect), connection, with, failure) }
 }
 
 pub(crate) unsafe extern "C" fn accept(
@@ -270,11 +282,7 @@ pub(crate) unsafe extern "C" fn accept(
     failure: *mut Failure,
 ) -> i32 {
     // SAFETY: as for `connect`.
-    let begun = unsafe {
-        let mut param = parameters(with);
-        rdma_accept((*connection.cast::<Conn>()).id, &raw mut param)
-    };
-    check("rdma_accept", begun, failure).err().unwrap_or(0)
+    unsafe { shake(("rdma_accept", rdma_accept), connection, with, failure) }
 }
 
 pub(crate) unsafe extern "C" fn reject(connection: *mut Connection, private: *const u8, private_len: u32) {
