@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use hetmem_core::engine::{FabricId, FabricUse};
+use hetmem_core::wire::Member;
 use hetmem_core::{ErrorKind, LinkId, RemoteKey, SegmentId, StoreError, TransferId};
 use hetmem_transport::{
     Access, Fabric, FabricKind, RegionMemory, TcpConfig, TcpFabric, VerbsConfig, VerbsFabric,
@@ -76,6 +77,13 @@ impl Fabrics {
             (Some(tcp), _) => Ok(tcp.address()),
             (None, Some(verbs)) => moved(&verbs.address(), -1),
             (None, None) => Err(no_fabric()),
+        }
+    }
+
+    /// Says whose the fabrics are, before any peer is dialled.
+    pub(crate) fn identify(&self, member: &Member) {
+        if let Some(verbs) = &self.verbs {
+            verbs.identify(member.node, member.epoch);
         }
     }
 

@@ -106,6 +106,7 @@ impl Node {
             name: name.to_owned(),
             address: address.to_owned(),
         };
+        fabrics.identify(&member);
         let engine = Engine::new(EngineConfig {
             member,
             join: config.join.clone(),

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hetmem_core::wire::FrameHeader;
-use hetmem_core::{Extent, LinkId, RemoteExtent, SegmentId, TransferId};
+use hetmem_core::{Epoch, Extent, LinkId, NodeId, RemoteExtent, RemoteKey, SegmentId, TransferId};
 use hetmem_transport::conformance::{Bench, Pair};
 use hetmem_transport::{
     Access, Fabric, FabricEvent, FabricSink, HeapRegion, Landing, VerbsConfig, VerbsFabric,
@@ -26,6 +26,11 @@ fn plugin() -> Option<PathBuf> {
     std::env::var_os("HETMEM_VERBS_PLUGIN").map(PathBuf::from)
 }
 
+fn config() -> VerbsConfig {
+    let listen = format!("{}:0", address().expect("looked at before"));
+    VerbsConfig { plugin: plugin(), listen, ..VerbsConfig::default() }
+}
+
 /// Whether there is a device to test on; each test says why it is skipped.
 fn is_ready() -> bool {
     if address().is_none() {
@@ -39,11 +44,8 @@ fn is_ready() -> bool {
 
 impl Bench for Device {
     fn pair(&self, a: Arc<dyn FabricSink>, b: Arc<dyn FabricSink>) -> Pair {
-        let address = address().expect("looked at before");
-        let config =
-            VerbsConfig { plugin: plugin(), listen: format!("{address}:0"), ..VerbsConfig::default() };
-        let a = VerbsFabric::start(&config, a).expect("listen");
-        let b = VerbsFabric::start(&config, b).expect("listen");
+        let a = VerbsFabric::start(&config(), a).expect("listen");
+        let b = VerbsFabric::start(&config(), b).expect("listen");
         let killed = Arc::clone(&b);
         Pair { a, b, kill_b: Box::new(move || killed.stop()) }
     }
@@ -91,6 +93,48 @@ fn await_event<T>(events: &Receiver<FabricEvent>, wanted: impl Fn(FabricEvent) -
     }
 }
 
+/// A fabric whose region of `LEN` bytes of this value peers may read, and its key.
+fn owner(told: Arc<Told>, value: u8, len: usize) -> (Arc<VerbsFabric>, RemoteKey) {
+    let owner = VerbsFabric::start(&config(), told).expect("listen");
+    let memory = Arc::new(HeapRegion::new(len));
+    memory.write(0, &vec![value; len]);
+    let key = owner.register(SegmentId(1), memory as _, Access::RemoteRead).expect("room");
+    (owner, key)
+}
+
+#[test]
+fn a_data_connection_is_taken_only_from_the_node_that_its_link_is_of() {
+    const LEN: usize = 5_000;
+    if !is_ready() {
+        return;
+    }
+    let (told, _) = Told::new();
+    let (owner, key) = owner(told, 7, LEN);
+    owner.identify(NodeId(1), Epoch(1));
+    let (told, events) = Told::new();
+    let reader = VerbsFabric::start(&config(), told).expect("listen");
+    reader.identify(NodeId(2), Epoch(1));
+    reader.register(SegmentId(1), Arc::new(HeapRegion::new(LEN)), Access::Local).expect("room");
+    let remote = RemoteExtent { key, offset: 0, len_bytes: LEN as u64 };
+    let local = Extent { segment: SegmentId(1), offset: 0, len_bytes: LEN as u64 };
+    let read = |epoch| {
+        let link = reader.connect(&owner.address()).expect("a link");
+        await_event(&events, |event| matches!(event, FabricEvent::LinkUp { .. }).then_some(()));
+        // What is said from here on is said by another incarnation.
+        reader.identify(NodeId(2), Epoch(epoch));
+        reader.read(link, TransferId(epoch), remote, local).expect("a read");
+        await_event(&events, |event| match event {
+            FabricEvent::ReadDone { result, .. } => Some(result),
+            _ => None,
+        })
+    };
+    assert!(read(1).is_ok());
+    assert_eq!(owner.refused(), 0);
+    let why = read(2).expect_err("it is of another incarnation");
+    println!("{why}");
+    assert!(owner.refused() > 0);
+}
+
 #[test]
 fn of_too_many_connections_the_one_for_reads_that_was_not_used_for_longest_is_closed() {
     const OWNERS: u8 = 3;
@@ -98,12 +142,10 @@ fn of_too_many_connections_the_one_for_reads_that_was_not_used_for_longest_is_cl
     if !is_ready() {
         return;
     }
-    let listen = format!("{}:0", address().expect("looked at before"));
     // A connection for each link, and one for reads.
     let connections_max = usize::from(OWNERS) + 1;
-    let config = VerbsConfig { plugin: plugin(), listen, ..VerbsConfig::default() };
     let (told, events) = Told::new();
-    let few = VerbsConfig { connections_max, ..config.clone() };
+    let few = VerbsConfig { connections_max, ..config() };
     let reader = VerbsFabric::start(&few, told).expect("listen");
     let target = Arc::new(HeapRegion::new(LEN));
     let segment = SegmentId(1);
@@ -111,10 +153,7 @@ fn of_too_many_connections_the_one_for_reads_that_was_not_used_for_longest_is_cl
     let mut owners = Vec::new();
     for number in 1..=OWNERS {
         let (told, _) = Told::new();
-        let owner = VerbsFabric::start(&config, told).expect("listen");
-        let memory = Arc::new(HeapRegion::new(LEN));
-        memory.write(0, &[number; LEN]);
-        let key = owner.register(segment, memory as _, Access::RemoteRead).expect("room");
+        let (owner, key) = owner(told, number, LEN);
         let link = reader.connect(&owner.address()).expect("a link");
         await_event(&events, |event| matches!(event, FabricEvent::LinkUp { .. }).then_some(()));
         owners.push((owner, key, link));

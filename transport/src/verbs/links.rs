@@ -11,7 +11,7 @@ use hetmem_core::{LinkId, RemoteExtent, RemoteKey, SegmentId, StoreError, Transf
 use super::abi;
 use super::adapters::{Adapter, BUFFER_LEN};
 use super::ends::{End, Of, What};
-use super::wire::{Described, LinkToken, RemoteChunk, is_description};
+use super::wire::{Described, LinkToken, Owner, RemoteChunk, is_description};
 use crate::fabric::{ReadStats, SendToken};
 use crate::payload::Gather;
 use crate::region::Piece;
@@ -52,6 +52,8 @@ pub(super) struct Link {
     /// What the peer shows to open one here, and this end there.
     pub(super) mine: LinkToken,
     pub(super) theirs: Option<LinkToken>,
+    /// Whose the other end is, as it says.
+    pub(super) owner: Owner,
     out: VecDeque<Outgoing>,
     out_bytes: usize,
     /// Bytes of the frame that is coming in which are still to come.
@@ -105,6 +107,7 @@ impl Link {
             serving: Vec::new(),
             mine,
             theirs: None,
+            owner: Owner::default(),
             out: VecDeque::new(),
             out_bytes: 0,
             coming: 0,

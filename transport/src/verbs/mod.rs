@@ -30,7 +30,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use hetmem_core::wire::Frame;
-use hetmem_core::{Extent, LinkId, RemoteExtent, RemoteKey, SegmentId, StoreError, TransferId};
+use hetmem_core::{
+    Epoch, Extent, LinkId, NodeId, RemoteExtent, RemoteKey, SegmentId, StoreError, TransferId,
+};
 use parking_lot::Mutex;
 
 use self::adapters::Segment;
@@ -38,7 +40,7 @@ use self::links::{Read, Stage, stretches_of};
 use self::plugin::{Context, Plugin, device_name};
 use self::shared::Shared;
 use self::state::State;
-use self::wire::LinkToken;
+use self::wire::{LinkToken, Owner};
 use crate::fabric::{
     Access, Fabric, FabricEvent, FabricKind, FabricSink, SendToken, Sent, check_lengths, check_payload,
     check_word,
@@ -130,6 +132,12 @@ impl VerbsFabric {
             fabric.threads.lock().push(thread);
         }
         Ok(fabric)
+    }
+
+    /// Says whose this fabric is: from now on its connections say so to peers, which then take a data connection only
+    /// from the node, and the incarnation of it, that the link is of.
+    pub fn identify(&self, node: NodeId, epoch: Epoch) {
+        self.shared.state.lock().owner = Owner { node, epoch };
     }
 
     /// How many connections there are, those included that are being made.

@@ -524,9 +524,11 @@ impl Connection {
         check(unsafe { (self.table.accept)(self.raw, &raw const with, &raw mut failure) }, &failure)
     }
 
-    pub(super) fn reject(&mut self) {
-        // SAFETY: the connection is open.
-        unsafe { (self.table.reject)(self.raw, ptr::null(), 0) }
+    /// Refuses it, with private data of at most `PRIVATE_MAX` bytes.
+    pub(super) fn reject(&mut self, private: &[u8]) {
+        let len = u32::try_from(private.len()).unwrap_or(u32::MAX);
+        // SAFETY: the connection is open, and the private data lives beyond the call.
+        unsafe { (self.table.reject)(self.raw, private.as_ptr(), len) }
     }
 
     /// Ends it: all of its work comes back.

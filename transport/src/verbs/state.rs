@@ -18,7 +18,7 @@ use super::ends::{End, Of, Role, Stage as EndStage};
 use super::links::{Link, Read, Stage};
 use super::plugin::{Connection, Context, Greeting};
 use super::slots::Slots;
-use super::wire::{Described, Hello, LinkToken, describe, described};
+use super::wire::{Described, Hello, LinkToken, Owner, Purpose, describe, described, is_greeting};
 use crate::fabric::{FabricEvent, FabricKind, SendToken};
 
 /// How long looking for the way to a peer may take, in milliseconds.
@@ -51,6 +51,8 @@ pub(super) struct State {
     pub(super) slice_bytes: u64,
     pub(super) links_max: usize,
     pub(super) connections_max: usize,
+    /// Whose it is.
+    pub(super) owner: Owner,
     /// Where it listens.
     at: SocketAddr,
     ends: BTreeMap<u64, End>,
@@ -76,6 +78,7 @@ impl State {
             slice_bytes: 1 << 20,
             links_max: 1024,
             connections_max: usize::MAX,
+            owner: Owner::default(),
             at,
             ends: BTreeMap::new(),
             by_pair: HashMap::new(),
@@ -189,7 +192,11 @@ impl State {
                 );
             }
             abi::EVENT_REJECTED => {
-                let why = format!("it refuses the connection (reason {})", event.status);
+                let why = match Hello::parse(private) {
+                    Ok(_) => "it refuses the connection: its log says why".to_owned(),
+                    Err(why) if is_greeting(private) => why.to_string(),
+                    Err(_) => format!("it refuses the connection (reason {})", event.status),
+                };
                 self.end_over(event.token, None, &StoreError::unavailable("the peer", why));
             }
             abi::EVENT_DISCONNECTED => {
@@ -215,13 +222,14 @@ impl State {
                 Role::Control(link) | Role::Reading(link) | Role::Serving(link) => self.links.get(&link),
             };
             let link = link.ok_or_else(|| StoreError::unavailable("its link", "it is over"))?;
-            let hello = match role {
-                Role::Control(_) => Hello::Control { port: self.at.port(), token: link.mine },
-                Role::Reading(_) | Role::Serving(_) => Hello::Data {
+            let what = match role {
+                Role::Control(_) => Purpose::Control { port: self.at.port(), token: link.mine },
+                Role::Reading(_) | Role::Serving(_) => Purpose::Data {
                     token: link.theirs.ok_or_else(|| StoreError::unavailable("its link", "it is not up"))?,
                 },
             };
             end.stage = EndStage::Connecting;
+            let hello = Hello { what, owner: self.owner };
             end.connection.connect(Greeting::new(&hello.to_bytes(), reads))
         });
         self.keep(token, end);
@@ -247,40 +255,19 @@ impl State {
     }
 
     /// A peer connects.
-    fn requested(&mut self, event: &abi::ConnectionEvent, hello: Option<Hello>) {
+    fn requested(&mut self, event: &abi::ConnectionEvent, hello: Result<Hello, StoreError>) {
         let token = self.number();
         let mut connection = self.context.requested(event.connection, token);
-        let refuse = |state: &mut Self, connection: &mut Connection, why: &str| {
-            state.refused += 1;
-            tracing::warn!(peer = %connection.peer(), why, "a connection was refused");
-            connection.reject();
-        };
-        let (role, welcome, link) = match hello {
-            Some(Hello::Control { port, token: theirs }) if self.links.len() < self.links_max => {
-                let id = self.link_number();
-                let peer = SocketAddr::new(connection.peer().ip(), port);
-                let Ok(mine) = crate::tcp::random_number() else {
-                    return refuse(self, &mut connection, "no random numbers");
-                };
-                let mine = LinkToken(mine);
-                let mut link = Link::new(id, peer.to_string(), peer, token, mine);
-                (link.inbound, link.theirs) = (true, Some(theirs));
-                (Role::Control(id), Hello::Welcome { token: mine }, Some(link))
-            }
-            Some(Hello::Data { token: mine }) => {
-                let id = self.tokens.get(&mine).copied();
-                let link = id.and_then(|id| self.links.get_mut(&id));
-                let Some(link) = link.filter(|link| link.serving.len() < SERVING_MAX) else {
-                    return refuse(self, &mut connection, "a data connection of no link, or one too many");
-                };
-                link.serving.push(token);
-                (Role::Serving(link.id), Hello::Data { token: mine }, None)
-            }
-            Some(Hello::Control { .. }) => return refuse(self, &mut connection, "too many links"),
-            Some(Hello::Welcome { .. }) | None => {
-                return refuse(self, &mut connection, "it does not say what for");
+        let (role, welcome, link) = match hello.and_then(|hello| self.welcomed(token, &connection, hello)) {
+            Ok(welcomed) => welcomed,
+            Err(why) => {
+                self.refused += 1;
+                tracing::warn!(peer = %connection.peer(), %why, "a connection was refused");
+                let refusal = Hello { what: Purpose::Refused, owner: self.owner };
+                return connection.reject(&refusal.to_bytes());
             }
         };
+        let welcome = Hello { what: welcome, owner: self.owner };
         let mut end = End::new(connection, role, EndStage::Connecting);
         let accepted = self.pair(&mut end).and_then(|(reads_out, reads_in)| {
             // No more than the peer answers or asks for.
@@ -298,12 +285,56 @@ impl State {
             Err(why) => {
                 tracing::warn!(%why, "a connection could not be accepted");
                 self.refused += 1;
-                end.connection.reject();
+                end.connection.reject(&Hello { what: Purpose::Refused, owner: self.owner }.to_bytes());
             }
         }
     }
 
-    fn established(&mut self, token: u64, hello: Option<Hello>) {
+    /// What a peer's connection is to this end, what it is answered, and the link that it begins.
+    ///
+    /// # Errors
+    /// Why it is refused.
+    fn welcomed(
+        &mut self,
+        token: u64,
+        connection: &Connection,
+        Hello { what, owner }: Hello,
+    ) -> Result<(Role, Purpose, Option<Link>), StoreError> {
+        match what {
+            Purpose::Control { port, token: theirs } => {
+                if self.links.len() >= self.links_max {
+                    return Err(StoreError::busy("accept", format!("there are {} links", self.links.len())));
+                }
+                let id = self.link_number();
+                let peer = SocketAddr::new(connection.peer().ip(), port);
+                let mine = LinkToken(crate::tcp::random_number()?);
+                let mut link = Link::new(id, peer.to_string(), peer, token, mine);
+                (link.inbound, link.theirs, link.owner) = (true, Some(theirs), owner);
+                Ok((Role::Control(id), Purpose::Welcome { token: mine }, Some(link)))
+            }
+            Purpose::Data { token: mine } => {
+                let id = self.tokens.get(&mine).copied();
+                let Some(link) = id.and_then(|id| self.links.get_mut(&id)) else {
+                    return Err(StoreError::stale("accept", "a data connection", "it is of no link"));
+                };
+                if link.owner.is_another(owner) {
+                    let why = format!("it is of {owner}, its link of {}", link.owner);
+                    return Err(StoreError::denied("accept a data connection", why));
+                }
+                if link.serving.len() >= SERVING_MAX {
+                    let why = format!("its link has {SERVING_MAX} already");
+                    return Err(StoreError::busy("accept a data connection", why));
+                }
+                link.serving.push(token);
+                Ok((Role::Serving(link.id), Purpose::Data { token: mine }, None))
+            }
+            Purpose::Welcome { .. } | Purpose::Refused => {
+                Err(StoreError::protocol("it answers what it was not asked"))
+            }
+        }
+    }
+
+    fn established(&mut self, token: u64, hello: Result<Hello, StoreError>) {
         let Some(end) = self.ends.get_mut(&token) else { return };
         end.stage = EndStage::Up;
         let role = end.role;
@@ -311,11 +342,14 @@ impl State {
         if matches!(role, Role::Control(_)) {
             let Some(link) = self.links.get_mut(&id) else { return };
             if !link.inbound {
-                let Some(Hello::Welcome { token: theirs }) = hello else {
-                    let why = StoreError::protocol("the peer does not greet as a node does");
-                    return self.end_over(token, None, &why);
-                };
-                link.theirs = Some(theirs);
+                let theirs = hello.and_then(|Hello { what, owner }| match what {
+                    Purpose::Welcome { token } => Ok((token, owner)),
+                    _ => Err(StoreError::protocol("it greets as if it had been asked for something else")),
+                });
+                match theirs {
+                    Ok((theirs, owner)) => (link.theirs, link.owner) = (Some(theirs), owner),
+                    Err(why) => return self.end_over(token, None, &why),
+                }
             }
             link.stage = Stage::Greeting;
             let segments: Vec<SegmentId> = self.segments.keys().copied().collect();

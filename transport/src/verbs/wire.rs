@@ -1,12 +1,16 @@
 //! What two ends of the verbs fabric say to each other beside frames: who connects and why, and which memory may be read.
 //! Not frames. Invariant: any bytes decode to one of these or to nothing.
 
-use hetmem_core::{RemoteExtent, RemoteKey, StoreError};
+use std::fmt;
+
+use hetmem_core::{Epoch, NodeId, RemoteExtent, RemoteKey, StoreError};
 
 use super::abi::PRIVATE_MAX;
 
-const MAGIC: [u8; 4] = *b"HMV\x01";
-const HELLO_LEN: usize = 16;
+/// How private data begins, and the version of all that ends say to each other beside frames.
+const MAGIC: [u8; 3] = *b"HMV";
+const VERSION: u8 = 2;
+const HELLO_LEN: usize = 32;
 /// Regions of more chunks than that are not described.
 pub(super) const CHUNKS_MAX: usize = 256;
 
@@ -23,47 +27,97 @@ pub(super) fn is_description(bytes: &[u8]) -> bool {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct LinkToken(pub(super) u64);
 
-/// The private data of a connection's request or answer.
+/// Whether private data is a node's, of any version.
+pub(super) fn is_greeting(bytes: &[u8]) -> bool {
+    bytes.starts_with(&MAGIC)
+}
+
+/// Whose end of a connection it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Owner {
+    pub(super) node: NodeId,
+    pub(super) epoch: Epoch,
+}
+
+impl Owner {
+    /// Whether both have said who they are, and are not the same incarnation of the same node. An end that belongs to no
+    /// node, or not yet, says nothing.
+    pub(super) fn is_another(self, other: Self) -> bool {
+        self != Self::default() && other != Self::default() && self != other
+    }
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "node {}, epoch {}", self.node, self.epoch.0)
+    }
+}
+
+/// What a connection is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Hello {
+pub(super) enum Purpose {
     /// A new link: where this end listens, and what its data connections are to show.
     Control { port: u16, token: LinkToken },
     /// The answer to that.
     Welcome { token: LinkToken },
     /// A data connection of a link, and its answer.
     Data { token: LinkToken },
+    /// The answer to what cannot be had: why is said by the version, or in the log of who refuses.
+    Refused,
+}
+
+/// The private data of a connection's request or answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Hello {
+    pub(super) what: Purpose,
+    pub(super) owner: Owner,
 }
 
 impl Hello {
     pub(super) fn to_bytes(self) -> [u8; HELLO_LEN] {
-        let (kind, port, token) = match self {
-            Self::Control { port, token } => (1, port, token),
-            Self::Welcome { token } => (2, 0, token),
-            Self::Data { token } => (3, 0, token),
+        let (kind, port, token) = match self.what {
+            Purpose::Control { port, token } => (1, port, token.0),
+            Purpose::Welcome { token } => (2, 0, token.0),
+            Purpose::Data { token } => (3, 0, token.0),
+            Purpose::Refused => (4, 0, 0),
         };
         let mut bytes = [0; HELLO_LEN];
-        bytes[..4].copy_from_slice(&MAGIC);
-        bytes[4] = kind;
+        bytes[..3].copy_from_slice(&MAGIC);
+        (bytes[3], bytes[4]) = (VERSION, kind);
         bytes[6..8].copy_from_slice(&port.to_be_bytes());
-        bytes[8..].copy_from_slice(&token.0.to_be_bytes());
+        bytes[8..16].copy_from_slice(&token.to_be_bytes());
+        bytes[16..24].copy_from_slice(&self.owner.node.0.to_be_bytes());
+        bytes[24..].copy_from_slice(&self.owner.epoch.0.to_be_bytes());
         bytes
     }
 
     /// Of what came; a connection manager may have added zeros.
-    pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
-        let bytes = bytes.first_chunk::<HELLO_LEN>()?;
-        if bytes[..4] != MAGIC {
-            return None;
+    ///
+    /// # Errors
+    /// `Protocol` if it is none, or of another version.
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self, StoreError> {
+        let none = || StoreError::protocol("it does not greet as a node does");
+        let Some((head, rest)) = bytes.split_first_chunk::<8>().filter(|_| is_greeting(bytes)) else {
+            return Err(none());
+        };
+        if head[3] != VERSION {
+            let why = format!("it speaks version {} of RDMA connections, this node {VERSION}", head[3]);
+            return Err(StoreError::protocol(why));
         }
-        let port = u16::from_be_bytes([bytes[6], bytes[7]]);
-        let (_, token) = bytes.split_last_chunk::<8>()?;
-        let token = LinkToken(u64::from_be_bytes(*token));
-        match bytes[4] {
-            1 => Some(Self::Control { port, token }),
-            2 => Some(Self::Welcome { token }),
-            3 => Some(Self::Data { token }),
-            _ => None,
-        }
+        let number = |at: usize| {
+            let number = rest.get(at..).and_then(|rest| rest.first_chunk::<8>()).ok_or_else(none)?;
+            Ok::<_, StoreError>(u64::from_be_bytes(*number))
+        };
+        let (port, token) = (u16::from_be_bytes([head[6], head[7]]), LinkToken(number(0)?));
+        let owner = Owner { node: NodeId(number(8)?), epoch: Epoch(number(16)?) };
+        let what = match head[4] {
+            1 => Purpose::Control { port, token },
+            2 => Purpose::Welcome { token },
+            3 => Purpose::Data { token },
+            4 => Purpose::Refused,
+            _ => return Err(none()),
+        };
+        Ok(Self { what, owner })
     }
 }
 
@@ -194,19 +248,33 @@ mod tests {
     use super::*;
 
     #[test]
-    fn greetings_come_back_and_garbage_is_none() {
+    fn greetings_come_back_and_garbage_is_an_error() {
         let token = LinkToken(0x0102_0304_0506_0708);
-        for hello in [Hello::Control { port: 7733, token }, Hello::Welcome { token }, Hello::Data { token }] {
+        let owner = Owner { node: NodeId(0x1122_3344_5566_7788), epoch: Epoch(77) };
+        let all =
+            [Purpose::Control { port: 7733, token }, Purpose::Welcome { token }, Purpose::Data { token }];
+        for what in all.into_iter().chain([Purpose::Refused]) {
+            let hello = Hello { what, owner };
             let bytes = hello.to_bytes();
-            assert_eq!(Hello::parse(&bytes), Some(hello));
-            assert_eq!(Hello::parse(&[&bytes[..], &[0; 40]].concat()), Some(hello), "with zeros behind it");
-            assert_eq!(Hello::parse(&bytes[..15]), None);
+            assert_eq!(Hello::parse(&bytes), Ok(hello));
+            assert_eq!(Hello::parse(&[&bytes[..], &[0; 24]].concat()), Ok(hello), "with zeros behind it");
+            assert!((0..bytes.len()).all(|len| Hello::parse(&bytes[..len]).is_err()));
             let mut wrong = bytes;
             wrong[3] += 1;
-            assert_eq!(Hello::parse(&wrong), None, "another version");
+            let why = Hello::parse(&wrong).expect_err("another version").to_string();
+            assert!(why.contains("version 3") && why.contains("this node 2"), "{why}");
             wrong = bytes;
             wrong[4] = 9;
-            assert_eq!(Hello::parse(&wrong), None);
+            assert!(Hello::parse(&wrong).is_err());
+        }
+    }
+
+    #[test]
+    fn who_says_nothing_is_not_another() {
+        let owner = |node, epoch| Owner { node: NodeId(node), epoch: Epoch(epoch) };
+        assert!(owner(1, 2).is_another(owner(1, 3)) && owner(1, 2).is_another(owner(2, 2)));
+        for (a, b) in [(owner(1, 2), owner(1, 2)), (owner(0, 0), owner(1, 2)), (owner(1, 2), owner(0, 0))] {
+            assert!(!a.is_another(b), "{a} and {b}");
         }
     }
 

@@ -31,16 +31,24 @@ impl State {
 
     /// Opens the adapters that peers may come through, the one that the listener is bound to or all that there are: so that
     /// segments are registered before anybody asks for them.
+    ///
+    /// # Errors
+    /// Why none of them can be used.
     pub(in crate::verbs) fn open_adapters(&mut self) -> Result<(), StoreError> {
         let bound = self.listener.as_ref().filter(|_| !self.at.ip().is_unspecified());
-        let devices = match bound {
-            Some(listener) => vec![Device::raw_of(listener)?],
-            None => self.context.devices(),
-        };
-        for device in devices {
-            self.adapter(device)?;
+        if let Some(listener) = bound {
+            let device = Device::raw_of(listener)?;
+            return self.adapter(device).map(drop);
         }
-        Ok(())
+        // One that cannot be used does not keep the others from being used.
+        let mut failed = None;
+        for device in self.context.devices() {
+            if let Err(why) = self.adapter(device) {
+                tracing::warn!(%why, "an RDMA device cannot be used");
+                failed = Some(why);
+            }
+        }
+        failed.filter(|_| self.adapters.is_empty()).map_or(Ok(()), Err)
     }
 
     /// An adapter's device goes away, or is broken: so does everything that goes through it.
