@@ -91,6 +91,30 @@ fn objects_come_over_verbs_and_receipts_and_status_say_so() {
 }
 
 #[test]
+fn what_an_owner_pushes_comes_over_verbs_and_receipts_say_so() {
+    let Some(lab) = Lab::enter() else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    let owner = lab.node(folder.path(), "owner", "verbs-push").start();
+    let reader = lab.node(folder.path(), "reader", "verbs").join(&owner.address).start();
+    let (put_at, get_at) = (owner.connect(), reader.connect());
+    for (node, len) in [(&put_at, SMALL), (&put_at, LARGE), (&get_at, LARGE + 1)] {
+        put(node, &format!("{len}"), len, 0);
+    }
+    let small = get(&get_at, &format!("{SMALL}"), SMALL, 0).expect("the small one");
+    assert_eq!(by_and_over(&small), (By::Eager, Some("verbs")));
+    // The second time its place is known, and the owner's word is read after the push.
+    for round_trips in [3, 2] {
+        let large = get(&get_at, &format!("{LARGE}"), LARGE, 0).expect("the large one");
+        println!("{large:?}");
+        assert_eq!((by_and_over(&large), large.staged_bytes), ((By::Push, Some("verbs")), 0));
+        assert!(large.round_trips <= round_trips, "{large:?}");
+    }
+    // The other way it is as always.
+    let read = get(&put_at, &format!("{}", LARGE + 1), LARGE + 1, 0).expect("the other one");
+    assert_eq!(by_and_over(&read), (By::Read, Some("verbs")));
+}
+
+#[test]
 fn the_demo_moves_a_state_dict() {
     let Some(lab) = Lab::enter() else { return };
     // It finds the plugin beside the program, and succeeds only if every byte has come.

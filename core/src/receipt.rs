@@ -30,6 +30,9 @@ pub enum Path {
     Copied,
     /// Put: not moved at all; an object of the key was there and has been kept.
     Kept,
+    /// Get: written by the peer's adapter into its place, after a grant or where they were found before: there, reading
+    /// out of the peer's memory does not work, or is slow.
+    Push,
 }
 
 impl fmt::Display for Path {
@@ -44,6 +47,7 @@ impl fmt::Display for Path {
             Self::Written => "written",
             Self::Copied => "copied",
             Self::Kept => "kept",
+            Self::Push => "push",
         })
     }
 }

@@ -25,7 +25,11 @@ pub const KEYS: [(&str, &str, &str); 14] = [
     ("heartbeat_ms", "1000", "how often nodes say that they are alive; five missed ones are a death"),
     ("client_quota", "80%", "the most memory granted to one client: bytes or a share of the host tier"),
     ("streams", "0", "TCP streams for large reads, per peer; 0: chosen for this machine"),
-    ("fabric", "auto", "auto, tcp or verbs"),
+    (
+        "fabric",
+        "auto",
+        "auto, tcp, verbs, or verbs-push: the same, and this node's large objects are pushed, not read",
+    ),
     ("verbs_plugin", "beside the program", "the file with RDMA verbs, libhetmem_verbs.so"),
 ];
 
@@ -38,6 +42,8 @@ pub enum FabricChoice {
     Tcp,
     /// Only RDMA verbs.
     Verbs,
+    /// The same; this node writes its large objects to peers rather than have them read.
+    VerbsPush,
 }
 
 /// A node's configuration. See [`KEYS`] for the meanings.
@@ -201,7 +207,8 @@ impl Raw {
                 None | Some("auto") => FabricChoice::Auto,
                 Some("tcp") => FabricChoice::Tcp,
                 Some("verbs") => FabricChoice::Verbs,
-                Some(text) => return Err(bad("fabric", text, "auto, tcp or verbs")),
+                Some("verbs-push") => FabricChoice::VerbsPush,
+                Some(text) => return Err(bad("fabric", text, "auto, tcp, verbs or verbs-push")),
             },
             verbs_plugin: self.get("verbs_plugin").map(PathBuf::from),
         })

@@ -56,7 +56,9 @@ impl Fabrics {
     pub(crate) fn start(config: &Config, sink: &Arc<Sink>) -> Result<Self, StoreError> {
         let (tcp, verbs) = match config.fabric {
             FabricChoice::Tcp => (Some(start_tcp(config, sink)?), None),
-            FabricChoice::Verbs => (None, Some(start_verbs(config, &config.listen, sink)?)),
+            FabricChoice::Verbs | FabricChoice::VerbsPush => {
+                (None, Some(start_verbs(config, &config.listen, sink)?))
+            }
             FabricChoice::Auto => start_both(config, sink)?,
         };
         Ok(Self {
@@ -248,7 +250,8 @@ fn start_tcp(config: &Config, sink: &Arc<Sink>) -> Result<Arc<TcpFabric>, StoreE
 /// Verbs beside an address for TCP: at the port after it, or, if that is to be any, at any.
 fn start_verbs(config: &Config, listen: &str, sink: &Arc<Sink>) -> Result<Arc<VerbsFabric>, StoreError> {
     let listen = if listen.ends_with(":0") { listen.to_owned() } else { moved(listen, 1)? };
-    let verbs = VerbsConfig { plugin: config.verbs_plugin.clone(), listen, ..VerbsConfig::default() };
+    let (plugin, push) = (config.verbs_plugin.clone(), config.fabric == FabricChoice::VerbsPush);
+    let verbs = VerbsConfig { plugin, listen, push, ..VerbsConfig::default() };
     VerbsFabric::start(&verbs, sink.of(FabricKind::Verbs))
 }
 

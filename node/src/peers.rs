@@ -103,6 +103,6 @@ impl FabricSink for SinkOf {
 }
 
 fn end_of_read(stats: ReadStats) -> ReadEnd {
-    let ReadStats { bytes, staged_bytes, word, round_trips, .. } = stats;
-    ReadEnd { moved: Moved { bytes, staged_bytes }, word, round_trips }
+    let ReadStats { bytes, staged_bytes, word, round_trips, pushed, .. } = stats;
+    ReadEnd { moved: Moved { bytes, staged_bytes }, word, round_trips, pushed }
 }

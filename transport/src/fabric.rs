@@ -157,6 +157,8 @@ pub struct ReadStats {
     pub word: Option<u64>,
     /// Trips to the owner and back that had to follow one another.
     pub round_trips: u32,
+    /// Whether the owner's adapter has written the bytes into their place, rather than this end's read them.
+    pub pushed: bool,
 }
 
 /// What happened. Events of one link come in this order: `LinkUp` (not if the connection failed), anything else,

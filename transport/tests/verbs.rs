@@ -16,7 +16,9 @@ use hetmem_transport::{
     conformance_suite, verbs_devices,
 };
 
-struct Device;
+struct Device {
+    push: bool,
+}
 
 fn address() -> Option<IpAddr> {
     std::env::var("HETMEM_VERBS_ADDRESS").ok()?.parse().ok()
@@ -44,8 +46,9 @@ fn is_ready() -> bool {
 
 impl Bench for Device {
     fn pair(&self, a: Arc<dyn FabricSink>, b: Arc<dyn FabricSink>) -> Pair {
-        let a = VerbsFabric::start(&config(), a).expect("listen");
-        let b = VerbsFabric::start(&config(), b).expect("listen");
+        let config = VerbsConfig { push: self.push, ..config() };
+        let a = VerbsFabric::start(&config, a).expect("listen");
+        let b = VerbsFabric::start(&config, b).expect("listen");
         let killed = Arc::clone(&b);
         Pair { a, b, kill_b: Box::new(move || killed.stop()) }
     }
@@ -60,7 +63,14 @@ impl Bench for Device {
     }
 }
 
-conformance_suite!(Device, when is_ready());
+conformance_suite!(Device { push: false }, when is_ready());
+
+/// The same where peers do not read: they have what they want written.
+mod push {
+    use super::{Device, is_ready};
+
+    hetmem_transport::conformance_reads!(Device { push: true }, when is_ready());
+}
 
 /// Hands events on.
 struct Told(Mutex<Sender<FabricEvent>>);

@@ -50,7 +50,7 @@ pub(crate) struct Args {
     /// TCP streams for large reads, per peer; 0: chosen for this machine
     #[arg(long, value_name = "COUNT")]
     streams: Option<String>,
-    /// auto, tcp or verbs
+    /// auto, tcp, verbs, or verbs-push: the same, and this node's large objects are pushed, not read
     #[arg(long)]
     fabric: Option<String>,
     /// The file with RDMA verbs [default: libhetmem_verbs.so beside the program]

@@ -68,6 +68,7 @@ impl Samples {
             Some(Path::Local) => "local",
             Some(Path::Eager) => "eager",
             Some(Path::Read) => "read",
+            Some(Path::Push) => "push",
             Some(_) => "put",
         };
         let group = self.groups.entry((step, class, how)).or_default();

@@ -316,9 +316,9 @@ impl Engine {
         }
         match result {
             Ok(moved) => {
-                self.fetch_moved(id, moved);
+                self.fetch_moved(id, moved, Path::Eager);
                 self.measure(id, link, Way::Eager, moved);
-                self.fetch_complete(id, link, generation, Path::Eager);
+                self.fetch_complete(id, link, generation);
             }
             Err(why) => {
                 self.free_object(generation);
@@ -338,8 +338,8 @@ impl Engine {
         let Some((generation, id)) = self.transfers.remove(&transfer) else {
             return;
         };
-        if let Ok(ReadEnd { moved, round_trips, .. }) = result {
-            self.fetch_moved(id, moved);
+        if let Ok(ReadEnd { moved, round_trips, pushed, .. }) = result {
+            self.fetch_moved(id, moved, if pushed { Path::Push } else { Path::Read });
             self.fetch_round_trips(id, round_trips);
         }
         let stage = self.fetches.get(id).map(|fetch| &fetch.stage);
@@ -358,7 +358,7 @@ impl Engine {
             Ok(ReadEnd { moved, .. }) if self.now <= valid_until => {
                 self.measure(id, Some(link), Way::Granted, moved);
                 self.remember_place(id, link, granted, generation);
-                self.fetch_complete(id, Some(link), generation, Path::Read);
+                self.fetch_complete(id, Some(link), generation);
             }
             // Late: the owner may have reused the extent. Time never turns a late read into a success.
             Ok(_) => self.check_late_read(id, link, granted, generation),
@@ -370,9 +370,9 @@ impl Engine {
         }
     }
 
-    fn fetch_moved(&mut self, id: FetchId, moved: Moved) {
+    fn fetch_moved(&mut self, id: FetchId, moved: Moved, came_by: Path) {
         if let Some(fetch) = self.fetches.get_mut(id) {
-            fetch.moved = moved;
+            (fetch.moved, fetch.came_by) = (moved, came_by);
         }
     }
 
@@ -412,13 +412,7 @@ impl Engine {
         self.fetch_unfilled(id, self.fetch_stale(id, "the object was deleted while it was fetched"));
     }
 
-    pub(super) fn fetch_complete(
-        &mut self,
-        id: FetchId,
-        link: Option<LinkId>,
-        generation: Generation,
-        path: Path,
-    ) {
+    pub(super) fn fetch_complete(&mut self, id: FetchId, link: Option<LinkId>, generation: Generation) {
         let Some(object) = self.objects.get(generation) else {
             return;
         };
@@ -430,6 +424,7 @@ impl Engine {
         let Some(fetch) = self.take_fetch(id) else {
             return;
         };
+        let path = fetch.came_by;
         match path {
             Path::Eager => self.counters.eager += 1,
             _ => self.counters.read += 1,

@@ -14,7 +14,7 @@ use super::timer::{Time, Timer};
 use crate::error::{ErrorKind, StoreError};
 use crate::key::Key;
 use crate::meta::ObjectMeta;
-use crate::receipt::Moved;
+use crate::receipt::{Moved, Path};
 use crate::tier::{ClientId, Generation, LandingId, LinkId, NodeId, ObjectId, RemoteExtent, TransferId};
 use crate::wire::{Granted, Holder, PeerMessage, Range};
 
@@ -136,8 +136,9 @@ pub(super) struct Fetch {
     pub(super) inline_max: u64,
     /// Questions and reads that followed one another.
     pub(super) round_trips: u32,
-    /// What the last read or landing brought.
+    /// What the last read or landing brought, and by which way.
     pub(super) moved: Moved,
+    pub(super) came_by: Path,
     /// Its question, if that is being timed.
     pub(super) timed: Option<Timed>,
 }
@@ -214,6 +215,7 @@ impl Engine {
             inline_max: 0,
             round_trips: 0,
             moved: Moved::default(),
+            came_by: Path::Eager,
             timed: None,
         }));
         self.set_deadline(id, has_timer, deadline);

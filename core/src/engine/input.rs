@@ -159,6 +159,8 @@ pub struct ReadEnd {
     pub word: Option<u64>,
     /// Trips to the owner and back that followed one another.
     pub round_trips: u32,
+    /// Whether the owner has written the bytes, rather than that this node read them.
+    pub pushed: bool,
 }
 
 /// What happened.

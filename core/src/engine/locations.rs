@@ -18,7 +18,6 @@ use super::paths::Way;
 use crate::error::StoreError;
 use crate::key::Key;
 use crate::meta::ObjectMeta;
-use crate::receipt::Path;
 use crate::tier::{Extent, Generation, LinkId, NodeId, ObjectId, RemoteExtent, TransferId};
 use crate::wire::{Granted, Range};
 
@@ -213,7 +212,7 @@ impl Engine {
 
     fn word_is_unchanged(&mut self, id: FetchId, location: Location, generation: Generation) {
         self.remember(id, location);
-        self.fetch_complete(id, Some(location.link), generation, Path::Read);
+        self.fetch_complete(id, Some(location.link), generation);
     }
 
     /// A granted read is through, its lease is alive: the place may be read again.

@@ -49,6 +49,7 @@ impl World {
                     moved: Moved { bytes: stats.bytes, staged_bytes: stats.staged_bytes },
                     word: stats.word,
                     round_trips: stats.round_trips,
+                    pushed: stats.pushed,
                 }),
             },
             FabricEvent::SendDone { token, .. } => Input::SendDone { send: token.0 },

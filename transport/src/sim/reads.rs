@@ -260,6 +260,7 @@ impl Net {
                 reissued: 0,
                 word: read.word_read,
                 round_trips: 1 + u32::from(read.word_read.is_some() && read.local.is_some()),
+                pushed: false,
             };
             let event = FabricEvent::ReadDone { transfer: read.transfer, result: result.map(|()| stats) };
             self.reports.push_back((read.node, event));

@@ -15,7 +15,7 @@
 use std::ffi::c_void;
 
 /// Of this table. Host and plugin must have the same.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 /// The symbol that the plugin exports: an [`Entry`].
 pub const ENTRY_SYMBOL: &str = "hetmem_verbs_table";
 /// The most bytes of private data in a connection's request and answer: what RoCE and iWARP both carry.
@@ -241,9 +241,9 @@ pub struct Work {
     pub kind: u32,
     /// Any of `FLAG_*`.
     pub flags: u32,
-    /// Of `WORK_WRITE`.
+    /// Of `WORK_WRITE_TOLD`.
     pub immediate: u32,
-    /// Of `WORK_READ` and `WORK_WRITE`: where in the peer's memory.
+    /// Of reads and writes: where in the peer's memory.
     pub remote_address: u64,
     /// The remote key of the peer's region.
     pub remote_key: u32,
@@ -255,8 +255,11 @@ pub struct Work {
 pub const WORK_SEND: u32 = 1;
 /// Reads the peer's memory into the pieces.
 pub const WORK_READ: u32 = 2;
-/// Writes the pieces into the peer's memory; the immediate number takes one of its receive buffers.
+/// Writes the pieces into the peer's memory.
 pub const WORK_WRITE: u32 = 3;
+/// The same, and the immediate number, which takes one of the peer's receive buffers, comes when all that was written
+/// before it is there. iWARP has none.
+pub const WORK_WRITE_TOLD: u32 = 4;
 
 /// A completion follows also if it succeeds.
 pub const FLAG_SIGNALED: u32 = 1;
@@ -378,6 +381,8 @@ pub struct Table {
         out: *mut *mut Device,
         failure: *mut Failure,
     ) -> i32,
+    /// An address of this machine that is the device's, with port 0.
+    pub device_address: unsafe extern "C" fn(device: *const Device, out: *mut Address),
     /// Gives a requested connection a token of its own: the events that follow name it.
     pub connection_name: unsafe extern "C" fn(connection: *mut Connection, token: u64),
     /// The address of the peer of a connection that was requested.

@@ -31,6 +31,13 @@ pub(super) struct Segment {
     pub(super) access: Access,
 }
 
+/// A segment as registered with one adapter.
+struct Held {
+    memory: Arc<dyn RegionMemory>,
+    way: Way,
+    chunks: Vec<Chunk>,
+}
+
 /// A part of a segment, as registered with one adapter.
 struct Chunk {
     start: u64,
@@ -39,7 +46,9 @@ struct Chunk {
 }
 
 pub(super) struct Adapter {
-    segments: BTreeMap<SegmentId, Vec<Chunk>>,
+    segments: BTreeMap<SegmentId, Held>,
+    /// Whether peers are to ask for pushes rather than read.
+    push: bool,
     pub(super) receives: Arc<Slots>,
     pub(super) frames: Slots,
     pub(super) words: Slots,
@@ -54,13 +63,19 @@ impl Adapter {
     pub(super) fn open(
         device: Arc<Device>,
         segments: &BTreeMap<SegmentId, Segment>,
+        push: bool,
     ) -> Result<Self, StoreError> {
         let limits = device.limits()?;
+        if push && limits.transport == abi::TRANSPORT_IWARP {
+            let why = "it is iWARP, which has no Write with immediate";
+            return Err(StoreError::unavailable(format!("push over {}", device_name(&limits)), why));
+        }
         let buffers = BUFFERS.min(limits.buffers_max.max(1));
         let queue = device.queue(COMPLETIONS.min(limits.completions_max.max(1)))?;
         let pool = device.pool(buffers)?;
         let mut adapter = Self {
             segments: BTreeMap::new(),
+            push,
             receives: Arc::new(Slots::open(&device, buffers, BUFFER_LEN)?),
             frames: Slots::open(&device, BUFFERS, BUFFER_LEN)?,
             words: Slots::open(&device, WORDS, 8)?,
@@ -113,15 +128,15 @@ impl Adapter {
             }
             Ok(chunks)
         };
-        let chunks = match segment.memory.device() {
-            None => register(Way::Host).map_err(|refusal: Refusal| refusal.why)?,
+        let (chunks, way) = match segment.memory.device() {
+            None => (register(Way::Host).map_err(|refusal: Refusal| refusal.why)?, Way::Host),
             Some(device) => {
                 let (chunks, way) = climb(&device, register)?;
                 tracing::info!(segment = %number, device = self.name(), ?way, "memory of a device is registered");
-                chunks
+                (chunks, way)
             }
         };
-        self.segments.insert(number, chunks);
+        self.segments.insert(number, Held { memory: Arc::clone(&segment.memory), way, chunks });
         Ok(())
     }
 
@@ -136,20 +151,35 @@ impl Adapter {
             return Described::Local { segment: number.0 };
         }
         let base = segment.memory.base() as u64;
-        let chunks = self.segments.get(&number).into_iter().flatten();
+        let chunks = self.segments.get(&number).into_iter().flat_map(|held| &held.chunks);
         let chunk = |chunk: &Chunk| RemoteChunk {
             address: base + chunk.start,
             len_bytes: chunk.len_bytes,
             key: chunk.registered.keys().remote,
         };
-        Described::Readable { segment: number.0, chunks: chunks.map(chunk).collect() }
+        Described::Readable { segment: number.0, chunks: chunks.map(chunk).collect(), by_push: self.push }
+    }
+
+    /// Opens a part of a segment to the writes of peers that are told its key: a registration of its own, which closes it
+    /// again when it is dropped. Where it starts, for peers.
+    pub(super) fn open_to_writes(
+        &self,
+        number: SegmentId,
+        offset: u64,
+        len_bytes: u64,
+    ) -> Result<(u64, Registered), StoreError> {
+        let gone = || StoreError::stale("read", "target", format!("segment {number} was deregistered"));
+        let held = self.segments.get(&number).ok_or_else(gone)?;
+        let access = abi::ACCESS_LOCAL_WRITE | abi::ACCESS_REMOTE_WRITE;
+        let registered = self.device.register(&held.memory, (offset, len_bytes), held.way, access)?;
+        Ok((held.memory.base() as u64 + offset, registered))
     }
 
     /// The stretch of a segment that starts at `offset` and is in one chunk, at most `len` bytes of it; none if the segment
     /// is not registered any more.
     pub(super) fn stretch(&self, number: SegmentId, base: u64, offset: u64, len: u64) -> Option<abi::Piece> {
-        let chunks = self.segments.get(&number)?;
-        let chunk = chunks.iter().find(|chunk| offset < chunk.start + chunk.len_bytes)?;
+        let held = self.segments.get(&number)?;
+        let chunk = held.chunks.iter().find(|chunk| offset < chunk.start + chunk.len_bytes)?;
         let len = len.min(chunk.start + chunk.len_bytes - offset).min(1 << 30);
         Some(abi::Piece {
             address: base + offset,

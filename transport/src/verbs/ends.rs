@@ -29,7 +29,7 @@ pub(super) enum Role {
     Control(LinkId),
     /// Reads of this end.
     Reading(LinkId),
-    /// Reads of the peer; nothing is posted here.
+    /// Reads of the peer; what is posted here is what it asks to be written instead.
     Serving(LinkId),
 }
 
@@ -75,6 +75,8 @@ pub(super) enum What<'a> {
     Send { pieces: &'a [abi::Piece] },
     /// Reads the peer's memory.
     Read { into: abi::Piece, address: u64, key: u32 },
+    /// Writes it, and tells the peer by a number if that was the last of something.
+    Write { piece: abi::Piece, address: u64, key: u32, told: Option<u32> },
 }
 
 /// Work that is not posted yet. Kept, so that posting allocates nothing.
@@ -135,7 +137,7 @@ impl End {
 
     /// Adds a piece of work to those that `flush` posts; it counts as under way from here on.
     pub(super) fn add(&mut self, what: What<'_>, of: Of, signal: bool) {
-        let (mut kind, mut flags, mut remote) = (abi::WORK_SEND, 0, (0, 0));
+        let (mut kind, mut flags, mut remote, mut immediate) = (abi::WORK_SEND, 0, (0, 0), 0);
         let (pieces_start, inline_start) = (self.batch.pieces.len(), self.batch.inline.len());
         match what {
             What::Inline { bytes } => {
@@ -146,6 +148,13 @@ impl End {
             What::Read { into, address, key } => {
                 (kind, remote) = (abi::WORK_READ, (address, key));
                 self.batch.pieces.push(into);
+            }
+            What::Write { piece, address, key, told } => {
+                (kind, remote) = (abi::WORK_WRITE, (address, key));
+                if let Some(number) = told {
+                    (kind, immediate) = (abi::WORK_WRITE_TOLD, number);
+                }
+                self.batch.pieces.push(piece);
             }
         }
         self.posted += 1;
@@ -160,7 +169,7 @@ impl End {
             piece_count: u32::try_from(self.batch.pieces.len() - pieces_start).unwrap_or(0),
             kind,
             flags,
-            immediate: 0,
+            immediate,
             remote_address: remote.0,
             remote_key: remote.1,
             _reserved: 0,

@@ -211,6 +211,7 @@ mod nothing {
         0
     }
     pub(super) unsafe extern "C" fn pool_close(_: *mut Pool) {}
+    pub(super) unsafe extern "C" fn device_address(_: *const Device, _: *mut Address) {}
 }
 
 static STAND_IN: abi::Table = abi::Table {
@@ -225,6 +226,7 @@ static STAND_IN: abi::Table = abi::Table {
     resolve: nothing::resolve,
     devices_open: nothing::devices_open,
     device_of: nothing::device_of,
+    device_address: nothing::device_address,
     connection_name: nothing::connection_name,
     peer_of: nothing::peer_of,
     queue_pair_open: nothing::queue_pair_open,
@@ -276,7 +278,7 @@ const SEGMENT: SegmentId = SegmentId(3);
 fn adapter() -> Adapter {
     let context = Context::open(Plugin::stand_in(&STAND_IN)).expect("a stand-in");
     let device = Device::own(&context, ptr::without_provenance_mut(64));
-    Adapter::open(device, &BTreeMap::new()).expect("a stand-in")
+    Adapter::open(device, &BTreeMap::new(), false).expect("a stand-in")
 }
 
 fn foreign(len_bytes: u64, with_dma_buf: bool) -> Segment {

@@ -11,6 +11,7 @@ use hetmem_core::{LinkId, RemoteExtent, RemoteKey, SegmentId, StoreError, Transf
 use super::abi;
 use super::adapters::{Adapter, BUFFER_LEN};
 use super::ends::{End, Of, What};
+use super::push::{Push, Wanted};
 use super::wire::{Described, LinkToken, Owner, RemoteChunk, is_description};
 use crate::fabric::{ReadStats, SendToken};
 use crate::payload::Gather;
@@ -20,7 +21,7 @@ use crate::region::Piece;
 const FRAMES_MAX: usize = 1024;
 const BYTES_MAX: usize = 4 << 20;
 /// The most reads in progress on one link.
-const READS_MAX: usize = 16_384;
+pub(super) const READS_MAX: usize = 16_384;
 /// How often a read is begun anew when its connection ends under it though the link is up.
 const TRIES_MAX: u8 = 3;
 
@@ -45,6 +46,8 @@ pub(super) struct Link {
     pub(super) control: u64,
     /// This end's data connection, if there is one.
     pub(super) reading: Option<u64>,
+    /// How many of them in a row were never made.
+    refusals: u8,
     /// When something was last read over it.
     pub(super) read_at: Instant,
     /// The peer's.
@@ -63,8 +66,13 @@ pub(super) struct Link {
     pub(super) all_described: bool,
     /// Not, or not wholly, posted.
     pub(super) waiting: VecDeque<Read>,
-    /// All of it posted.
+    /// All of it posted, or asked to be written.
     pub(super) under_way: HashMap<TransferId, Read>,
+    /// Those of them that are to be written, by the number that the owner knows.
+    asked: HashMap<u32, TransferId>,
+    next_push: u32,
+    /// What the peer has asked to be written, by the connection that it asked on.
+    pub(super) pushes: HashMap<u64, VecDeque<Push>>,
 }
 
 /// A frame with its payload, or a description.
@@ -84,6 +92,8 @@ pub(super) struct Read {
     local: Option<Piece>,
     stretches: Vec<RemoteChunk>,
     word: Option<RemoteChunk>,
+    /// The owner is to write it.
+    push: Option<Wanted>,
     /// What was asked for: stretches, bytes of the next one, bytes in all.
     at: (usize, u64, u64),
     word_asked: bool,
@@ -103,6 +113,7 @@ impl Link {
             since: Instant::now(),
             control,
             reading: None,
+            refusals: 0,
             read_at: Instant::now(),
             serving: Vec::new(),
             mine,
@@ -115,6 +126,9 @@ impl Link {
             all_described: false,
             waiting: VecDeque::new(),
             under_way: HashMap::new(),
+            asked: HashMap::new(),
+            next_push: 0,
+            pushes: HashMap::new(),
         }
     }
 
@@ -238,14 +252,57 @@ impl Link {
             if read.is_asked()
                 && let Some(read) = self.waiting.pop_front()
             {
+                if let Some(push) = &read.push {
+                    self.asked.insert(push.number(), read.transfer);
+                }
                 self.under_way.insert(read.transfer, read);
             }
         }
         end.flush()
     }
 
+    /// What a read is to name a push by.
+    pub(super) fn push_number(&mut self) -> u32 {
+        self.next_push = self.next_push.wrapping_add(1);
+        self.next_push
+    }
+
+    /// What was asked to be written is there, or the owner refuses: the read, if it is over. One that wants its word too
+    /// goes on to read that.
+    pub(super) fn pushed(&mut self, number: u32, written: bool) -> Option<Read> {
+        let transfer = self.asked.remove(&number)?;
+        let mut read = self.under_way.remove(&transfer)?;
+        if let Some(push) = &mut read.push {
+            push.close();
+            push.is_done = true;
+        }
+        (read.stats.pushed, read.stats.slices) = (true, 1);
+        if written && read.error.is_none() && read.word.is_some() {
+            read.stats.round_trips += 1;
+            self.waiting.push_front(read);
+            return None;
+        }
+        Some(read)
+    }
+
+    /// This end's data connection can be used.
+    pub(super) fn reading_made(&mut self) {
+        self.refusals = 0;
+    }
+
+    /// It was never made. After so many tries in a row, what waits for it is over.
+    pub(super) fn reading_refused(&mut self) -> Vec<Read> {
+        self.refusals += 1;
+        if self.refusals < TRIES_MAX {
+            return Vec::new();
+        }
+        self.refusals = 0;
+        self.waiting.drain(..).collect()
+    }
+
     /// The data connection has ended under the reads that are posted: which are over with it. Others are begun anew.
     pub(super) fn reads_lost(&mut self, guilty: Option<TransferId>, why: &StoreError) -> Vec<Read> {
+        self.asked.clear();
         let mut all: Vec<Read> = std::mem::take(&mut self.under_way).into_values().collect();
         // In the order in which they were begun.
         all.sort_unstable_by_key(|read| read.transfer);
@@ -348,6 +405,7 @@ impl Read {
         local: Option<Piece>,
         stretches: Vec<RemoteChunk>,
         word: Option<RemoteChunk>,
+        push: Option<Wanted>,
     ) -> Self {
         let bytes = local.as_ref().map_or(0, Piece::len) as u64;
         Self {
@@ -356,6 +414,7 @@ impl Read {
             local,
             stretches,
             word,
+            push,
             at: (0, 0, 0),
             word_asked: false,
             tries: 0,
@@ -368,9 +427,10 @@ impl Read {
         self.at.0 >= self.stretches.len()
     }
 
-    /// Whether all of it is posted.
+    /// Whether all of it is posted; of a push, whether it is asked for: its word is read afterwards.
     fn is_asked(&self) -> bool {
-        self.bytes_asked() && (self.word.is_none() || self.word_asked)
+        let pushing = self.push.as_ref().is_some_and(|push| !push.is_done);
+        self.bytes_asked() && (pushing || self.word.is_none() || self.word_asked)
     }
 
     /// Nothing of it is posted.
@@ -382,6 +442,10 @@ impl Read {
         if !self.is_untouched() {
             self.at = (0, 0, 0);
             self.word_asked = false;
+            if let Some(push) = &mut self.push {
+                push.close();
+                push.is_done = false;
+            }
             self.stats.reissued += self.stats.slices;
             self.stats.slices = 0;
         }
@@ -395,6 +459,19 @@ impl Read {
         slice_bytes: u64,
     ) -> Result<bool, StoreError> {
         let transfer = self.transfer;
+        if !self.bytes_asked()
+            && let (Some(push), Some(local)) = (&mut self.push, &self.local)
+        {
+            let (segment, _, offset) = local.place();
+            let asked = push.ask((segment, offset), end, adapter);
+            if let Err(why) = &asked {
+                self.error.get_or_insert(why.clone());
+            }
+            if asked == Ok(true) {
+                self.at = (self.stretches.len(), 0, self.stats.bytes);
+            }
+            return asked;
+        }
         let (piece, remote, of) = if let Some(stretch) = self.stretches.get(self.at.0).copied() {
             let (_, done, landed) = self.at;
             let Some(local) = &self.local else { return Err(StoreError::protocol("a read into nothing")) };
@@ -425,10 +502,17 @@ impl Read {
     }
 }
 
-/// What a key of the peer's means here, for a read of this extent.
-pub(super) fn stretches_of(link: &Link, extent: RemoteExtent) -> Result<Vec<RemoteChunk>, StoreError> {
+/// What a key of the peer's means here, for a read of this extent, and whether the owner wants to write that rather than
+/// have it read.
+pub(super) fn stretches_of(
+    link: &Link,
+    extent: RemoteExtent,
+) -> Result<(Vec<RemoteChunk>, bool), StoreError> {
     match link.remote.get(&extent.key) {
-        Some(described) => super::wire::stretches(described, extent),
+        Some(described) => {
+            let by_push = matches!(described, Described::Readable { by_push: true, .. });
+            Ok((super::wire::stretches(described, extent)?, by_push))
+        }
         None => Err(StoreError::stale(
             "read",
             format!("remote key {:016x}", extent.key.0),

@@ -15,6 +15,7 @@ mod ladder;
 mod ladder_tests;
 mod links;
 mod plugin;
+mod push;
 #[cfg(test)]
 mod seam_tests;
 mod shared;
@@ -38,6 +39,7 @@ use parking_lot::Mutex;
 use self::adapters::Segment;
 use self::links::{Read, Stage, stretches_of};
 use self::plugin::{Context, Plugin, device_name};
+use self::push::Wanted;
 use self::shared::Shared;
 use self::state::State;
 use self::wire::{LinkToken, Owner};
@@ -65,6 +67,8 @@ pub struct VerbsConfig {
     pub slice_bytes: u64,
     /// How long a caller of `progress` works on before it sleeps.
     pub busy_poll: Duration,
+    /// Whether peers are to ask for large objects to be written into their memory, rather than read them.
+    pub push: bool,
     /// The most links, in and out.
     pub links_max: usize,
     /// The most connections: one for each link, and more for reads. Beyond that, the one for reads that has not been used
@@ -80,6 +84,7 @@ impl Default for VerbsConfig {
             threads: 2,
             slice_bytes: 1 << 20,
             busy_poll: Duration::from_micros(50),
+            push: false,
             links_max: 1024,
             connections_max: 4096,
         }
@@ -118,7 +123,7 @@ impl VerbsFabric {
         let (listener, address) = context.listen(lookup::resolve(&config.listen, true)?, 0)?;
         let mut state = State::new(Arc::clone(&context), listener, address);
         (state.slice_bytes, state.links_max) = (config.slice_bytes.max(1), config.links_max);
-        state.connections_max = config.connections_max;
+        (state.connections_max, state.push) = (config.connections_max, config.push);
         state.open_adapters()?;
         let shared = Arc::new(Shared::new(sink, context, state, config.busy_poll)?);
         let fabric =
@@ -159,21 +164,22 @@ impl VerbsFabric {
             local = Some((remote, self.shared.regions.local("read", extent)?)).filter(|(_, it)| it.len() > 0);
         }
         let mut state = self.shared.state.lock();
-        let Some(found) = state.links.get_mut(&link).filter(|link| link.stage == Stage::Up) else {
-            return Err(no_link("read", link));
-        };
-        let remote = local.as_ref().map_or(Ok(Vec::new()), |(remote, _)| stretches_of(found, *remote));
-        let place =
-            word.map_or(Ok(None), |word| stretches_of(found, word).map(|found| found.first().copied()));
         if state.transfers.contains_key(&transfer) {
             return Err(StoreError::invalid("read", format!("transfer {transfer} is in progress")));
         }
+        let Some(found) = state.links.get_mut(&link).filter(|link| link.stage == Stage::Up) else {
+            return Err(no_link("read", link));
+        };
+        let remote =
+            local.as_ref().map_or(Ok((Vec::new(), false)), |(remote, _)| stretches_of(found, *remote));
+        let place =
+            word.map_or(Ok(None), |word| stretches_of(found, word).map(|(found, _)| found.first().copied()));
         let result = match (remote, place) {
-            (Ok(stretches), Ok(place)) if !stretches.is_empty() || place.is_some() => {
-                let read = Read::new(transfer, local.map(|(_, local)| local), stretches, place);
-                if let Some(found) = state.links.get_mut(&link) {
-                    found.begin_read(read)?;
-                }
+            (Ok((stretches, by_push)), Ok(place)) if !stretches.is_empty() || place.is_some() => {
+                let wanted = local.as_ref().filter(|_| by_push).map(|(remote, _)| *remote);
+                let push = wanted.map(|from| Wanted::new(from, found.push_number()));
+                let read = Read::new(transfer, local.map(|(_, local)| local), stretches, place, push);
+                found.begin_read(read)?;
                 state.transfers.insert(transfer, link);
                 state.post(link);
                 None

@@ -3,6 +3,7 @@
 //! the sink is never called under it: what it is to hear is put into `effects`.
 
 mod devices;
+mod pushes;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -51,6 +52,8 @@ pub(super) struct State {
     pub(super) slice_bytes: u64,
     pub(super) links_max: usize,
     pub(super) connections_max: usize,
+    /// Whether peers are to ask for pushes, whatever was proven.
+    pub(super) push: bool,
     /// Whose it is.
     pub(super) owner: Owner,
     /// Where it listens.
@@ -78,6 +81,7 @@ impl State {
             slice_bytes: 1 << 20,
             links_max: 1024,
             connections_max: usize::MAX,
+            push: false,
             owner: Owner::default(),
             at,
             ends: BTreeMap::new(),
@@ -360,6 +364,10 @@ impl State {
                 link.queue_always(describe(RemoteKey(0), &Described::All), None, SendToken(0));
             }
             self.up_if_greeted(id);
+        } else if matches!(role, Role::Reading(_))
+            && let Some(link) = self.links.get_mut(&id)
+        {
+            link.reading_made();
         }
         self.post(id);
     }
@@ -395,6 +403,9 @@ impl State {
             failed.get_or_insert((token, why));
         }
         let wants_data = link.reading.is_none() && !link.waiting.is_empty() && link.stage == Stage::Up;
+        if let Some(over) = self.post_pushes(id) {
+            failed.get_or_insert(over);
+        }
         if let Some((token, why)) = failed {
             self.end_over(token, None, &why);
         }
@@ -502,22 +513,24 @@ impl State {
         let end = token.and_then(|token| Some((token, self.ends.get(&token)?)));
         let Some(adapter) = self.adapters.get(&number) else { return };
         let slots = Arc::clone(&adapter.receives);
-        let control = end.and_then(|(token, end)| match end.role {
-            Role::Control(link) if done.status == 0 => Some((token, link)),
-            _ => None,
-        });
+        let end = end.map(|(token, end)| (token, end.role));
         slots.came_back(slot);
         let len = done.len_bytes as usize;
-        let Some((token, link)) = control else {
-            self.lend_again(number, slot);
-            if done.status != 0
-                && let Some(token) = token
-            {
-                self.end_over(token, None, &explain(done));
-            }
-            return;
-        };
         let bytes = slots.bytes(slot, len).unwrap_or_default();
+        let (token, link) = match end {
+            Some((token, Role::Control(link))) if (done.status, done.kind) == (0, abi::DONE_RECEIVED) => {
+                (token, link)
+            }
+            _ => {
+                let over =
+                    end.map(|(token, role)| (token, self.received_otherwise(token, role, bytes, done)));
+                self.lend_again(number, slot);
+                if let Some((token, Err(why))) = over {
+                    self.end_over(token, None, &why);
+                }
+                return;
+            }
+        };
         let Some(of_frame) = self.links.get_mut(&link).map(|link| link.is_of_frame(bytes)) else {
             return self.lend_again(number, slot);
         };
@@ -542,6 +555,35 @@ impl State {
             }
             (Ok(_), None) => {}
         }
+    }
+
+    /// A buffer has come back with something else than a message on a control connection.
+    ///
+    /// # Errors
+    /// Why the connection ends.
+    fn received_otherwise(
+        &mut self,
+        token: u64,
+        role: Role,
+        bytes: &[u8],
+        done: &abi::Completion,
+    ) -> Result<(), StoreError> {
+        if done.status != 0 {
+            return Err(explain(done));
+        }
+        let result = match (role, done.kind) {
+            (Role::Reading(link), abi::DONE_WRITTEN) => {
+                self.push_over(link, done.immediate, true);
+                Ok(())
+            }
+            (Role::Reading(link), abi::DONE_RECEIVED) => self.push_said((link, token), false, bytes),
+            (Role::Serving(link), abi::DONE_RECEIVED) => self.push_said((link, token), true, bytes),
+            _ => Err(StoreError::protocol("a write that nobody asked for")),
+        };
+        if result.is_err() {
+            self.refused += 1;
+        }
+        result
     }
 
     /// A receive buffer goes back to its adapter.
@@ -631,6 +673,7 @@ impl State {
             self.by_pair.remove(&(adapter, made.number));
         }
         let (role, number, left) = (end.role, end.adapter.unwrap_or_default(), end.take_all());
+        let was_up = end.stage == EndStage::Up;
         tracing::debug!(?role, stage = ?end.stage, left = left.len(), %why, "a connection is over");
         end.connection.disconnect();
         // The adapter is done with its work when this returns.
@@ -645,13 +688,17 @@ impl State {
             Role::Serving(id) => {
                 if let Some(link) = self.links.get_mut(&id) {
                     link.serving.retain(|serving| *serving != token);
+                    link.pushes.remove(&token);
                 }
             }
             Role::Reading(id) => {
                 let Some(link) = self.links.get_mut(&id) else { return };
                 link.reading = None;
                 let why = if guilty.is_some() { why.clone() } else { link.lost("read", why) };
-                let over = link.reads_lost(guilty, &why);
+                let mut over = link.reads_lost(guilty, &why);
+                if !was_up {
+                    over.extend(link.reading_refused());
+                }
                 for mut read in over {
                     let result = Err(read.error.take().unwrap_or_else(|| why.clone()));
                     self.read_over(read, result);

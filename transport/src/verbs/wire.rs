@@ -138,8 +138,9 @@ pub(super) enum Described {
     Gone,
     /// Of a region: the peer may do nothing with this segment.
     Local { segment: u32 },
-    /// Of a region: the peer may read these chunks of this segment, one after the other.
-    Readable { segment: u32, chunks: Vec<RemoteChunk> },
+    /// Of a region: the peer may read these chunks of this segment, one after the other; whether it is to ask for them to
+    /// be written instead, where it can.
+    Readable { segment: u32, chunks: Vec<RemoteChunk>, by_push: bool },
     /// Of no region: all that there are have been described. The link is up when both ends have said so.
     All,
 }
@@ -154,7 +155,8 @@ pub(super) fn describe(key: RemoteKey, described: &Described) -> Vec<u8> {
     let (kind, segment, chunks): (u32, u32, &[RemoteChunk]) = match described {
         Described::Gone => (0, 0, &[]),
         Described::Local { segment } => (1, *segment, &[]),
-        Described::Readable { segment, chunks } => (2, *segment, chunks),
+        Described::Readable { segment, chunks, by_push: false } => (2, *segment, chunks),
+        Described::Readable { segment, chunks, by_push: true } => (4, *segment, chunks),
         Described::All => (3, 0, &[]),
     };
     let mut bytes = Vec::with_capacity(REGION_HEAD_LEN + chunks.len() * CHUNK_LEN);
@@ -198,11 +200,75 @@ pub(super) fn described(bytes: &[u8]) -> Result<(RemoteKey, Described), StoreErr
     let described = match (u32::from_be_bytes(*kind), chunks.ok_or_else(wrong)?) {
         (0, _) => Described::Gone,
         (1, _) => Described::Local { segment },
-        (2, chunks) => Described::Readable { segment, chunks },
+        (kind @ (2 | 4), chunks) => Described::Readable { segment, chunks, by_push: kind == 4 },
         (3, _) => Described::All,
         _ => return Err(wrong()),
     };
     Ok((RemoteKey(u64::from_be_bytes(*key)), described))
+}
+
+/// What a reader asks to be written into its memory instead of reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct PushAsk {
+    /// Comes with the last write.
+    pub(super) number: u32,
+    pub(super) from: RemoteExtent,
+    /// Where to: all of it is open to the owner's writes under this key of the reader's adapter.
+    pub(super) address: u64,
+    pub(super) key: u32,
+}
+
+/// A message on a data connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum PushSaid {
+    /// To the owner.
+    Ask(PushAsk),
+    /// To the reader: nothing more is written for this number.
+    Refused { number: u32 },
+}
+
+/// How such a message begins.
+const PUSH: [u8; 4] = *b"HMVP";
+const PUSH_LEN: usize = 48;
+
+impl PushSaid {
+    pub(super) fn to_bytes(self) -> [u8; PUSH_LEN] {
+        let (kind, number, [key, offset, len_bytes, address], remote) = match self {
+            Self::Ask(PushAsk {
+                number,
+                from: RemoteExtent { key, offset, len_bytes },
+                address,
+                key: remote,
+            }) => (1_u32, number, [key.0, offset, len_bytes, address], remote),
+            Self::Refused { number } => (2, number, [0; 4], 0),
+        };
+        let mut bytes = [0; PUSH_LEN];
+        bytes[..4].copy_from_slice(&PUSH);
+        for (place, word) in bytes[4..16].chunks_exact_mut(4).zip([kind, number, remote]) {
+            place.copy_from_slice(&word.to_be_bytes());
+        }
+        for (place, word) in bytes[16..].chunks_exact_mut(8).zip([key, offset, len_bytes, address]) {
+            place.copy_from_slice(&word.to_be_bytes());
+        }
+        bytes
+    }
+
+    /// # Errors
+    /// `Protocol` if it is none.
+    pub(super) fn parse(bytes: &[u8]) -> Result<Self, StoreError> {
+        let wrong = || StoreError::protocol(format!("{} bytes that ask for no push", bytes.len()));
+        let whole: &[u8; PUSH_LEN] = bytes.try_into().map_err(|_| wrong())?;
+        let small = |at: usize| u32::from_be_bytes([whole[at], whole[at + 1], whole[at + 2], whole[at + 3]]);
+        let word = |at: usize| u64::from(small(at)) << 32 | u64::from(small(at + 4));
+        let (number, key) = (small(8), small(12));
+        let from = RemoteExtent { key: RemoteKey(word(16)), offset: word(24), len_bytes: word(32) };
+        match small(4) {
+            _ if whole[..4] != PUSH => Err(wrong()),
+            1 => Ok(Self::Ask(PushAsk { number, from, address: word(40), key })),
+            2 => Ok(Self::Refused { number }),
+            _ => Err(wrong()),
+        }
+    }
 }
 
 /// The stretches of a peer's region that an extent of it is made of, in its order.
@@ -211,7 +277,7 @@ pub(super) fn described(bytes: &[u8]) -> Result<(RemoteKey, Described), StoreErr
 /// As the owner's own look would find: `Denied`, or `Invalid` outside.
 pub(super) fn stretches(described: &Described, extent: RemoteExtent) -> Result<Vec<RemoteChunk>, StoreError> {
     let (segment, chunks) = match described {
-        Described::Readable { segment, chunks } => (segment, chunks),
+        Described::Readable { segment, chunks, .. } => (segment, chunks),
         Described::Local { segment } => {
             let why =
                 format!("segment {segment} (key {:016x}) is registered for its own node only", extent.key.0);
@@ -282,8 +348,12 @@ mod tests {
     fn descriptions_come_back_and_garbage_is_an_error() {
         let chunk =
             |number: u32| RemoteChunk { address: u64::from(number) << 40, len_bytes: 1 << 30, key: number };
-        let readable = Described::Readable { segment: 5, chunks: (0..7).map(chunk).collect() };
-        for of in [Described::Gone, Described::Local { segment: 9 }, Described::All, readable] {
+        let readable = |by_push| {
+            let chunks = (0..7).map(chunk).collect();
+            Described::Readable { segment: 5, chunks, by_push }
+        };
+        let others = [Described::Gone, Described::Local { segment: 9 }, Described::All];
+        for of in others.into_iter().chain([readable(false), readable(true)]) {
             let bytes = describe(RemoteKey(77), &of);
             assert!(is_description(&bytes));
             assert_eq!(described(&bytes).expect("whole"), (RemoteKey(77), of));
@@ -295,10 +365,27 @@ mod tests {
     }
 
     #[test]
+    fn pushes_come_back_and_garbage_is_an_error() {
+        let from = RemoteExtent { key: RemoteKey(1 << 60 | 5), offset: 1 << 40 | 3, len_bytes: 1 << 33 | 1 };
+        let ask = PushAsk { number: 0x0102_0304, from, address: 0x7f00_1234_5678_9abc, key: 0x8070_6050 };
+        for said in [PushSaid::Ask(ask), PushSaid::Refused { number: 7 }] {
+            let bytes = said.to_bytes();
+            assert_eq!(PushSaid::parse(&bytes), Ok(said));
+            assert!((0..bytes.len()).all(|len| PushSaid::parse(&bytes[..len]).is_err()));
+            assert!(PushSaid::parse(&[&bytes[..], &[0]].concat()).is_err());
+            for at in [0, 7] {
+                let mut wrong = bytes;
+                wrong[at] ^= 0x55;
+                assert!(PushSaid::parse(&wrong).is_err(), "byte {at}");
+            }
+        }
+    }
+
+    #[test]
     fn an_extent_is_found_across_chunks() {
         let chunks = [(1000, 100, 1), (5000, 50, 2), (9000, 10, 3)];
         let chunks = chunks.map(|(address, len_bytes, key)| RemoteChunk { address, len_bytes, key }).to_vec();
-        let all = Described::Readable { segment: 1, chunks };
+        let all = Described::Readable { segment: 1, chunks, by_push: false };
         let extent = |offset, len_bytes| RemoteExtent { key: RemoteKey(1), offset, len_bytes };
         let found = stretches(&all, extent(90, 65)).expect("inside");
         let found: Vec<_> = found.iter().map(|chunk| (chunk.address, chunk.len_bytes, chunk.key)).collect();

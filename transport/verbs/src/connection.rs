@@ -8,7 +8,7 @@ use std::mem::zeroed;
 
 use hetmem_transport::verbs_abi::{
     Address, Connection, Context, Device, FLAG_FENCE, FLAG_INLINE, FLAG_SIGNALED, Failure, Handshake, Piece,
-    QueuePair, WORK_READ, WORK_WRITE, Work,
+    QueuePair, WORK_READ, WORK_WRITE, WORK_WRITE_TOLD, Work,
 };
 use rdma_sys::{
     ibv_post_send, ibv_qp_init_attr, ibv_qp_type, ibv_send_flags as flags, ibv_send_wr, ibv_sge, ibv_srq,
@@ -44,15 +44,6 @@ impl Conn {
         // SAFETY: the identifier is there, and nobody else uses its context.
         unsafe { (*id).context = connection.cast() };
         connection
-    }
-
-    /// Its address on this machine, with any free port.
-    pub(crate) fn own_address(&self) -> SocketAddress {
-        // SAFETY: librdmacm keeps the address as long as the identifier lives, as a socket address of either version.
-        let address = unsafe { &*(&raw const (*self.id).route.addr.src_addr_union).cast::<SocketAddress>() };
-        let mut address = SocketAddress(address.0);
-        address.0[2..4].fill(0);
-        address
     }
 
     /// A new one on the context's channel.
@@ -94,6 +85,18 @@ impl SocketAddress {
         self.0.as_mut_ptr().cast()
     }
 
+    /// An identifier's address on this machine, with any free port.
+    ///
+    /// # Safety
+    /// The identifier is there.
+    pub(crate) unsafe fn own(id: *const rdma_cm_id) -> Self {
+        // SAFETY: librdmacm keeps the address as long as the identifier lives, as a socket address of either version.
+        let address = unsafe { &*(&raw const (*id).route.addr.src_addr_union).cast::<Self>() };
+        let mut address = Self(address.0);
+        address.0[2..4].fill(0);
+        address
+    }
+
     fn of(address: &Address) -> Self {
         let mut bytes = [0; 28];
         bytes[2..4].copy_from_slice(&address.port.to_be_bytes());
@@ -108,7 +111,7 @@ impl SocketAddress {
         Self(bytes)
     }
 
-    fn to_address(&self) -> Address {
+    pub(crate) fn to_address(&self) -> Address {
         let bytes = &self.0;
         let family = u16::from_ne_bytes([bytes[0], bytes[1]]);
         let mut address = Address { port: u16::from_be_bytes([bytes[2], bytes[3]]), ..Address::default() };
@@ -375,7 +378,8 @@ unsafe fn work_request(asked: &Work, pieces: &mut Vec<ibv_sge>) -> ibv_send_wr {
     request.num_sge = i32::try_from(given.len()).unwrap_or(0);
     request.opcode = match asked.kind {
         WORK_READ => op::IBV_WR_RDMA_READ,
-        WORK_WRITE => op::IBV_WR_RDMA_WRITE_WITH_IMM,
+        WORK_WRITE => op::IBV_WR_RDMA_WRITE,
+        WORK_WRITE_TOLD => op::IBV_WR_RDMA_WRITE_WITH_IMM,
         _ => op::IBV_WR_SEND,
     };
     for (asked_for, flag) in [

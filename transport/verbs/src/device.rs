@@ -9,8 +9,8 @@ use std::os::fd::AsRawFd;
 use std::sync::Mutex;
 
 use hetmem_transport::verbs_abi::{
-    ACCESS_LOCAL_WRITE, ACCESS_REMOTE_READ, ACCESS_REMOTE_WRITE, Connection, Context, Device, DeviceLimits,
-    Failure, Keys, MEMORY_DMA_BUF, Memory, Region, TRANSPORT_INFINIBAND, TRANSPORT_IWARP,
+    ACCESS_LOCAL_WRITE, ACCESS_REMOTE_READ, ACCESS_REMOTE_WRITE, Address, Connection, Context, Device,
+    DeviceLimits, Failure, Keys, MEMORY_DMA_BUF, Memory, Region, TRANSPORT_INFINIBAND, TRANSPORT_IWARP,
 };
 use rdma_sys::{
     ibv_access_flags as flags, ibv_alloc_pd, ibv_close_device, ibv_context, ibv_dealloc_pd, ibv_dereg_mr,
@@ -115,7 +115,8 @@ pub(crate) unsafe extern "C" fn of(
     };
     let device = match known {
         Some(device) => Ok(device),
-        None => match anchor_at(context, connection.own_address().as_mut_ptr()) {
+        // SAFETY: as above.
+        None => match anchor_at(context, unsafe { SocketAddress::own(connection.id) }.as_mut_ptr()) {
             // SAFETY: it was just made.
             Some(anchor) if !verbs.is_null() => unsafe { Dev::anchored(context, anchor, failure) },
             _ => Err(failed("rdma_bind_addr", Errno::NODEV.raw_os_error(), failure)),
@@ -129,6 +130,11 @@ pub(crate) unsafe extern "C" fn of(
         }
         Err(errno) => errno,
     }
+}
+
+pub(crate) unsafe extern "C" fn address(device: *const Device, out: *mut Address) {
+    // SAFETY: the host has opened the device and not closed it, and gives room for an address.
+    unsafe { *out = SocketAddress::own((*device.cast::<Dev>()).anchor).to_address() };
 }
 
 pub(crate) unsafe extern "C" fn open_all(context: *mut Context, out: *mut *mut Device, room: u32) -> u32 {

@@ -29,6 +29,7 @@ static TABLE: Table = Table {
     resolve: connection::resolve,
     devices_open: device::open_all,
     device_of: device::of,
+    device_address: device::address,
     connection_name: connection::name,
     peer_of: connection::peer,
     queue_pair_open: connection::queue_pair_open,

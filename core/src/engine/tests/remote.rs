@@ -301,6 +301,25 @@ fn a_get_that_was_given_up_frees_its_extent_when_the_read_has_ended() {
 }
 
 #[test]
+fn what_the_owner_has_written_is_not_said_to_have_been_read() {
+    let mut world = World::shaped(2, &reading());
+    world.hold_reads = true;
+    let (home, away) = (world.client(0, 1), world.client(1, 1));
+    world.put(0, home, "k", &pattern(1, 1_000));
+    let request = world.ask_get(1, away, "k", true);
+    world.settle();
+    let transfer = world.held[0].transfer;
+    world.held.clear();
+    let end = crate::engine::ReadEnd { pushed: true, ..Default::default() };
+    world.feed(1, Input::ReadDone { transfer, result: Ok(end) });
+    world.settle();
+    match world.answer(1, away, request) {
+        Some(Ok(ClientReply::Located(located))) => assert_eq!(located.path, Path::Push),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
 fn a_client_that_leaves_ends_its_fetch() {
     let mut world = World::shaped(2, &reading());
     world.hold_reads = true;

@@ -21,7 +21,7 @@ impl State {
         if let Some((&number, _)) = self.adapters.iter().find(|(_, adapter)| adapter.device.is(raw)) {
             return Ok(number);
         }
-        let adapter = Adapter::open(Device::own(&self.context, raw), &self.segments)?;
+        let adapter = Adapter::open(Device::own(&self.context, raw), &self.segments, self.push)?;
         tracing::info!(device = adapter.name(), "an RDMA device is used");
         let number = usize::try_from(self.number()).unwrap_or(0);
         self.adapters.insert(number, adapter);
