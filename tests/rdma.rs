@@ -138,6 +138,8 @@ fn a_node_that_listens_everywhere_is_reached_and_doctor_names_the_device() {
     let output = Command::new(binary()).args(["doctor", "--json"]).output().expect("hetmem runs");
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(said.contains("rxe0"), "{said}");
+    // It has tried the device with real bytes.
+    assert!(said.contains("reads out of it work, reads into it work, writes out of it work"), "{said}");
 }
 
 #[test]

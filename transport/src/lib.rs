@@ -25,4 +25,7 @@ pub use fabric::{
 pub use memory::{DeviceMemory, HeapRegion, RegionMemory};
 pub use sim::{SimFabric, SimFaults, SimNet};
 pub use tcp::{TcpConfig, TcpFabric};
-pub use verbs::{VerbsConfig, VerbsFabric, abi as verbs_abi, verbs_devices};
+pub use verbs::{
+    Direction, MemoryKind, Outcome, Proof, Scratch, VerbsConfig, VerbsFabric, abi as verbs_abi,
+    verbs_devices, verbs_proofs,
+};

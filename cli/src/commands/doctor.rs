@@ -51,6 +51,7 @@ pub(crate) fn run(socket: Option<&Path>, out: Output) -> Result<(), Failure> {
     let mut checks = vec![shared_memory(), memory(), huge_pages(), open_files(), locked_memory()];
     checks.extend(gpus(&hetmem_gpu_mem::probe()));
     checks.push(rdma());
+    checks.extend(rdma_proofs());
     checks.push(node(socket));
     let row = |check: &Check| {
         json!({
@@ -201,6 +202,19 @@ fn rdma() -> Check {
             Check::new(name, false, why.to_string(), remedy)
         }
     }
+}
+
+/// What each RDMA device has done with real bytes, just now.
+fn rdma_proofs() -> Vec<Check> {
+    // That there are none is said by `rdma`.
+    let devices = hetmem_transport::verbs_proofs(None).unwrap_or_default();
+    let remedy = "look into the kernel's log, and at `ibv_devinfo -v`; without them nodes speak TCP";
+    let check = |(name, proofs): (String, Vec<hetmem_transport::Proof>)| {
+        let said: Vec<String> = proofs.iter().map(ToString::to_string).collect();
+        let whole = proofs.iter().all(hetmem_transport::Proof::is_whole);
+        Check::new(&format!("RDMA device {name}"), whole, said.join("; "), remedy)
+    };
+    devices.into_iter().map(check).collect()
 }
 
 fn node(socket: Option<&Path>) -> Check {

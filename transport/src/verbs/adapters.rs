@@ -10,6 +10,7 @@ use hetmem_core::{RemoteKey, SegmentId, StoreError};
 use super::abi;
 use super::ladder::{Way, climb};
 use super::plugin::{Device, Pool, Queue, Refusal, Registered, device_name};
+use super::proof::{MemoryKind, Proof};
 use super::slots::Slots;
 use super::wire::{CHUNKS_MAX, Described, RemoteChunk};
 use crate::fabric::Access;
@@ -47,8 +48,9 @@ struct Chunk {
 
 pub(super) struct Adapter {
     segments: BTreeMap<SegmentId, Held>,
-    /// Whether peers are to ask for pushes rather than read.
+    /// Whether peers are to ask for pushes rather than read, whatever was proven.
     push: bool,
+    proofs: Vec<Proof>,
     pub(super) receives: Arc<Slots>,
     pub(super) frames: Slots,
     pub(super) words: Slots,
@@ -63,19 +65,16 @@ impl Adapter {
     pub(super) fn open(
         device: Arc<Device>,
         segments: &BTreeMap<SegmentId, Segment>,
-        push: bool,
+        (push, proofs): (bool, Vec<Proof>),
     ) -> Result<Self, StoreError> {
         let limits = device.limits()?;
-        if push && limits.transport == abi::TRANSPORT_IWARP {
-            let why = "it is iWARP, which has no Write with immediate";
-            return Err(StoreError::unavailable(format!("push over {}", device_name(&limits)), why));
-        }
         let buffers = BUFFERS.min(limits.buffers_max.max(1));
         let queue = device.queue(COMPLETIONS.min(limits.completions_max.max(1)))?;
         let pool = device.pool(buffers)?;
         let mut adapter = Self {
             segments: BTreeMap::new(),
             push,
+            proofs,
             receives: Arc::new(Slots::open(&device, buffers, BUFFER_LEN)?),
             frames: Slots::open(&device, BUFFERS, BUFFER_LEN)?,
             words: Slots::open(&device, WORDS, 8)?,
@@ -84,6 +83,7 @@ impl Adapter {
             limits,
             device,
         };
+        adapter.by_push(MemoryKind::Host)?;
         for (&number, segment) in segments {
             adapter.register(number, segment)?;
         }
@@ -98,6 +98,20 @@ impl Adapter {
         device_name(&self.limits)
     }
 
+    /// Whether peers are to ask for such memory to be written rather than read it.
+    ///
+    /// # Errors
+    /// `Unavailable` if neither can be.
+    fn by_push(&self, kind: MemoryKind) -> Result<bool, StoreError> {
+        let proof = self.proofs.iter().find(|proof| proof.kind == kind);
+        let by_push = self.push || proof.map_or(Ok(false), Proof::by_push)?;
+        if by_push && self.limits.transport == abi::TRANSPORT_IWARP {
+            let why = "it is iWARP, which has no Write with immediate";
+            return Err(StoreError::unavailable(format!("push over {}", self.name()), why));
+        }
+        Ok(by_push)
+    }
+
     /// Lends a slot to the adapter, to be received into.
     pub(super) fn post_receive(&self, slot: u32) -> Result<(), StoreError> {
         self.pool.post(receive_id(slot), &self.receives.piece(slot, 0, BUFFER_LEN))
@@ -105,6 +119,7 @@ impl Adapter {
 
     /// Registers a segment, in chunks that the device can have; nothing of it if one of them fails.
     pub(super) fn register(&mut self, number: SegmentId, segment: &Segment) -> Result<(), StoreError> {
+        self.by_push(MemoryKind::of(&*segment.memory))?;
         let len = segment.memory.len_bytes();
         let most = self.limits.region_bytes_max.max(1);
         if len.div_ceil(most) > CHUNKS_MAX as u64 {
@@ -157,7 +172,8 @@ impl Adapter {
             len_bytes: chunk.len_bytes,
             key: chunk.registered.keys().remote,
         };
-        Described::Readable { segment: number.0, chunks: chunks.map(chunk).collect(), by_push: self.push }
+        let by_push = self.by_push(MemoryKind::of(&*segment.memory)).unwrap_or(false);
+        Described::Readable { segment: number.0, chunks: chunks.map(chunk).collect(), by_push }
     }
 
     /// Opens a part of a segment to the writes of peers that are told its key: a registration of its own, which closes it

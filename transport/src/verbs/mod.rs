@@ -14,7 +14,9 @@ mod ladder;
 #[cfg(test)]
 mod ladder_tests;
 mod links;
+mod loopback;
 mod plugin;
+mod proof;
 mod push;
 #[cfg(test)]
 mod seam_tests;
@@ -38,24 +40,25 @@ use parking_lot::Mutex;
 
 use self::adapters::Segment;
 use self::links::{Read, Stage, stretches_of};
-use self::plugin::{Context, Plugin, device_name};
+use self::plugin::{Context, Device, Plugin, device_name};
+pub use self::proof::{Direction, MemoryKind, Outcome, Proof, Scratch};
 use self::push::Wanted;
 use self::shared::Shared;
-use self::state::State;
+use self::state::{State, prove_all};
 use self::wire::{LinkToken, Owner};
 use crate::fabric::{
     Access, Fabric, FabricEvent, FabricKind, FabricSink, SendToken, Sent, check_lengths, check_payload,
     check_word,
 };
 use crate::lookup::{self, Lookups};
-use crate::memory::RegionMemory;
+use crate::memory::{HeapRegion, RegionMemory};
 use crate::payload::Gather;
 
 /// The most extents of one payload.
 const GATHER_MAX: usize = 1023;
 
 /// How a verbs fabric is set up.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct VerbsConfig {
     /// The plugin's file; none: looked for beside the program and in `../lib/hetmem`.
     pub plugin: Option<PathBuf>,
@@ -67,6 +70,8 @@ pub struct VerbsConfig {
     pub slice_bytes: u64,
     /// How long a caller of `progress` works on before it sleeps.
     pub busy_poll: Duration,
+    /// Memory of other kinds than the host's, to try at start what adapters can do with it.
+    pub scratches: Vec<Arc<dyn Scratch>>,
     /// Whether peers are to ask for large objects to be written into their memory, rather than read them.
     pub push: bool,
     /// The most links, in and out.
@@ -84,10 +89,17 @@ impl Default for VerbsConfig {
             threads: 2,
             slice_bytes: 1 << 20,
             busy_poll: Duration::from_micros(50),
+            scratches: Vec::new(),
             push: false,
             links_max: 1024,
             connections_max: 4096,
         }
+    }
+}
+
+impl fmt::Debug for VerbsConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VerbsConfig").field("listen", &self.listen).finish_non_exhaustive()
     }
 }
 
@@ -97,6 +109,29 @@ impl Default for VerbsConfig {
 /// `Unavailable` naming what is missing.
 pub fn verbs_devices(plugin: Option<&std::path::Path>) -> Result<Vec<String>, StoreError> {
     Ok(Plugin::load(plugin)?.devices().iter().map(device_name).collect())
+}
+
+/// Tries what the RDMA devices of this machine that have an address can do with the host's memory; of each its name and what
+/// was found.
+///
+/// # Errors
+/// `Unavailable` naming what is missing.
+pub fn verbs_proofs(plugin: Option<&std::path::Path>) -> Result<Vec<(String, Vec<Proof>)>, StoreError> {
+    let context = Context::open(Plugin::load(plugin)?)?;
+    let scratches = scratches_with(&[]);
+    let of = |raw| {
+        let device = Device::own(&context, raw);
+        let name = device_name(&device.limits()?);
+        let proofs = prove_all(&context, &device, &name, &scratches);
+        Ok((name, proofs))
+    };
+    context.devices().into_iter().map(of).collect()
+}
+
+/// The host's memory, and these.
+fn scratches_with(others: &[Arc<dyn Scratch>]) -> Vec<Arc<dyn Scratch>> {
+    let host: Arc<dyn Scratch> = Arc::new(Arc::new(HeapRegion::new(proof::LEN)));
+    std::iter::once(host).chain(others.iter().cloned()).collect()
 }
 
 /// A fabric over RDMA verbs.
@@ -124,7 +159,9 @@ impl VerbsFabric {
         let mut state = State::new(Arc::clone(&context), listener, address);
         (state.slice_bytes, state.links_max) = (config.slice_bytes.max(1), config.links_max);
         (state.connections_max, state.push) = (config.connections_max, config.push);
+        state.scratches = scratches_with(&config.scratches);
         state.open_adapters()?;
+        state.scratches.clear();
         let shared = Arc::new(Shared::new(sink, context, state, config.busy_poll)?);
         let fabric =
             Arc::new(Self { shared, address, lookups: Lookups::default(), threads: Mutex::default() });

@@ -199,6 +199,11 @@ impl Context {
         Ok(Arc::new(Self { table: plugin.0, raw }))
     }
 
+    /// One more, with events of its own.
+    pub(super) fn another(&self) -> Result<Arc<Self>, StoreError> {
+        Self::open(Plugin(self.table))
+    }
+
     pub(super) fn descriptor(&self) -> BorrowedFd<'_> {
         // SAFETY: the context is open, and its descriptor lives as long.
         unsafe { BorrowedFd::borrow_raw((self.table.context_descriptor)(self.raw)) }
@@ -299,6 +304,14 @@ impl Device {
 
     pub(super) fn is(&self, raw: *mut abi::Device) -> bool {
         self.raw == raw
+    }
+
+    /// One of its addresses on this machine.
+    pub(super) fn address(&self) -> SocketAddr {
+        let mut address = abi::Address::default();
+        // SAFETY: the device is open, and there is room for an address.
+        unsafe { (self.table.device_address)(self.raw, &raw mut address) };
+        from_abi(&address)
     }
 
     pub(super) fn limits(&self) -> Result<abi::DeviceLimits, StoreError> {

@@ -10,7 +10,7 @@ use std::ffi::c_void;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hetmem_core::StoreError;
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create, open};
@@ -20,22 +20,19 @@ use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
 use super::abi;
 use super::completion::{Class, class_of, explain};
 use super::ladder::{Way, climb};
-use super::plugin::{Connection, Context, Device, Greeting, Made, Plugin, Pool, Queue, Registered};
+use super::loopback::{Loopback, event};
+use super::plugin::{Context, Greeting, Plugin, Registered};
+use super::proof::{MemoryKind, Outcome, Scratch, prove};
 use crate::memory::{DeviceMemory, HeapRegion, RegionMemory};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 const LEN: usize = 4096;
 
-/// Two ends of a connection whose adapter tries once more and no oftener. Ends go before what they use.
+/// A connection whose adapter tries once more and no oftener. It goes before what it uses.
 struct Pair {
-    a: Connection,
-    b: Option<Connection>,
+    loopback: Loopback,
     memory: Arc<HeapRegion>,
     registered: Registered,
-    queues: [Arc<Queue>; 2],
-    pools: [Arc<Pool>; 2],
-    device: Arc<Device>,
-    context: Arc<Context>,
 }
 
 /// None where there is no device; says so.
@@ -50,48 +47,14 @@ fn pair() -> Option<Pair> {
     Some(connected(&Context::open(plugin).expect("RDMA"), at).expect("a connection"))
 }
 
-fn event(context: &Arc<Context>, kind: u32) -> abi::ConnectionEvent {
-    let since = Instant::now();
-    while since.elapsed() < PATIENCE {
-        if let Some(event) = context.event().expect("events") {
-            assert_eq!(event.kind, kind);
-            return event;
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    panic!("no event of kind {kind}");
-}
-
 fn connected(context: &Arc<Context>, at: SocketAddr) -> Result<Pair, StoreError> {
-    let (_listener, at) = context.listen(at, 1)?;
-    let mut a = context.resolve(at, 2_000, 2)?;
-    event(context, abi::EVENT_ROUTED);
-    let device = Device::own(context, Device::raw_of(&a)?);
-    let open = || Ok::<_, StoreError>((device.queue(64)?, device.pool(16)?));
-    let ((queue_a, pool_a), (queue_b, pool_b)) = (open()?, open()?);
-    let asked = Made { number: 0, work_max: 16, pieces_max: 2, inline_bytes_max: 64 };
     let once = Greeting { retries: 1, not_ready_retries: 1, ..Greeting::new(b"", (1, 1)) };
-    a.queue_pair(&device, &queue_a, &pool_a, asked)?;
-    a.connect(once)?;
-    let mut b = context.requested(event(context, abi::EVENT_REQUEST).connection, 3);
-    b.queue_pair(&device, &queue_b, &pool_b, asked)?;
-    b.accept(once)?;
-    event(context, abi::EVENT_ESTABLISHED);
-    event(context, abi::EVENT_ESTABLISHED);
+    let loopback = Loopback::connect(context, at, once, PATIENCE)?;
     let memory = Arc::new(HeapRegion::new(2 * LEN));
     let access = abi::ACCESS_LOCAL_WRITE | abi::ACCESS_REMOTE_READ;
     let shared = Arc::clone(&memory) as Arc<dyn RegionMemory>;
-    let registered = device.register(&shared, (0, 2 * LEN as u64), Way::Host, access)?;
-    Ok(Pair {
-        a,
-        b: Some(b),
-        memory,
-        registered,
-        queues: [queue_a, queue_b],
-        pools: [pool_a, pool_b],
-        device,
-        context: Arc::clone(context),
-    })
+    let registered = loopback.device.register(&shared, (0, 2 * LEN as u64), Way::Host, access)?;
+    Ok(Pair { loopback, memory, registered })
 }
 
 impl Pair {
@@ -113,21 +76,14 @@ impl Pair {
         change(&mut work, &mut piece);
         work.pieces = &raw const piece;
         // SAFETY: the piece is there, and names memory that lives as long as the connection.
-        unsafe { self.a.post(&[work]) }.map_err(|(_, why)| why).expect("it is posted");
+        unsafe { self.loopback.a.post(&[work]) }.map_err(|(_, why)| why).expect("it is posted");
     }
 
     /// How end a's work has ended.
     fn ended(&self) -> abi::Completion {
-        let since = Instant::now();
-        while since.elapsed() < PATIENCE {
-            let mut done = [abi::Completion::default()];
-            if self.queues[0].poll(&mut done).expect("a queue") == 1 {
-                assert_eq!(done[0].id, 7);
-                return done[0];
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        panic!("the work does not end");
+        let done = self.loopback.ended(PATIENCE).expect("the work ends");
+        assert_eq!(done.id, 7);
+        done
     }
 
     fn fails_with(&self, status: u32, class: Class) {
@@ -161,7 +117,7 @@ fn a_buffer_in_time_is_time_enough() {
         len_bytes: 64,
         key: pair.registered.keys().local,
     };
-    pair.pools[1].post(9, &piece).expect("room");
+    pair.loopback.pools[1].post(9, &piece).expect("room");
     pair.post(abi::WORK_SEND, |_, _| {});
     assert_eq!(pair.ended().status, 0);
 }
@@ -171,6 +127,60 @@ fn memory_that_the_peer_does_not_show_is_not_read() {
     let Some(mut pair) = pair() else { return };
     pair.post(abi::WORK_READ, |work, _| work.remote_key ^= 0xff00);
     pair.fails_with(10, Class::Work);
+}
+
+/// Half of the memory's second half is open to writes; from `start` on, 64 bytes are written.
+fn write_at(start: u64, withdraw: bool) -> Option<(Pair, abi::Completion)> {
+    let mut pair = pair()?;
+    let (open_at, open_len) = (LEN as u64, LEN as u64 / 2);
+    let memory = Arc::clone(&pair.memory) as Arc<dyn RegionMemory>;
+    let access = abi::ACCESS_LOCAL_WRITE | abi::ACCESS_REMOTE_WRITE;
+    let open = pair.loopback.device.register(&memory, (open_at, open_len), Way::Host, access);
+    let open = open.expect("it is registered");
+    let key = open.keys().remote;
+    let kept = Some(open).filter(|_| !withdraw);
+    pair.memory.write(0, &[9; 64]);
+    pair.post(abi::WORK_WRITE, |work, _| {
+        work.remote_address += start;
+        work.remote_key = key;
+    });
+    let done = pair.ended();
+    drop(kept);
+    Some((pair, done))
+}
+
+#[test]
+fn what_was_opened_to_writes_is_written_inside_of_it_alone_and_until_it_is_closed() {
+    let Some((pair, done)) = write_at(64, false) else { return };
+    assert_eq!(done.status, 0);
+    assert_eq!(pair.memory.read(LEN + 64, 64), [9; 64]);
+    for (start, withdraw) in [(LEN as u64 / 2 - 32, false), (64, true)] {
+        let Some((pair, done)) = write_at(start, withdraw) else { return };
+        println!("{}", explain(&done));
+        assert_eq!((done.status, class_of(&done)), (10, Class::Work));
+        assert!(pair.memory.read(LEN, LEN).iter().all(|byte| *byte == 0), "nothing was written");
+    }
+}
+
+#[test]
+fn a_device_is_tried_in_every_direction_and_of_device_memory_it_is_said_why_not() {
+    let Some(pair) = pair() else { return };
+    let at = pair.loopback.device.address();
+    let host: Arc<HeapRegion> = Arc::new(HeapRegion::new(super::proof::LEN));
+    let proof = prove(&pair.loopback.context, at, &host);
+    println!("{proof}");
+    assert!(proof.is_whole() && proof.by_push() == Ok(false), "{proof}");
+    let foreign = ForeignScratch(Arc::new(Foreign(dma_buf().expect("a dma-buf"))));
+    let proof = prove(&pair.loopback.context, at, &foreign);
+    println!("{proof}");
+    assert_eq!(proof.kind, MemoryKind::Device);
+    assert!(proof.outcomes.iter().all(|(_, outcome)| matches!(outcome, Outcome::Fails(_))), "{proof}");
+    assert!(proof.by_push().is_err());
+    let nobody = SocketAddr::from(([192, 0, 2, 1], 0));
+    let proof = prove(&pair.loopback.context, nobody, &host);
+    println!("{proof}");
+    assert!(proof.outcomes.iter().all(|(_, outcome)| matches!(outcome, Outcome::Untried(_))), "{proof}");
+    assert_eq!(proof.by_push(), Ok(false));
 }
 
 #[test]
@@ -183,16 +193,16 @@ fn memory_that_is_not_registered_here_is_not_written() {
 #[test]
 fn a_peer_that_is_gone_acknowledges_nothing() {
     let Some(mut pair) = pair() else { return };
-    drop(pair.b.take());
+    drop(pair.loopback.b.take());
     pair.post(abi::WORK_READ, |_, _| {});
     pair.fails_with(12, Class::Reconnect);
-    event(&pair.context, abi::EVENT_DISCONNECTED);
+    event(&pair.loopback.context, abi::EVENT_DISCONNECTED, PATIENCE).expect("it is told");
 }
 
 #[test]
 fn work_of_a_connection_that_was_ended_is_flushed() {
     let Some(mut pair) = pair() else { return };
-    pair.a.disconnect();
+    pair.loopback.a.disconnect();
     pair.post(abi::WORK_READ, |_, _| {});
     pair.fails_with(5, Class::Reconnect);
 }
@@ -207,11 +217,27 @@ unsafe impl RegionMemory for Foreign {
     }
 
     fn len_bytes(&self) -> u64 {
-        LEN as u64
+        super::proof::LEN as u64
     }
 
     fn device(&self) -> Option<DeviceMemory<'_>> {
         Some(DeviceMemory { dma_buf: Some((self.0.as_fd(), 0)) })
+    }
+}
+
+struct ForeignScratch(Arc<Foreign>);
+
+impl Scratch for ForeignScratch {
+    fn memory(&self) -> Arc<dyn RegionMemory> {
+        Arc::clone(&self.0) as _
+    }
+
+    fn fill(&self, _: usize, _: &[u8]) -> Result<(), StoreError> {
+        panic!("no adapter takes it")
+    }
+
+    fn look(&self, _: usize, _: usize) -> Result<Vec<u8>, StoreError> {
+        panic!("no adapter takes it")
     }
 }
 
@@ -246,12 +272,14 @@ unsafe impl Ioctl for MakeDmaBuf {
 
 fn dma_buf() -> rustix::io::Result<OwnedFd> {
     let file = memfd_create("dma-buf", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    ftruncate(&file, LEN as u64)?;
+    ftruncate(&file, super::proof::LEN as u64)?;
     fcntl_add_seals(&file, SealFlags::SHRINK)?;
     let maker = open("/dev/udmabuf", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
     let memory_file = file.as_raw_fd().cast_unsigned();
     // SAFETY: as for `Ioctl` above.
-    unsafe { ioctl(&maker, MakeDmaBuf { memory_file, flags: 0, offset: 0, len_bytes: LEN as u64 }) }
+    unsafe {
+        ioctl(&maker, MakeDmaBuf { memory_file, flags: 0, offset: 0, len_bytes: super::proof::LEN as u64 })
+    }
 }
 
 #[test]
@@ -262,7 +290,7 @@ fn soft_roce_takes_no_device_memory_and_says_why() {
     let access = abi::ACCESS_LOCAL_WRITE | abi::ACCESS_REMOTE_READ;
     let mut errnos = Vec::new();
     let refused = climb(&device, |way| {
-        let refused = pair.device.register(&memory, (0, LEN as u64), way, access);
+        let refused = pair.loopback.device.register(&memory, (0, LEN as u64), way, access);
         refused.inspect_err(|refusal| errnos.push(refusal.errno))
     });
     let Err(why) = refused else { panic!("it was registered, and this test knows no adapter that does") };

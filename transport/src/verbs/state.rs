@@ -5,6 +5,8 @@
 mod devices;
 mod pushes;
 
+pub(super) use self::devices::prove_all;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -18,6 +20,7 @@ use super::completion::{Class, class_of, explain};
 use super::ends::{End, Of, Role, Stage as EndStage};
 use super::links::{Link, Read, Stage};
 use super::plugin::{Connection, Context, Greeting};
+use super::proof::{Proof, Scratch};
 use super::slots::Slots;
 use super::wire::{Described, Hello, LinkToken, Owner, Purpose, describe, described, is_greeting};
 use crate::fabric::{FabricEvent, FabricKind, SendToken};
@@ -54,6 +57,10 @@ pub(super) struct State {
     pub(super) connections_max: usize,
     /// Whether peers are to ask for pushes, whatever was proven.
     pub(super) push: bool,
+    /// What adapters are tried with when they are opened. Trying takes a while, so that is done only before there are peers.
+    pub(super) scratches: Vec<Arc<dyn Scratch>>,
+    /// What was found, by the names of devices.
+    pub(super) proofs: BTreeMap<String, Vec<Proof>>,
     /// Whose it is.
     pub(super) owner: Owner,
     /// Where it listens.
@@ -82,6 +89,8 @@ impl State {
             links_max: 1024,
             connections_max: usize::MAX,
             push: false,
+            scratches: Vec::new(),
+            proofs: BTreeMap::new(),
             owner: Owner::default(),
             at,
             ends: BTreeMap::new(),

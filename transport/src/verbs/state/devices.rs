@@ -1,15 +1,37 @@
 //! Adapters and what is registered with them, as they come and go. Not connections. Invariant: every segment is registered
 //! with all adapters, and nothing of an adapter outlives it here.
 
+use std::sync::Arc;
+
 use hetmem_core::{LinkId, SegmentId, StoreError, TransferId};
 
 use super::super::abi;
 use super::super::adapters::{Adapter, Segment};
 use super::super::links::Stage;
-use super::super::plugin::{Connection, Device};
+use super::super::plugin::{Connection, Context, Device, device_name};
+use super::super::proof::{Proof, Scratch, prove};
 use super::super::wire::{Described, describe};
 use super::State;
 use crate::fabric::SendToken;
+
+/// Tries what a device can do with each kind of memory, and says what was found.
+pub(in crate::verbs) fn prove_all(
+    context: &Context,
+    device: &Device,
+    name: &str,
+    scratches: &[Arc<dyn Scratch>],
+) -> Vec<Proof> {
+    let proofs: Vec<Proof> =
+        scratches.iter().map(|scratch| prove(context, device.address(), &**scratch)).collect();
+    for proof in &proofs {
+        if proof.is_whole() {
+            tracing::info!(device = name, %proof, "an RDMA device was tried");
+        } else {
+            tracing::warn!(device = name, %proof, "an RDMA device was tried, and not everything works");
+        }
+    }
+    proofs
+}
 
 impl State {
     /// The adapter that a connection goes through, opened if it is the first.
@@ -21,12 +43,24 @@ impl State {
         if let Some((&number, _)) = self.adapters.iter().find(|(_, adapter)| adapter.device.is(raw)) {
             return Ok(number);
         }
-        let adapter = Adapter::open(Device::own(&self.context, raw), &self.segments, self.push)?;
+        let device = Device::own(&self.context, raw);
+        let proofs = self.proofs_of(&device)?;
+        let adapter = Adapter::open(device, &self.segments, (self.push, proofs))?;
         tracing::info!(device = adapter.name(), "an RDMA device is used");
         let number = usize::try_from(self.number()).unwrap_or(0);
         self.adapters.insert(number, adapter);
         self.unwatched.push(number);
         Ok(number)
+    }
+
+    /// What a device can do, as tried now or before.
+    fn proofs_of(&mut self, device: &Arc<Device>) -> Result<Vec<Proof>, StoreError> {
+        let name = device_name(&device.limits()?);
+        if !self.proofs.contains_key(&name) && !self.scratches.is_empty() {
+            let proofs = prove_all(&self.context, device, &name, &self.scratches);
+            self.proofs.insert(name.clone(), proofs);
+        }
+        Ok(self.proofs.get(&name).cloned().unwrap_or_default())
     }
 
     /// Opens the adapters that peers may come through, the one that the listener is bound to or all that there are: so that
