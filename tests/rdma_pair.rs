@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicI64, Ordering};
 
 use hetmem_tests::content::bytes_of;
 use hetmem_tests::daemon::{binary, eventually};
@@ -177,9 +177,12 @@ fn wire_of(folder: &Path) -> PathBuf {
     folder.join("wire")
 }
 
-/// What connects two machines. Each direction can be cut: packets vanish, and nobody is told.
+/// As many bytes as there may be.
+const OPEN: i64 = i64::MAX;
+
+/// What connects two machines. Each direction carries so many bytes more; then packets vanish, and nobody is told.
 struct Wire {
-    cut: [Arc<AtomicBool>; 2],
+    left: [Arc<AtomicI64>; 2],
 }
 
 impl Wire {
@@ -192,26 +195,26 @@ impl Wire {
             });
             end.expect("it is there")
         });
-        let cut = [(0, 1), (1, 0)].map(|(from, to)| {
-            let cut = Arc::new(AtomicBool::new(false));
+        let left = [(0, 1), (1, 0)].map(|(from, to)| {
+            let left = Arc::new(AtomicI64::new(OPEN));
             let (from, to) = (ends[from].try_clone(), ends[to].try_clone());
             let (from, to) = (from.expect("a descriptor"), to.expect("a descriptor"));
-            let is_cut = Arc::clone(&cut);
-            std::thread::spawn(move || carry(from, to, &is_cut));
-            cut
+            let of_it = Arc::clone(&left);
+            std::thread::spawn(move || carry(from, to, &of_it));
+            left
         });
-        Self { cut }
+        Self { left }
     }
 
-    fn cut(&self, directions: [bool; 2]) {
-        for (cut, is) in self.cut.iter().zip(directions) {
-            cut.store(is, Ordering::Release);
+    fn carries(&self, bytes: [i64; 2]) {
+        for (left, bytes) in self.left.iter().zip(bytes) {
+            left.store(bytes, Ordering::Release);
         }
     }
 }
 
 /// Until one of the machines has gone.
-fn carry(mut from: UnixStream, mut to: UnixStream, cut: &AtomicBool) {
+fn carry(mut from: UnixStream, mut to: UnixStream, left: &AtomicI64) {
     let mut packet = vec![0; PACKET_MAX];
     loop {
         let mut len = [0; 4];
@@ -223,7 +226,8 @@ fn carry(mut from: UnixStream, mut to: UnixStream, cut: &AtomicBool) {
         if from.read_exact(&mut bytes[4..]).is_err() {
             return;
         }
-        if !cut.load(Ordering::Acquire) && to.write_all(bytes).is_err() {
+        let before = left.fetch_sub(i64::from(u32::from_be_bytes(len)), Ordering::AcqRel);
+        if before > 0 && to.write_all(bytes).is_err() {
             return;
         }
     }
@@ -281,14 +285,14 @@ fn nodes_live_through_partitions(driver: &str) {
     found(&mut reader, "small", SMALL, "eager");
     found(&mut reader, "large", LARGE, "read");
     let partitions = [
-        ("nothing goes through", [true, true], "first"),
-        ("nothing comes from the owner", [true, false], "second"),
-        ("nothing comes to the owner", [false, true], "third"),
+        ("nothing goes through", [0, 0], "first"),
+        ("in the middle of a read, nothing comes from the owner any more", [LARGE as i64 / 3, OPEN], "second"),
+        ("nothing comes to the owner", [OPEN, 0], "third"),
     ];
-    for (what, cut, name) in partitions {
-        wire.cut(cut);
+    for (what, bytes, name) in partitions {
+        wire.carries(bytes);
         fails(&mut reader, what, name);
-        wire.cut([false, false]);
+        wire.carries([OPEN, OPEN]);
         found(&mut reader, name, LARGE, "read");
     }
     for machine in [&mut owner, &mut reader] {
