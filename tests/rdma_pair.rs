@@ -286,7 +286,11 @@ fn nodes_live_through_partitions(driver: &str) {
     found(&mut reader, "large", LARGE, "read");
     let partitions = [
         ("nothing goes through", [0, 0], "first"),
-        ("in the middle of a read, nothing comes from the owner any more", [LARGE as i64 / 3, OPEN], "second"),
+        (
+            "in the middle of a read, nothing comes from the owner any more",
+            [LARGE as i64 / 3, OPEN],
+            "second",
+        ),
         ("nothing comes to the owner", [OPEN, 0], "third"),
     ];
     for (what, bytes, name) in partitions {

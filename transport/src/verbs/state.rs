@@ -235,8 +235,7 @@ impl State {
         let Some(adapter) = self.adapters.get(&number) else {
             return Err(StoreError::unavailable("its device", "it is gone"));
         };
-        let of_it =
-            |other: &&End| other.adapter == Some(number) && matches!(other.role, Role::Control(_));
+        let of_it = |other: &&End| other.adapter == Some(number) && matches!(other.role, Role::Control(_));
         if matches!(end.role, Role::Control(_))
             && self.ends.values().filter(of_it).count() >= adapter.links_max()
         {
