@@ -40,7 +40,11 @@ pub(crate) const STEPS: &[Step] = &[
     Step { name: "simulation", what: "many nodes in one thread, 10,000 seeds", run: simulation },
     Step { name: "mutants", what: "the simulation finds bugs that were planted for it", run: mutants },
     Step { name: "demo", what: "two real nodes, a state dict of 64 MiB from one to the other", run: demo },
-    Step { name: "verbs", what: "RDMA over real libibverbs, soft RoCE in a virtual machine", run: vm::verbs },
+    Step {
+        name: "verbs",
+        what: "RDMA over real libibverbs, soft RoCE and iWARP in virtual machines",
+        run: vm::verbs,
+    },
     Step { name: "safetensors", what: "round trips against the official Python package", run: safetensors },
 ];
 

@@ -1,12 +1,13 @@
-//! The step that runs the verbs fabric over real libibverbs in a virtual machine with software RDMA (tests/vm). Not the
-//! machine itself. Invariant: a machine that cannot be started is a skip with its reason, one that dies is started once
-//! more, and nothing else is tried twice.
+//! The step that runs the verbs fabric over real libibverbs in virtual machines with software RDMA (tests/vm): the suite
+//! over soft RoCE and over soft iWARP, then two machines with a node each. Not the machines themselves. Invariant: a
+//! machine that cannot be started is a skip with its reason, one that dies is started once more, and nothing else is tried
+//! twice.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
-use crate::process::{run, run_tests_to_exit};
-use crate::tally::Report;
+use crate::process::{run, run_tests, run_tests_to_exit};
+use crate::tally::{Report, Tally};
 use crate::workspace::Workspace;
 
 /// The crate that needs the headers of rdma-core: only this step, which installs them, builds it.
@@ -17,7 +18,7 @@ const PLUGIN_NEEDS: &str =
 const ADDRESS: &str = "10.77.0.1";
 /// Of the guest, in MiB.
 const MEMORY: &str = "3072";
-/// Of the whole suite, in seconds.
+/// Of the whole suite over one driver, in seconds.
 const LIMIT: &str = "420";
 /// `tests/vm/run` says by it that the guest, and not the command, failed.
 const GUEST_FAILED: i32 = 125;
@@ -26,41 +27,76 @@ const GUEST_FAILED: i32 = 125;
 const PROGRAMS: &[(&str, Option<&str>)] =
     &[("hetmem-transport", None), ("hetmem-transport", Some("verbs")), ("hetmem-tests", Some("rdma"))];
 
-/// The conformance suite and the process tests over soft RoCE.
+/// The one that starts its machines itself.
+const PAIR: (&str, &str) = ("hetmem-tests", "rdma_pair");
+
+/// The conformance suite and the process tests over both software devices, and two machines.
 pub(crate) fn verbs(workspace: &Workspace) -> Report {
     if let Err(why) = run(&mut Command::new(workspace.root.join("tests/vm/install"))) {
         return Report::skipped(format!("the virtual machine's packages are not there: {why}"));
     }
-    match built(workspace) {
-        Ok(programs) => in_guest(workspace, &programs),
-        Err(why) => Report::failed(why),
-    }
+    let (programs, pair) = match built(workspace) {
+        Ok(built) => built,
+        Err(why) => return Report::failed(why),
+    };
+    let roce = in_guest(workspace, &programs, "rxe", None);
+    let module = soft_iwarp(workspace);
+    let iwarp = match &module {
+        Ok(module) => in_guest(workspace, &programs, "siw", Some(module)),
+        Err(why) => Report::skipped(why),
+    };
+    let two = two_machines(workspace, &pair, module.ok().as_deref());
+    together([("RoCE", roce), ("iWARP", iwarp), ("two machines", two)])
 }
 
-/// Builds the plugin, the tool and the test programs, without a warning.
-fn built(workspace: &Workspace) -> Result<Vec<PathBuf>, String> {
+/// One report of several, whose notes are told apart.
+fn together<const N: usize>(parts: [(&str, Report); N]) -> Report {
+    let mut total = Report { tally: Tally::default(), note: String::new() };
+    let notes = parts.map(|(name, part)| {
+        total.tally += part.tally;
+        format!("{name}: {}", part.note)
+    });
+    total.note = notes.join("; ");
+    total
+}
+
+/// Builds the module that Debian's kernel lacks, once; its path.
+fn soft_iwarp(workspace: &Workspace) -> Result<PathBuf, String> {
+    let mut command = Command::new(workspace.root.join("tests/vm/siw"));
+    let output =
+        command.stderr(Stdio::inherit()).output().map_err(|error| format!("tests/vm/siw: {error}"))?;
+    if !output.status.success() {
+        return Err("soft iWARP cannot be built here; why is said above".to_owned());
+    }
+    Ok(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()))
+}
+
+/// Builds the plugin, the tool and the test programs, without a warning: those for a guest, and that of two.
+fn built(workspace: &Workspace) -> Result<(Vec<PathBuf>, PathBuf), String> {
     let mut lint = workspace.cargo(["clippy", "--package", PLUGIN]);
     run(lint.args(["--", "-D", "warnings"])).map_err(|why| format!("{why} ({PLUGIN_NEEDS})"))?;
-    for (package, name) in PROGRAMS.iter().filter_map(|(package, name)| Some((package, (*name)?))) {
+    let named = PROGRAMS.iter().filter_map(|(package, name)| Some((*package, (*name)?)));
+    for (package, name) in named.chain([PAIR]) {
         let mut lint = workspace.cargo(["clippy", "--package", package, "--test", name]);
         run(lint.args(["--", "-D", "warnings"]))?;
     }
     // As the tests are built, so that nothing is compiled twice.
     let tools = ["build", "--profile", "test", "--package", PLUGIN, "--package", "hetmem-cli"];
     run(&mut workspace.cargo(tools)).map_err(|why| format!("{why} ({PLUGIN_NEEDS})"))?;
-    PROGRAMS.iter().map(|(package, name)| workspace.test_program(package, *name)).collect()
+    let program = |(package, name): &(&str, Option<&str>)| workspace.test_program(package, *name);
+    let programs = PROGRAMS.iter().map(program).collect::<Result<_, _>>()?;
+    Ok((programs, workspace.test_program(PAIR.0, Some(PAIR.1))?))
 }
 
-fn in_guest(workspace: &Workspace, programs: &[PathBuf]) -> Report {
+fn in_guest(workspace: &Workspace, programs: &[PathBuf], driver: &str, module: Option<&Path>) -> Report {
     let mut command = Command::new(workspace.root.join("tests/vm/run"));
-    command.args(["-m", MEMORY, "-t", LIMIT]);
+    command.args(["-d", driver, "-m", MEMORY, "-t", LIMIT]);
+    if let Some(module) = module {
+        command.env("HETMEM_VM_MODULES", module);
+    }
     command.arg("-r").arg(&workspace.root).arg("-r").arg(&workspace.target);
-    let debug = |name: &str| workspace.target.join("debug").join(name);
-    for (name, value) in [
-        ("HETMEM_VERBS_ADDRESS", PathBuf::from(ADDRESS)),
-        ("HETMEM_VERBS_PLUGIN", debug("libhetmem_verbs.so")),
-        ("HETMEM_TEST_BINARY", debug("hetmem")),
-    ] {
+    command.args(["-e", "HETMEM_VERBS_ADDRESS"]).env("HETMEM_VERBS_ADDRESS", ADDRESS);
+    for (name, value) in tools(workspace) {
         command.args(["-e", name]).env(name, value);
     }
     command.arg("--").arg(workspace.root.join("tests/vm/suite")).args(programs.iter().map(Path::new));
@@ -73,4 +109,20 @@ fn in_guest(workspace: &Workspace, programs: &[PathBuf]) -> Report {
         return Report::skipped("the virtual machine cannot be started here; why is said above");
     }
     report
+}
+
+fn two_machines(workspace: &Workspace, program: &Path, module: Option<&Path>) -> Report {
+    let mut command = Command::new(program);
+    command.args(["--test-threads=1", "--show-output"]).envs(tools(workspace));
+    match module {
+        Some(module) => command.env("HETMEM_VM_MODULES", module),
+        None => command.env_remove("HETMEM_VM_MODULES"),
+    };
+    run_tests(&mut command)
+}
+
+/// What test programs are told of what was built.
+fn tools(workspace: &Workspace) -> [(&'static str, PathBuf); 2] {
+    let debug = |name: &str| workspace.target.join("debug").join(name);
+    [("HETMEM_VERBS_PLUGIN", debug("libhetmem_verbs.so")), ("HETMEM_TEST_BINARY", debug("hetmem"))]
 }

@@ -1,11 +1,13 @@
 //! What ends while it is under way: regions, peers, links, fabrics. Invariant: as in the module above.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use hetmem_core::{ErrorKind, Extent, RemoteExtent, TransferId};
+use hetmem_core::{ErrorKind, Extent, RemoteExtent, SegmentId, TransferId};
 
 use super::{Bench, Connected, Recorder, SHARED, Side, connect, connected, frame, pattern};
-use crate::fabric::{Landing, LandingToken, SendToken, Sent};
+use crate::fabric::{Access, Landing, LandingToken, SendToken, Sent};
+use crate::memory::HeapRegion;
 
 const LARGE: u64 = 48 << 20;
 
@@ -48,6 +50,42 @@ pub fn deregistering_the_source_fails_its_reads(bench: &dyn Bench) {
     }
     let again = a.begin_read(link_a, RemoteExtent { key: b.key, offset: 0, len_bytes: 8 }, 0);
     assert_eq!(a.read_result(again).expect_err("withdrawn").kind(), ErrorKind::Stale);
+    assert!(a.sink.log.lock().is_up(link_a));
+}
+
+pub fn deregistering_one_source_leaves_reads_of_another_alone(bench: &dyn Bench) {
+    const LEN: u64 = 2 << 20;
+    let Connected { a, b, link_a, .. } = connected(bench);
+    let other = Arc::new(HeapRegion::new(usize::try_from(LEN).expect("small")));
+    let bytes = pattern(12, usize::try_from(LEN).expect("small"));
+    other.write(0, &bytes);
+    let key = b.fabric.register(SegmentId(3), other as _, Access::RemoteRead).expect("register");
+    let known = (0..10_000).any(|_| {
+        // Who reads hears of it in its own time.
+        a.fabric.progress(Duration::from_millis(1), &|| false);
+        let read = a.begin_read(link_a, RemoteExtent { key, offset: 0, len_bytes: 8 }, 0);
+        a.read_result(read).is_ok()
+    });
+    assert!(known, "the peer is told of a region");
+    let read = |(number, key)| {
+        let remote = RemoteExtent { key, offset: 0, len_bytes: LEN };
+        (a.begin_read(link_a, remote, number * LEN), number * LEN, key)
+    };
+    let keys = [b.key, key, key, b.key, key, key];
+    let reads: Vec<_> = (0..).zip(keys).map(read).collect();
+    b.fabric.deregister(SHARED);
+    for (transfer, offset, of) in reads {
+        match a.read_result(transfer) {
+            Ok(_) if of == key => {
+                let at = usize::try_from(offset).expect("small");
+                assert!(a.memory.read(at, bytes.len()) == bytes, "every byte came through");
+            }
+            Ok(_) => {}
+            Err(error) => {
+                assert_eq!((of, error.kind()), (b.key, ErrorKind::Stale), "{error}");
+            }
+        }
+    }
     assert!(a.sink.log.lock().is_up(link_a));
 }
 

@@ -73,6 +73,8 @@ macro_rules! conformance_suite {
             payloads_land_where_the_sink_says,
             a_payload_that_nobody_wants_is_dropped,
             a_full_queue_is_busy_and_loses_nothing,
+            a_sink_that_takes_its_time_loses_nothing,
+            large_payloads_go_both_ways_at_once,
             wrong_sends_are_refused_by_name,
             landings_that_cannot_be_fail_alone,
             a_sink_may_call_back,
@@ -116,6 +118,7 @@ macro_rules! conformance_reads {
             a_cancelled_read_touches_nothing_afterwards,
             deregistering_the_target_fails_its_reads,
             deregistering_the_source_fails_its_reads,
+            deregistering_one_source_leaves_reads_of_another_alone,
             a_lost_peer_fails_what_was_under_way,
             disconnecting_fails_what_was_under_way,
         );

@@ -116,6 +116,49 @@ pub fn a_full_queue_is_busy_and_loses_nothing(bench: &dyn Bench) {
     assert!(log.messages.iter().enumerate().all(|(at, (_, header, _))| header.request == at as u64));
 }
 
+pub fn a_sink_that_takes_its_time_loses_nothing(bench: &dyn Bench) {
+    const COUNT: u64 = 4_000;
+    let Connected { a, b, link_a, .. } = connected(bench);
+    let (open, gate) = std::sync::mpsc::channel::<()>();
+    let gate = parking_lot::Mutex::new(gate);
+    b.answers(move |_, _, _| {
+        // Until the other end has dropped it.
+        let _ = gate.lock().recv();
+        Landing::Discard
+    });
+    let mut taken = 0;
+    while taken < COUNT && a.fabric.send(link_a, frame(taken, 0), &[], SendToken(taken)).is_ok() {
+        taken += 1;
+    }
+    drop(open);
+    for number in taken..COUNT {
+        a.post(link_a, &frame(number, 0), &[]);
+    }
+    b.wait("all frames", |log| log.messages.len() as u64 == COUNT);
+    let log = b.sink.log.lock();
+    assert!(log.messages.iter().enumerate().all(|(at, (_, header, _))| header.request == at as u64));
+}
+
+pub fn large_payloads_go_both_ways_at_once(bench: &dyn Bench) {
+    const LEN: usize = 12 << 20;
+    let Connected { a, b, link_a, link_b, .. } = connected(bench);
+    // Out of the first half of the memory, into the second.
+    let half = |offset: usize| Extent { segment: SHARED, offset: offset as u64, len_bytes: LEN as u64 };
+    let bytes = [&a, &b].map(|side| {
+        side.answers(move |_, header, _| Landing::whole(half(LEN), LandingToken(header.request)));
+        let bytes = pattern(side.key.0, LEN);
+        side.memory.write(0, &bytes);
+        bytes
+    });
+    a.post(link_a, &frame(1, LEN as u64), &[half(0)]);
+    b.post(link_b, &frame(1, LEN as u64), &[half(0)]);
+    for (side, of_peer) in [(&a, &bytes[1]), (&b, &bytes[0])] {
+        side.wait("the landing", |log| log.landings.contains_key(&LandingToken(1)));
+        side.sink.log.lock().landings[&LandingToken(1)].clone().expect("landed");
+        assert!(side.memory.read(LEN, LEN) == *of_peer, "every byte came through");
+    }
+}
+
 pub fn wrong_sends_are_refused_by_name(bench: &dyn Bench) {
     let Connected { a, link_a, .. } = connected(bench);
     let outside = Extent { segment: PRIVATE, offset: 7, len_bytes: 9 << 20 };

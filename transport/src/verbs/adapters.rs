@@ -20,6 +20,12 @@ use crate::memory::RegionMemory;
 pub(super) const BUFFER_LEN: usize = 16 << 10;
 /// Receive buffers of an adapter, and as many for frames that go out.
 const BUFFERS: u32 = 512;
+/// Receive buffers that one link's frames may fill on iWARP, which ends a connection for one too few; on InfiniBand and
+/// RoCE whoever sends waits. Two are for what says that buffers are lent again.
+const BUFFERS_OF_LINK: u32 = 16;
+/// Frames' parts that may be on the way to a peer there, and after how many the peer says that buffers are lent again.
+pub(super) const PARTS_MAX: u32 = BUFFERS_OF_LINK - 2;
+pub(super) const PARTS_LENT: u32 = PARTS_MAX / 2;
 /// Words that are being read.
 const WORDS: u32 = 1024;
 /// Entries of a completion queue.
@@ -68,7 +74,8 @@ impl Adapter {
         (push, proofs): (bool, Vec<Proof>),
     ) -> Result<Self, StoreError> {
         let limits = device.limits()?;
-        let buffers = BUFFERS.min(limits.buffers_max.max(1));
+        let wanted = if limits.transport == abi::TRANSPORT_IWARP { 2 * BUFFERS } else { BUFFERS };
+        let buffers = wanted.min(limits.buffers_max.max(1));
         let queue = device.queue(COMPLETIONS.min(limits.completions_max.max(1)))?;
         let pool = device.pool(buffers)?;
         let mut adapter = Self {
@@ -92,6 +99,15 @@ impl Adapter {
         }
         adapter.queue.arm()?;
         Ok(adapter)
+    }
+
+    pub(super) fn is_iwarp(&self) -> bool {
+        self.limits.transport == abi::TRANSPORT_IWARP
+    }
+
+    /// The most links that may go through it.
+    pub(super) fn links_max(&self) -> usize {
+        if self.is_iwarp() { self.receives.count() / BUFFERS_OF_LINK as usize } else { usize::MAX }
     }
 
     pub(super) fn name(&self) -> String {
@@ -130,7 +146,7 @@ impl Adapter {
         if segment.access == Access::RemoteRead {
             access |= abi::ACCESS_REMOTE_READ;
         }
-        if self.limits.transport == abi::TRANSPORT_IWARP {
+        if self.is_iwarp() {
             access |= abi::ACCESS_REMOTE_WRITE;
         }
         let register = |way| {

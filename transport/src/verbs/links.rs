@@ -9,7 +9,7 @@ use hetmem_core::wire::{FrameHeader, HEADER_LEN};
 use hetmem_core::{LinkId, RemoteExtent, RemoteKey, SegmentId, StoreError, TransferId};
 
 use super::abi;
-use super::adapters::{Adapter, BUFFER_LEN};
+use super::adapters::{Adapter, BUFFER_LEN, PARTS_LENT, PARTS_MAX};
 use super::ends::{End, Of, What};
 use super::push::{Push, Wanted};
 use super::wire::{Described, LinkToken, Owner, RemoteChunk, is_description};
@@ -59,6 +59,11 @@ pub(super) struct Link {
     pub(super) owner: Owner,
     out: VecDeque<Outgoing>,
     out_bytes: usize,
+    /// On iWARP: parts that have gone out, for which the peer has not said that their buffers are lent again.
+    gone: u32,
+    /// The same of the peer's, and how often it is to be said.
+    lent: u32,
+    lent_to_say: u32,
     /// Bytes of the frame that is coming in which are still to come.
     coming: u64,
     pub(super) remote: HashMap<RemoteKey, Described>,
@@ -98,8 +103,20 @@ pub(super) struct Read {
     at: (usize, u64, u64),
     word_asked: bool,
     tries: u8,
+    guilt: Guilt,
     pub(super) error: Option<StoreError>,
     pub(super) stats: ReadStats,
+}
+
+/// Whether a read ended the connection that it was posted to. Where the adapter names who did, nobody is suspected. iWARP
+/// ends the whole connection for one read that the peer refuses, and all come back flushed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Guilt {
+    None,
+    /// It was one of several: it is tried again alone.
+    Suspected,
+    /// It was alone: it did, if the peer is still there for another connection.
+    Found,
 }
 
 impl Link {
@@ -121,6 +138,9 @@ impl Link {
             owner: Owner::default(),
             out: VecDeque::new(),
             out_bytes: 0,
+            gone: 0,
+            lent: 0,
+            lent_to_say: 0,
             coming: 0,
             remote: HashMap::new(),
             all_described: false,
@@ -200,18 +220,38 @@ impl Link {
     /// # Errors
     /// Why the link has to end: the adapter refuses, or a payload was deregistered after its frame was promised.
     pub(super) fn post_frames(&mut self, end: &mut End, adapter: &mut Adapter) -> Result<(), StoreError> {
+        while self.lent_to_say > 0 && end.room() > 0 {
+            // An empty message, which nothing else is: it may come between the parts of a frame.
+            end.add(What::Send { pieces: &[] }, Of::Part { slot: None, last_of: None }, false);
+            self.lent_to_say -= 1;
+        }
         while end.room() > 0
+            && !(adapter.is_iwarp() && self.gone >= PARTS_MAX)
             && let Some(next) = self.out.front_mut()
         {
             if !next.add_part(end, adapter)? {
                 break;
             }
+            self.gone = self.gone.saturating_add(1);
             if next.head_done == next.head.len() && next.payload_left == 0 {
                 self.out_bytes -= next.head.len();
                 self.out.pop_front();
             }
         }
         end.flush()
+    }
+
+    /// On iWARP: a buffer that a part of the peer's came into is lent again, of which the peer hears now and then.
+    pub(super) fn part_lent(&mut self) {
+        self.lent += 1;
+        if self.lent == PARTS_LENT {
+            (self.lent, self.lent_to_say) = (0, self.lent_to_say.saturating_add(1));
+        }
+    }
+
+    /// The peer says that of its own.
+    pub(super) fn peer_lent(&mut self) {
+        self.gone = self.gone.saturating_sub(PARTS_LENT);
     }
 
     /// Who waits for payloads that were not wholly posted.
@@ -232,7 +272,7 @@ impl Link {
         Ok(())
     }
 
-    /// Posts reads that wait, as far as there is room.
+    /// Posts reads that wait, as far as there is room; one that is suspected has the connection to itself.
     ///
     /// # Errors
     /// Why the data connection has to end.
@@ -246,6 +286,11 @@ impl Link {
         while end.room() > 0
             && let Some(read) = self.waiting.front_mut()
         {
+            // If one that is suspected is under way, it is the only one.
+            let other = self.under_way.values().next();
+            if other.is_some_and(|other| read.guilt != Guilt::None || other.guilt != Guilt::None) {
+                break;
+            }
             if !read.add_next(end, adapter, slice_bytes)? {
                 break;
             }
@@ -285,11 +330,6 @@ impl Link {
         Some(read)
     }
 
-    /// This end's data connection can be used.
-    pub(super) fn reading_made(&mut self) {
-        self.refusals = 0;
-    }
-
     /// It was never made. After so many tries in a row, what waits for it is over.
     pub(super) fn reading_refused(&mut self) -> Vec<Read> {
         self.refusals += 1;
@@ -298,6 +338,27 @@ impl Link {
         }
         self.refusals = 0;
         self.waiting.drain(..).collect()
+    }
+
+    /// The data connection has ended under the reads that are posted, and nothing says for which of them. Nobody is found
+    /// guilty if it may have ended before there was any work.
+    pub(super) fn suspect(&mut self, may_find: bool) {
+        let touched = self.waiting.front_mut().filter(|read| !read.is_untouched());
+        let mut posted: Vec<&mut Read> = self.under_way.values_mut().chain(touched).collect();
+        let alone = posted.len() == 1 && may_find;
+        for read in &mut posted {
+            read.guilt = if alone { Guilt::Found } else { Guilt::Suspected };
+        }
+    }
+
+    /// There is another data connection, so the peer has not gone: reads that were alone on the last one ended it, and are
+    /// over.
+    pub(super) fn reading_made(&mut self) -> Vec<Read> {
+        self.refusals = 0;
+        let (guilty, waiting) =
+            std::mem::take(&mut self.waiting).into_iter().partition(|read| read.guilt == Guilt::Found);
+        self.waiting = waiting;
+        Vec::from(guilty as VecDeque<Read>)
     }
 
     /// The data connection has ended under the reads that are posted: which are over with it. Others are begun anew.
@@ -331,6 +392,8 @@ impl Link {
         let (failed, waiting) =
             std::mem::take(&mut self.waiting).into_iter().partition(|it| it.error.is_some());
         self.waiting = waiting;
+        // Whoever is suspected comes first: the others wait for that to be over.
+        self.waiting.make_contiguous().sort_by_key(|read| read.guilt == Guilt::None);
         over.extend::<VecDeque<Read>>(failed);
         over
     }
@@ -418,6 +481,7 @@ impl Read {
             at: (0, 0, 0),
             word_asked: false,
             tries: 0,
+            guilt: Guilt::None,
             error: None,
             stats: ReadStats { bytes, round_trips: 1, ..ReadStats::default() },
         }

@@ -1,4 +1,4 @@
-//! The verbs fabric: RDMA over InfiniBand and RoCE, by way of a plugin that is opened at run time (docs/rdma.md).
+//! The verbs fabric: RDMA over InfiniBand, RoCE and iWARP, by way of a plugin opened at run time (docs/rdma.md).
 //! Not the engine's protocol. Invariant: memory is registered once, when its segment is; a send or a read registers
 //! nothing.
 //!

@@ -199,7 +199,7 @@ impl Shared {
                     inbox.received(link, bytes, &self.regions, &*self.sink)
                 };
                 let mut state = self.state.lock();
-                state.lend_again(adapter, slot);
+                state.part_lent(link, adapter, slot);
                 if let Err(why) = result {
                     state.refused += 1;
                     tracing::warn!(%link, %why, "a link was closed for what came");

@@ -45,6 +45,11 @@ impl Slots {
         })
     }
 
+    /// How many there are.
+    pub(super) fn count(&self) -> usize {
+        self.lent.len()
+    }
+
     pub(super) fn take(&mut self) -> Option<u32> {
         self.free.pop()
     }

@@ -215,6 +215,7 @@ impl State {
             abi::EVENT_DISCONNECTED => {
                 // What came before it ended is heard.
                 self.completions();
+                self.suspect(event.token, true);
                 self.end_over(
                     event.token,
                     None,
@@ -255,6 +256,13 @@ impl State {
         let Some(adapter) = self.adapters.get(&number) else {
             return Err(StoreError::unavailable("its device", "it is gone"));
         };
+        let of_it = |other: &&End| other.adapter == Some(number) && matches!(other.role, Role::Control(_));
+        if matches!(end.role, Role::Control(_))
+            && self.ends.values().filter(of_it).count() >= adapter.links_max()
+        {
+            let why = format!("{} has receive buffers for no more links", adapter.name());
+            return Err(StoreError::busy("connect", why));
+        }
         end.pair(number, adapter)?;
         let few = |most: u32| u8::try_from(most.min(READS_MAX)).unwrap_or(1);
         Ok((few(adapter.limits.reads_out_max), few(adapter.limits.reads_in_max)))
@@ -373,10 +381,13 @@ impl State {
                 link.queue_always(describe(RemoteKey(0), &Described::All), None, SendToken(0));
             }
             self.up_if_greeted(id);
-        } else if matches!(role, Role::Reading(_))
-            && let Some(link) = self.links.get_mut(&id)
-        {
-            link.reading_made();
+        }
+        if matches!(role, Role::Reading(_)) {
+            let guilty = self.links.get_mut(&id).map(Link::reading_made).unwrap_or_default();
+            for read in guilty {
+                let why = "its connection ended, and the peer is there: the owner has withdrawn the memory";
+                self.read_over(read, Err(StoreError::stale("transfer", "its memory", why)));
+            }
         }
         self.post(id);
     }
@@ -416,6 +427,7 @@ impl State {
             failed.get_or_insert(over);
         }
         if let Some((token, why)) = failed {
+            self.suspect(token, false);
             self.end_over(token, None, &why);
         }
         if wants_data {
@@ -513,6 +525,9 @@ impl State {
             if let Some(of) = failed {
                 self.came_back(number, of, &Err(why.clone()));
             }
+            if guilty.is_none() {
+                self.suspect(token, true);
+            }
             return self.end_over(token, guilty, &why);
         }
         self.post(id);
@@ -540,6 +555,11 @@ impl State {
                 return;
             }
         };
+        if len == 0 {
+            self.lend_again(number, slot);
+            self.links.get_mut(&link).map(Link::peer_lent);
+            return self.post(link);
+        }
         let Some(of_frame) = self.links.get_mut(&link).map(|link| link.is_of_frame(bytes)) else {
             return self.lend_again(number, slot);
         };
@@ -550,7 +570,7 @@ impl State {
             Ok(false) => described(bytes),
             Err(why) => Err(why),
         };
-        self.lend_again(number, slot);
+        self.part_lent(link, number, slot);
         match (described, self.links.get_mut(&link)) {
             (Ok((key, Described::Gone)), Some(link)) => drop(link.remote.remove(&key)),
             (Ok((_, Described::All)), Some(found)) => {
@@ -593,6 +613,17 @@ impl State {
             self.refused += 1;
         }
         result
+    }
+
+    /// A receive buffer goes back to its adapter, which on iWARP the peer has to hear of.
+    pub(super) fn part_lent(&mut self, id: LinkId, number: usize, slot: u32) {
+        self.lend_again(number, slot);
+        if self.adapters.get(&number).is_some_and(Adapter::is_iwarp)
+            && let Some(link) = self.links.get_mut(&id)
+        {
+            link.part_lent();
+            self.post(id);
+        }
     }
 
     /// A receive buffer goes back to its adapter.
@@ -674,6 +705,18 @@ impl State {
     }
 
     // Ends.
+
+    /// A connection ends, which this end has not decided: on iWARP one of its reads may be why.
+    fn suspect(&mut self, token: u64, may_find: bool) {
+        let Some(end) = self.ends.get(&token) else { return };
+        let adapter = end.adapter.and_then(|number| self.adapters.get(&number));
+        let silent = adapter.is_some_and(Adapter::is_iwarp);
+        if let (Role::Reading(link), EndStage::Up, true) = (end.role, end.stage, silent)
+            && let Some(link) = self.links.get_mut(&link)
+        {
+            link.suspect(may_find);
+        }
+    }
 
     /// A connection is over, or was never made; nothing touches memory for it any more.
     pub(super) fn end_over(&mut self, token: u64, guilty: Option<TransferId>, why: &StoreError) {
