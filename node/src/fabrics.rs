@@ -27,6 +27,8 @@ pub(crate) const VERBS: FabricId = FabricId(1);
 
 /// How long a peer that verbs did not reach is dialled over TCP.
 const AVOIDED: Duration = Duration::from_secs(60);
+/// How long after that it is remembered that this was logged.
+const FORGOTTEN: Duration = Duration::from_secs(3600);
 /// Free ports that are tried until the next one is free too.
 const PORTS_TRIED: usize = 16;
 
@@ -179,7 +181,12 @@ impl Fabrics {
         };
         let link = tcp.connect(address)?;
         self.fallbacks.fetch_add(1, Ordering::Relaxed);
-        let before = self.avoided.lock().insert(address.to_owned(), Instant::now() + AVOIDED);
+        let now = Instant::now();
+        let before = {
+            let mut avoided = self.avoided.lock();
+            avoided.retain(|_, until| *until + FORGOTTEN > now);
+            avoided.insert(address.to_owned(), now + AVOIDED)
+        };
         if before.is_none() {
             tracing::warn!(address, %why, "a peer is not reached over RDMA: TCP is used");
         }

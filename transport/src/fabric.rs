@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hetmem_core::wire::{Frame, FrameHeader, HEADER_LEN};
+use hetmem_core::wire::{Frame, FrameHeader, FrameKind, HEADER_LEN};
 use hetmem_core::{Extent, LinkId, RemoteExtent, RemoteKey, SegmentId, StoreError, TransferId};
 
 use crate::memory::RegionMemory;
@@ -322,6 +322,14 @@ pub trait FabricSink: Send + Sync {
 
     /// Something happened.
     fn event(&self, event: FabricEvent);
+}
+
+/// Whether a frame is one that engines send to each other.
+pub(crate) fn check_kind(header: &FrameHeader) -> Result<(), StoreError> {
+    if matches!(header.kind, FrameKind::Peer | FrameKind::Batch) {
+        return Ok(());
+    }
+    Err(StoreError::protocol(format!("a frame of kind {:?} came over a link", header.kind)))
 }
 
 /// Whether a frame's header announces just the payload that goes with it, and the payload may be gathered at once.

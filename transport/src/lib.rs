@@ -3,6 +3,7 @@
 //! Not the engine: which bytes move, when, and what to do when that fails is decided above. Invariant: both
 //! implementations pass one conformance suite.
 
+mod arriving;
 #[cfg(any(test, feature = "conformance"))]
 #[doc(hidden)]
 pub mod conformance;

@@ -9,9 +9,8 @@ use hetmem_core::StoreError;
 use hetmem_core::wire::{FrameHeader, HEADER_LEN};
 
 use super::sys::{Got, Socket};
+use crate::arriving::Arriving;
 use crate::fabric::{LandingStats, LandingToken};
-use crate::payload::Scatter;
-use crate::region::Unmoved;
 
 /// The buffer's usual length: a small object's answer fits, so it takes one call to receive; of a larger payload
 /// this much is copied and the rest received in place.
@@ -26,17 +25,7 @@ pub(super) struct Inbox {
     /// How many bytes may wait: those of the frame that is being received, and no more of what follows it than a
     /// small frame brings along.
     wanted: usize,
-    payload: Option<Payload>,
-}
-
-/// A payload that is being received.
-struct Payload {
-    target: Option<(Scatter, LandingToken)>,
-    /// Why it is dropped rather than landed, to be reported at its end.
-    failed: Option<(LandingToken, StoreError)>,
-    len: u64,
-    done: u64,
-    staged: u64,
+    payload: Option<Arriving>,
 }
 
 /// What the received bytes give.
@@ -91,38 +80,24 @@ impl Inbox {
         Ok(Item::Frame(header, &self.buffer[body]))
     }
 
-    /// Says where the payload of the frame just taken goes; nowhere if there is no target.
-    pub(super) fn expect(
-        &mut self,
-        len: u64,
-        target: Option<(Scatter, LandingToken)>,
-        failed: Option<(LandingToken, StoreError)>,
-    ) {
-        self.payload = Some(Payload { target, failed, len, done: 0, staged: 0 });
+    /// The payload of the frame just taken.
+    pub(super) fn expect(&mut self, payload: Arriving) {
+        self.payload = Some(payload);
     }
 
     /// Uses what was received for the payload under way; none if that was the end of one that nobody waits for.
     fn next_of_payload(&mut self) -> Option<Item<'static>> {
         let payload = self.payload.as_mut()?;
-        let left = usize::try_from(payload.len - payload.done).unwrap_or(usize::MAX);
+        let left = usize::try_from(payload.left()).unwrap_or(usize::MAX);
         let staged = left.min(self.end - self.start);
         if staged > 0 {
             payload.stage(&self.buffer[self.start..self.start + staged]);
             self.start += staged;
         }
-        if payload.done < payload.len {
+        if payload.left() > 0 {
             return Some(Item::Hungry);
         }
-        let payload = self.payload.take()?;
-        match (payload.target, payload.failed) {
-            (_, Some((token, error))) => Some(Item::Landed(token, Err(error))),
-            (Some((scatter, token)), None) => {
-                let stats =
-                    LandingStats { bytes: scatter.landing_len() as u64, staged_bytes: payload.staged };
-                Some(Item::Landed(token, Ok(stats)))
-            }
-            (None, None) => None,
-        }
+        self.payload.take()?.end().map(|(token, result)| Item::Landed(token, result))
     }
 
     /// Receives once; says what came and whether the socket may have more.
@@ -135,29 +110,21 @@ impl Inbox {
                 self.buffer.shrink_to_fit();
             }
         }
-        if let Some(payload) = &mut self.payload
-            && let Some((scatter, token)) = &mut payload.target
-        {
-            // What follows the payload is staged, so only as much of it as a small frame has.
-            let rest = self.buffer.len().min(BUFFER_LEN);
-            match scatter.receive(socket.as_fd(), &mut self.buffer[..rest]) {
-                Ok((0, 0, _)) => return Ok((Got::End, false)),
-                Ok((landed, rest, drained)) => {
-                    payload.done += landed as u64;
-                    self.end = rest;
-                    return Ok((Got::Bytes(landed + rest), !drained));
-                }
-                Err(Unmoved::Closed) => {
-                    let why = StoreError::stale("receive", "payload", "its target segment was deregistered");
-                    payload.failed = Some((*token, why));
-                    payload.target = None;
-                }
-                Err(Unmoved::Os(error)) => return Self::received(Got::of(Err(error)), 0),
+        // What follows the payload is staged, so only as much of it as a small frame has.
+        let rest = self.buffer.len().min(BUFFER_LEN);
+        let buffer = &mut self.buffer[..rest];
+        match self.payload.as_mut().and_then(|payload| payload.receive(socket.as_fd(), buffer)) {
+            Some(Ok((0, 0, _))) => return Ok((Got::End, false)),
+            Some(Ok((landed, rest, drained))) => {
+                self.end = rest;
+                return Ok((Got::Bytes(landed + rest), !drained));
             }
+            Some(Err(error)) => return Self::received(Got::of(Err(error)), 0),
+            None => {}
         }
         let mut wanted = self.wanted;
         if let Some(payload) = &self.payload {
-            let left = usize::try_from(payload.len - payload.done).unwrap_or(usize::MAX);
+            let left = usize::try_from(payload.left()).unwrap_or(usize::MAX);
             wanted = wanted.saturating_add(left);
             if self.buffer.len() < DISCARD_LEN {
                 self.buffer.resize(DISCARD_LEN, 0);
@@ -180,8 +147,7 @@ impl Inbox {
 
     /// The landing that will not be completed, when the stream has ended.
     pub(super) fn abandon(&mut self) -> Option<LandingToken> {
-        let payload = self.payload.take()?;
-        payload.target.map(|(_, token)| token).or(payload.failed.map(|(token, _)| token))
+        self.payload.take()?.abandon()
     }
 
     /// Makes room for `len` waiting bytes in all, or for one more than there are.
@@ -195,20 +161,5 @@ impl Inbox {
         if self.buffer.len() < wanted {
             self.buffer.resize(wanted, 0);
         }
-    }
-}
-
-impl Payload {
-    fn stage(&mut self, bytes: &[u8]) {
-        if let Some((scatter, token)) = &mut self.target {
-            if scatter.copy_in(bytes) {
-                self.staged += bytes.len() as u64;
-            } else {
-                let why = StoreError::stale("receive", "payload", "its target segment was deregistered");
-                self.failed = Some((*token, why));
-                self.target = None;
-            }
-        }
-        self.done += bytes.len() as u64;
     }
 }

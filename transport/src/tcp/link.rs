@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use hetmem_core::wire::{Frame, FrameHeader, FrameKind, PROTOCOL_MAX, PROTOCOL_MIN, negotiate};
+use hetmem_core::wire::{Frame, PROTOCOL_MAX, PROTOCOL_MIN, negotiate};
 use hetmem_core::{LinkId, StoreError};
 use parking_lot::Mutex;
 use rustix::event::epoll::EventFlags;
@@ -18,8 +18,9 @@ use super::serve::ServeStream;
 use super::shared::{Conn, Shared, Task};
 use super::sys::{Got, Socket, random};
 use super::wire::{FabricMessage, StreamToken};
-use crate::fabric::{FabricEvent, Landing, LandingPart, LandingToken, SendToken, Sent};
-use crate::payload::{Gather, Scatter};
+use crate::arriving::Arriving;
+use crate::fabric::{FabricEvent, Landing, SendToken, Sent, check_kind};
+use crate::payload::Gather;
 use crate::turn::Turn;
 
 /// Bytes received before other connections get their turn.
@@ -412,12 +413,14 @@ impl Link {
                     shared.report(FabricEvent::Landed { link: self.id, token, result });
                     continue;
                 }
-                Item::Frame(header, body) => (self.frame(shared, header, body)?, header),
+                Item::Frame(header, body) => {
+                    check_kind(&header)?;
+                    (shared.message(self.id, header, body), header)
+                }
             };
             match landing {
                 Landing::Discard if header.payload_len == 0 => {}
-                Landing::Discard => inbox.expect(header.payload_len, None, None),
-                Landing::Into { parts, token } => self.land(shared, inbox, header, &parts, token),
+                landing => inbox.expect(Arriving::of(header.payload_len, landing, &shared.regions)),
             }
         }
     }
@@ -439,27 +442,6 @@ impl Link {
             FabricMessage::Open { .. } | FabricMessage::Stream { .. } => {
                 Err(StoreError::protocol("a peer answered a handshake with a question"))
             }
-        }
-    }
-
-    fn frame(&self, shared: &Shared, header: FrameHeader, body: &[u8]) -> Result<Landing, StoreError> {
-        if !matches!(header.kind, FrameKind::Peer | FrameKind::Batch) {
-            return Err(StoreError::protocol(format!("a frame of kind {:?} came over a link", header.kind)));
-        }
-        Ok(shared.message(self.id, header, body))
-    }
-
-    fn land(
-        &self,
-        shared: &Shared,
-        inbox: &mut Inbox,
-        header: FrameHeader,
-        parts: &[LandingPart],
-        token: LandingToken,
-    ) {
-        match Scatter::of(&shared.regions, parts, header.payload_len) {
-            Ok(scatter) => inbox.expect(header.payload_len, Some((scatter, token)), None),
-            Err(error) => inbox.expect(header.payload_len, None, Some((token, error))),
         }
     }
 
