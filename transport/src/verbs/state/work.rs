@@ -1,0 +1,288 @@
+//! What is posted, and what comes back of it. Not what a read or a connection is over for (`endings`), nor what bytes mean.
+//! Invariant: a buffer that came back is lent again once it was looked at, whatever was in it.
+
+use std::sync::Arc;
+
+use hetmem_core::{LinkId, StoreError, TransferId};
+
+use super::super::abi;
+use super::super::adapters::{Adapter, receive_slot};
+use super::super::completion::{Class, class_of, explain};
+use super::super::ends::{End, Of, Role, Stage as EndStage};
+use super::super::links::{Link, Read, Stage};
+use super::super::wire::{Described, described};
+use super::{Effect, RESOLVE_MS, State};
+use crate::fabric::FabricEvent;
+
+/// Completions taken at a time.
+const COMPLETIONS: usize = 32;
+
+impl State {
+    /// Posts what waits on a link.
+    pub(in crate::verbs) fn post(&mut self, id: LinkId) {
+        let Some(link) = self.links.get_mut(&id) else { return };
+        let control = link.control;
+        let mut failed = None;
+        if let Some(end) = self.ends.get_mut(&control)
+            && let Some(adapter) = end.adapter.and_then(|number| self.adapters.get_mut(&number))
+            && let Err(why) = link.post_frames(end, adapter)
+        {
+            failed = Some((control, why));
+        }
+        if let Some(token) = link.reading
+            && let Some(end) = self.ends.get_mut(&token)
+            && let Some(adapter) = end.adapter.and_then(|number| self.adapters.get_mut(&number))
+            && !link.waiting.is_empty()
+            && let Err(why) = link.post_reads(end, adapter, self.slice_bytes)
+        {
+            failed.get_or_insert((token, why));
+        }
+        let wants_data = link.reading.is_none() && !link.waiting.is_empty() && link.stage == Stage::Up;
+        if let Some(over) = self.post_pushes(id) {
+            failed.get_or_insert(over);
+        }
+        if let Some((token, why)) = failed {
+            self.suspect(token, false);
+            self.end_over(token, None, &why);
+        }
+        if wants_data {
+            self.open_reading(id);
+        }
+    }
+
+    pub(in crate::verbs) fn post_all(&mut self) {
+        let all: Vec<LinkId> = self.links.keys().copied().collect();
+        for link in all {
+            self.post(link);
+        }
+    }
+
+    fn open_reading(&mut self, id: LinkId) {
+        self.make_room();
+        let token = self.number();
+        let Some(link) = self.links.get_mut(&id) else { return };
+        match self.context.resolve(link.peer, RESOLVE_MS, token) {
+            Ok(connection) => {
+                link.reading = Some(token);
+                self.ends.insert(token, End::new(connection, Role::Reading(id), EndStage::Resolving));
+            }
+            Err(why) => {
+                let lost = link.lost("read", &why);
+                let over: Vec<Read> = link.waiting.drain(..).collect();
+                for read in over {
+                    self.read_over(read, Err(lost.clone()));
+                }
+            }
+        }
+    }
+
+    /// Takes completions of all adapters; says whether there were any.
+    pub(in crate::verbs) fn completions(&mut self) -> bool {
+        let mut any = false;
+        let numbers: Vec<usize> = self.adapters.keys().copied().collect();
+        for number in numbers {
+            loop {
+                let mut done = [abi::Completion::default(); COMPLETIONS];
+                let Some(adapter) = self.adapters.get(&number) else { break };
+                let count = match adapter.queue.poll(&mut done) {
+                    Ok(count) => count,
+                    Err(why) => {
+                        self.lose_adapter(number, &why);
+                        break;
+                    }
+                };
+                any |= count > 0;
+                for completion in &done[..count] {
+                    self.completion(number, completion);
+                }
+                if count < COMPLETIONS {
+                    break;
+                }
+            }
+        }
+        any
+    }
+
+    /// Arms the queues of all adapters: whatever completes from now on wakes a thread.
+    pub(in crate::verbs) fn arm(&mut self) {
+        let mut broken = Vec::new();
+        for (&number, adapter) in &self.adapters {
+            if let Err(why) = adapter.queue.arm() {
+                broken.push((number, why));
+            }
+        }
+        for (number, why) in broken {
+            self.lose_adapter(number, &why);
+        }
+    }
+
+    fn completion(&mut self, number: usize, done: &abi::Completion) {
+        let token = self.by_pair.get(&(number, done.queue_pair)).copied();
+        if let Some(slot) = receive_slot(done.id) {
+            return self.received(number, slot, token, done);
+        }
+        let Some((token, end)) = token.and_then(|token| Some((token, self.ends.get_mut(&token)?))) else {
+            return;
+        };
+        let (Role::Control(id) | Role::Reading(id) | Role::Serving(id)) = end.role;
+        let mut back = end.came_back(done.id);
+        let failed = (done.status != 0).then(|| back.pop()).flatten();
+        for of in back {
+            self.came_back(number, of, &Ok(()));
+        }
+        if done.status != 0 {
+            match class_of(done) {
+                Class::Here => tracing::error!(why = %explain(done), "RDMA has failed here"),
+                Class::Peer => self.refused += 1,
+                Class::Work | Class::Reconnect => {}
+            }
+            let (why, guilty) = (explain(done), failed.as_ref().and_then(guilty_of(done)));
+            if let Some(of) = failed {
+                self.came_back(number, of, &Err(why.clone()));
+            }
+            if guilty.is_none() {
+                self.suspect(token, true);
+            }
+            return self.end_over(token, guilty, &why);
+        }
+        self.post(id);
+    }
+
+    fn received(&mut self, number: usize, slot: u32, token: Option<u64>, done: &abi::Completion) {
+        let end = token.and_then(|token| Some((token, self.ends.get(&token)?)));
+        let Some(adapter) = self.adapters.get(&number) else { return };
+        let slots = Arc::clone(&adapter.receives);
+        let end = end.map(|(token, end)| (token, end.role));
+        slots.came_back(slot);
+        let len = done.len_bytes as usize;
+        let bytes = slots.bytes(slot, len).unwrap_or_default();
+        let (token, link) = match end {
+            Some((token, Role::Control(link))) if (done.status, done.kind) == (0, abi::DONE_RECEIVED) => {
+                (token, link)
+            }
+            _ => {
+                let over =
+                    end.map(|(token, role)| (token, self.received_otherwise(token, role, bytes, done)));
+                self.lend_again(number, slot);
+                if let Some((token, Err(why))) = over {
+                    self.end_over(token, None, &why);
+                }
+                return;
+            }
+        };
+        if len == 0 {
+            self.lend_again(number, slot);
+            self.links.get_mut(&link).map(Link::peer_lent);
+            return self.post(link);
+        }
+        let Some(of_frame) = self.links.get_mut(&link).map(|link| link.is_of_frame(bytes)) else {
+            return self.lend_again(number, slot);
+        };
+        let described = match of_frame {
+            Ok(true) => {
+                return self.effects.push_back(Effect::Received { link, adapter: number, slots, slot, len });
+            }
+            Ok(false) => described(bytes),
+            Err(why) => Err(why),
+        };
+        self.part_lent(link, number, slot);
+        match (described, self.links.get_mut(&link)) {
+            (Ok((key, Described::Gone)), Some(link)) => drop(link.remote.remove(&key)),
+            (Ok((_, Described::All)), Some(found)) => {
+                found.all_described = true;
+                self.up_if_greeted(link);
+            }
+            (Ok((key, described)), Some(link)) => drop(link.remote.insert(key, described)),
+            (Err(why), _) => {
+                self.refused += 1;
+                self.end_over(token, None, &why);
+            }
+            (Ok(_), None) => {}
+        }
+    }
+
+    /// A buffer has come back with something else than a message on a control connection.
+    ///
+    /// # Errors
+    /// Why the connection ends.
+    fn received_otherwise(
+        &mut self,
+        token: u64,
+        role: Role,
+        bytes: &[u8],
+        done: &abi::Completion,
+    ) -> Result<(), StoreError> {
+        if done.status != 0 {
+            return Err(explain(done));
+        }
+        let result = match (role, done.kind) {
+            (Role::Reading(link), abi::DONE_WRITTEN) => {
+                self.push_over(link, done.immediate, true);
+                Ok(())
+            }
+            (Role::Reading(link), abi::DONE_RECEIVED) => self.push_said((link, token), false, bytes),
+            (Role::Serving(link), abi::DONE_RECEIVED) => self.push_said((link, token), true, bytes),
+            _ => Err(StoreError::protocol("a write that nobody asked for")),
+        };
+        if result.is_err() {
+            self.refused += 1;
+        }
+        result
+    }
+
+    /// A receive buffer goes back to its adapter, which on iWARP the peer has to hear of.
+    pub(in crate::verbs) fn part_lent(&mut self, id: LinkId, number: usize, slot: u32) {
+        self.lend_again(number, slot);
+        if self.adapters.get(&number).is_some_and(Adapter::is_iwarp)
+            && let Some(link) = self.links.get_mut(&id)
+        {
+            link.part_lent();
+            self.post(id);
+        }
+    }
+
+    /// A receive buffer goes back to its adapter.
+    pub(in crate::verbs) fn lend_again(&mut self, number: usize, slot: u32) {
+        let Some(adapter) = self.adapters.get(&number) else { return };
+        if let Err(why) = adapter.post_receive(slot) {
+            self.lose_adapter(number, &why);
+        }
+    }
+
+    /// A piece of work is back: what it was for.
+    pub(super) fn came_back(&mut self, number: usize, of: Of, result: &Result<(), StoreError>) {
+        match of {
+            Of::Part { slot, last_of } => {
+                if let (Some(slot), Some(adapter)) = (slot, self.adapters.get_mut(&number)) {
+                    adapter.frames.give_back(slot);
+                }
+                if let Some(token) = last_of {
+                    self.report(FabricEvent::SendDone { token, result: result.clone() });
+                }
+            }
+            Of::Slice { transfer, last } => {
+                if last && result.is_ok() {
+                    self.read_done(transfer, None);
+                }
+            }
+            Of::Word { transfer, slot } => {
+                let Some(adapter) = self.adapters.get_mut(&number) else { return };
+                adapter.words.came_back(slot);
+                let word = adapter.words.bytes(slot, 8).and_then(|bytes| bytes.first_chunk::<8>().copied());
+                adapter.words.give_back(slot);
+                if result.is_ok() {
+                    self.read_done(transfer, word.map(u64::from_le_bytes));
+                }
+            }
+        }
+    }
+}
+
+/// Whose fault it is, if only one read's.
+fn guilty_of(done: &abi::Completion) -> impl Fn(&Of) -> Option<TransferId> + use<> {
+    let own = class_of(done) == Class::Work;
+    move |of| match of {
+        Of::Slice { transfer, .. } | Of::Word { transfer, .. } if own => Some(*transfer),
+        _ => None,
+    }
+}
