@@ -54,9 +54,12 @@ pub(super) enum Stage {
 }
 
 pub(super) struct End {
-    pub(super) connection: Connection,
+    /// None while a thread of its own makes it.
+    pub(super) connection: Option<Connection>,
     pub(super) role: Role,
     pub(super) stage: Stage,
+    /// Nothing is posted before the peer is heard of: it asked for this connection, or need not say anything.
+    pub(super) heard: bool,
     /// Which adapter, once the way is known.
     pub(super) adapter: Option<usize>,
     pub(super) made: Option<Made>,
@@ -95,9 +98,10 @@ unsafe impl Send for Batch {}
 impl End {
     pub(super) fn new(connection: Connection, role: Role, stage: Stage) -> Self {
         Self {
-            connection,
+            connection: Some(connection),
             role,
             stage,
+            heard: true,
             adapter: None,
             made: None,
             posted: 0,
@@ -105,6 +109,20 @@ impl End {
             signalled: 0,
             under_way: VecDeque::new(),
             batch: Batch::default(),
+        }
+    }
+
+    /// # Errors
+    /// If it is being made.
+    pub(super) fn connection(&mut self) -> Result<&mut Connection, StoreError> {
+        let away = || StoreError::unavailable("its connection", "it is being made");
+        self.connection.as_mut().ok_or_else(away)
+    }
+
+    /// Ends it: all of its work comes back.
+    pub(super) fn disconnect(&self) {
+        if let Some(connection) = &self.connection {
+            connection.disconnect();
         }
     }
 
@@ -118,9 +136,10 @@ impl End {
             inline_bytes_max: INLINE_LEN,
         };
         let (device, queue, pool) = (&adapter.device, &adapter.queue, &adapter.pool);
-        let made = self.connection.queue_pair(device, queue, pool, asked).or_else(|_| {
+        let connection = self.connection()?;
+        let made = connection.queue_pair(device, queue, pool, asked).or_else(|_| {
             // Not every adapter can do inline work.
-            self.connection.queue_pair(device, queue, pool, Made { inline_bytes_max: 0, ..asked })
+            connection.queue_pair(device, queue, pool, Made { inline_bytes_max: 0, ..asked })
         })?;
         self.adapter = Some(number);
         self.made = Some(Made { work_max: made.work_max.min(WORK_MAX), ..made });
@@ -130,7 +149,8 @@ impl End {
     /// How much work more may be posted.
     pub(super) fn room(&self) -> usize {
         let most = self.made.map_or(0, |made| made.work_max as usize);
-        if self.stage == Stage::Up { most.saturating_sub(self.under_way.len()) } else { 0 }
+        let ready = self.stage == Stage::Up && self.heard && self.connection.is_some();
+        if ready { most.saturating_sub(self.under_way.len()) } else { 0 }
     }
 
     /// Adds a piece of work to those that `flush` posts; it counts as under way from here on.
@@ -192,11 +212,11 @@ impl End {
                 next += count;
             }
         }
-        let posted = if work.is_empty() {
-            Ok(())
-        } else {
+        let posted = match &mut self.connection {
             // SAFETY: pieces and inline bytes are in the batch; what the pieces name is as the header says.
-            unsafe { self.connection.post(work) }
+            Some(connection) if !work.is_empty() => unsafe { connection.post(work) },
+            // There is no room while there is no connection, so there is no work.
+            _ => Ok(()),
         };
         work.clear();
         pieces.clear();

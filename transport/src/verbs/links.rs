@@ -232,6 +232,11 @@ impl Link {
         }
     }
 
+    /// An empty message is the first that the peer hears.
+    pub(super) fn say_something(&mut self) {
+        self.lent_to_say += 1;
+    }
+
     /// The peer says that of its own.
     pub(super) fn peer_lent(&mut self) {
         self.gone = self.gone.saturating_sub(PARTS_LENT);

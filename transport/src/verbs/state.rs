@@ -3,6 +3,7 @@
 //! the sink is never called under it: what it is to hear is put into `effects`.
 
 mod devices;
+mod iwarp;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use hetmem_core::{LinkId, RemoteKey, SegmentId, StoreError, TransferId};
 
+use self::iwarp::Aside;
 use super::abi;
 use super::adapters::{Adapter, Segment, receive_slot};
 use super::completion::{Class, class_of, explain};
@@ -63,6 +65,7 @@ pub(super) struct State {
     next: u64,
     /// Adapters that no thread watches yet.
     pub(super) unwatched: Vec<usize>,
+    pub(super) aside: Aside,
 }
 
 impl State {
@@ -85,6 +88,7 @@ impl State {
             context,
             next: 1,
             unwatched: Vec::new(),
+            aside: Aside::new(),
         }
     }
 
@@ -144,7 +148,7 @@ impl State {
 
     /// Whether there is something to look after now and then: a link that is being made, or a listener that is not there.
     pub(super) fn is_waiting(&self) -> bool {
-        self.listener.is_none() || self.links.values().any(|link| link.stage != Stage::Up)
+        self.listener.is_none() || self.aside.any() || self.links.values().any(|link| link.stage != Stage::Up)
     }
 
     /// Gives up links that took too long to be made.
@@ -163,6 +167,7 @@ impl State {
     /// If there will be no more.
     pub(super) fn connection_events(&mut self) -> Result<bool, StoreError> {
         let mut any = false;
+        self.back_from_aside();
         while let Some(event) = self.context.event()? {
             any = true;
             self.connection_event(&event);
@@ -223,15 +228,32 @@ impl State {
                 },
             };
             end.stage = EndStage::Connecting;
-            end.connection.connect(Greeting::new(&hello.to_bytes(), reads))
+            self.connect(token, &mut end, &hello.to_bytes(), reads)
         });
         self.keep(token, end);
         result
     }
 
+    fn connect(
+        &mut self,
+        token: u64,
+        end: &mut End,
+        private: &[u8],
+        reads: (u8, u8),
+    ) -> Result<(), StoreError> {
+        let adapter = end.adapter.and_then(|number| self.adapters.get(&number));
+        if adapter.is_some_and(Adapter::is_iwarp)
+            && let Some(connection) = end.connection.take()
+        {
+            end.heard = false;
+            return self.aside.connect(token, connection, private.to_vec(), reads);
+        }
+        end.connection()?.connect(Greeting::new(private, reads))
+    }
+
     /// Makes an end's queue pair; says how many reads it may have under way, and how many it answers.
     fn pair(&mut self, end: &mut End) -> Result<(u8, u8), StoreError> {
-        let number = self.adapter_of(&end.connection)?;
+        let number = self.adapter_of(end.connection()?)?;
         let Some(adapter) = self.adapters.get(&number) else {
             return Err(StoreError::unavailable("its device", "it is gone"));
         };
@@ -293,7 +315,7 @@ impl State {
         let accepted = self.pair(&mut end).and_then(|(reads_out, reads_in)| {
             // No more than the peer answers or asks for.
             let reads = (reads_out.min(event.reads_out), reads_in.min(event.reads_in));
-            end.connection.accept(Greeting::new(&welcome.to_bytes(), reads))
+            end.connection()?.accept(Greeting::new(&welcome.to_bytes(), reads))
         });
         match accepted {
             Ok(()) => {
@@ -306,7 +328,9 @@ impl State {
             Err(why) => {
                 tracing::warn!(%why, "a connection could not be accepted");
                 self.refused += 1;
-                end.connection.reject();
+                if let Ok(connection) = end.connection() {
+                    connection.reject();
+                }
             }
         }
     }
@@ -335,12 +359,9 @@ impl State {
             }
             self.up_if_greeted(id);
         }
+        self.say_something(token);
         if matches!(role, Role::Reading(_)) {
-            let guilty = self.links.get_mut(&id).map(Link::take_guilty).unwrap_or_default();
-            for read in guilty {
-                let why = "its connection ended, and the peer is there: the owner has withdrawn the memory";
-                self.read_over(read, Err(StoreError::stale("transfer", "its memory", why)));
-            }
+            self.fail_guilty(id);
         }
         self.post(id);
     }
@@ -484,6 +505,9 @@ impl State {
     }
 
     fn received(&mut self, number: usize, slot: u32, token: Option<u64>, done: &abi::Completion) {
+        if done.status == 0 {
+            self.heard(token);
+        }
         let end = token.and_then(|token| Some((token, self.ends.get(&token)?)));
         let Some(adapter) = self.adapters.get(&number) else { return };
         let slots = Arc::clone(&adapter.receives);
@@ -531,17 +555,6 @@ impl State {
                 self.end_over(token, None, &why);
             }
             (Ok(_), None) => {}
-        }
-    }
-
-    /// A receive buffer goes back to its adapter, which on iWARP the peer has to hear of.
-    pub(super) fn part_lent(&mut self, id: LinkId, number: usize, slot: u32) {
-        self.lend_again(number, slot);
-        if self.adapters.get(&number).is_some_and(Adapter::is_iwarp)
-            && let Some(link) = self.links.get_mut(&id)
-        {
-            link.part_lent();
-            self.post(id);
         }
     }
 
@@ -625,18 +638,6 @@ impl State {
 
     // Ends.
 
-    /// A connection ends, which this end has not decided: on iWARP one of its reads may be why.
-    fn suspect(&mut self, token: u64, may_find: bool) {
-        let Some(end) = self.ends.get(&token) else { return };
-        let adapter = end.adapter.and_then(|number| self.adapters.get(&number));
-        let silent = adapter.is_some_and(Adapter::is_iwarp);
-        if let (Role::Reading(link), EndStage::Up, true) = (end.role, end.stage, silent)
-            && let Some(link) = self.links.get_mut(&link)
-        {
-            link.suspect(may_find);
-        }
-    }
-
     /// A connection is over, or was never made; nothing touches memory for it any more.
     pub(super) fn end_over(&mut self, token: u64, guilty: Option<TransferId>, why: &StoreError) {
         let Some(mut end) = self.ends.remove(&token) else { return };
@@ -645,7 +646,7 @@ impl State {
         }
         let (role, number, left) = (end.role, end.adapter.unwrap_or_default(), end.take_all());
         tracing::debug!(?role, stage = ?end.stage, left = left.len(), %why, "a connection is over");
-        end.connection.disconnect();
+        end.disconnect();
         // The adapter is done with its work when this returns.
         drop(end);
         let (Role::Control(id) | Role::Reading(id) | Role::Serving(id)) = role;
@@ -709,7 +710,7 @@ impl State {
     /// Closes everything; nobody is told.
     pub(super) fn close(&mut self) {
         for (_, end) in std::mem::take(&mut self.ends) {
-            end.connection.disconnect();
+            end.disconnect();
         }
         self.by_pair.clear();
         self.links.clear();
