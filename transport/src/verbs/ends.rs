@@ -7,6 +7,7 @@
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
+use std::time::Instant;
 
 use hetmem_core::{LinkId, StoreError, TransferId};
 
@@ -58,8 +59,10 @@ pub(super) struct End {
     pub(super) connection: Option<Connection>,
     pub(super) role: Role,
     pub(super) stage: Stage,
-    /// Nothing is posted before the peer is heard of: it asked for this connection, or need not say anything.
+    /// Nothing but a first byte is posted before something has come from the peer. On iWARP only: see `state::iwarp`.
     pub(super) heard: bool,
+    /// When that byte was last posted.
+    pub(super) said: Option<Instant>,
     /// Which adapter, once the way is known.
     pub(super) adapter: Option<usize>,
     pub(super) made: Option<Made>,
@@ -102,6 +105,7 @@ impl End {
             role,
             stage,
             heard: true,
+            said: None,
             adapter: None,
             made: None,
             posted: 0,

@@ -156,6 +156,11 @@ impl Link {
         Ok(true)
     }
 
+    /// Whether a message may be the first byte of a connection: no frame and no description is so short.
+    pub(super) fn is_first_byte(&self, len: usize) -> bool {
+        len == 1 && self.coming == 0
+    }
+
     /// What is said of something that the end of this link has ended.
     pub(super) fn lost(&self, operation: &'static str, why: &StoreError) -> StoreError {
         let why = match why {
@@ -230,11 +235,6 @@ impl Link {
         if self.lent == PARTS_LENT {
             (self.lent, self.lent_to_say) = (0, self.lent_to_say.saturating_add(1));
         }
-    }
-
-    /// An empty message is the first that the peer hears.
-    pub(super) fn say_something(&mut self) {
-        self.lent_to_say += 1;
     }
 
     /// The peer says that of its own.

@@ -148,11 +148,15 @@ impl State {
 
     /// Whether there is something to look after now and then: a link that is being made, or a listener that is not there.
     pub(super) fn is_waiting(&self) -> bool {
-        self.listener.is_none() || self.aside.any() || self.links.values().any(|link| link.stage != Stage::Up)
+        self.listener.is_none()
+            || self.aside.any()
+            || self.unheard().next().is_some()
+            || self.links.values().any(|link| link.stage != Stage::Up)
     }
 
     /// Gives up links that took too long to be made.
     pub(super) fn expire(&mut self) {
+        self.say_first_again();
         let late = |link: &&Link| link.stage != Stage::Up && link.since.elapsed() > GREETING_TIME;
         let late: Vec<LinkId> = self.links.values().filter(late).map(|link| link.id).collect();
         for link in late {
@@ -245,7 +249,6 @@ impl State {
         if adapter.is_some_and(Adapter::is_iwarp)
             && let Some(connection) = end.connection.take()
         {
-            end.heard = false;
             return self.aside.connect(token, connection, private.to_vec(), reads);
         }
         end.connection()?.connect(Greeting::new(private, reads))
@@ -265,6 +268,7 @@ impl State {
             return Err(StoreError::busy("connect", why));
         }
         end.pair(number, adapter)?;
+        end.heard = !adapter.is_iwarp();
         let few = |most: u32| u8::try_from(most.min(READS_MAX)).unwrap_or(1);
         Ok((few(adapter.limits.reads_out_max), few(adapter.limits.reads_in_max)))
     }
@@ -359,7 +363,7 @@ impl State {
             }
             self.up_if_greeted(id);
         }
-        self.say_something(token);
+        self.say_first(token);
         if matches!(role, Role::Reading(_)) {
             self.fail_guilty(id);
         }
@@ -526,10 +530,8 @@ impl State {
             }
             return;
         };
-        if len == 0 {
-            self.lend_again(number, slot);
-            self.links.get_mut(&link).map(Link::peer_lent);
-            return self.post(link);
+        if self.is_not_of_a_frame(number, link, len) {
+            return self.lend_again(number, slot);
         }
         let bytes = slots.bytes(slot, len).unwrap_or_default();
         let Some(of_frame) = self.links.get_mut(&link).map(|link| link.is_of_frame(bytes)) else {

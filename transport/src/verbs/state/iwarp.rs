@@ -1,9 +1,10 @@
 //! What iWARP wants done otherwise: it ends a whole connection for one read that is refused, or for a message that finds no
-//! buffer; soft iWARP connects while the caller waits, and loses sight of what comes before it has told of a connection. Not anything of InfiniBand or RoCE. Invariant: on those nothing
+//! buffer; whoever connects sends first; and soft iWARP connects while the caller waits. Not anything of InfiniBand or RoCE. Invariant: on those nothing
 //! here does anything, and on iWARP no call that may take long is made under the lock.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
 
 use hetmem_core::{LinkId, StoreError};
 
@@ -12,6 +13,9 @@ use super::super::ends::{Of, Role, Stage as EndStage, What};
 use super::super::plugin::{Connection, Greeting};
 use super::State;
 use crate::waiting::Bell;
+
+/// After what time a first byte that was not answered is sent again.
+const AGAIN: Duration = Duration::from_millis(500);
 
 /// A connection that was made, or not, and comes back.
 type Back = (u64, Connection, Result<(), StoreError>);
@@ -73,45 +77,77 @@ impl State {
             let (Role::Control(link) | Role::Reading(link) | Role::Serving(link)) = end.role;
             match result {
                 // What waited for it, if the peer's answer was heard of first.
-                Ok(()) => self.post(link),
+                Ok(()) => {
+                    self.say_first(token);
+                    self.post(link);
+                }
                 Err(why) => self.end_over(token, None, &why),
             }
         }
     }
 
-    /// An end that was asked for a connection hears of it when its queue pair takes what comes, and says so by an empty
-    /// message. Soft iWARP lets what came before lie until more comes, so whoever asked posts nothing before that.
-    pub(super) fn say_something(&mut self, token: u64) {
+    /// Whoever connects sends first: iWARP wants it so, and soft iWARP fails a connection whose other end is quicker. It may
+    /// also let what comes lie while it is accepting, until more comes. So a first byte goes there, again now and then,
+    /// another comes back, and only then work follows.
+    pub(super) fn say_first(&mut self, token: u64) {
         let Some(end) = self.ends.get_mut(&token) else { return };
-        let adapter = end.adapter.and_then(|number| self.adapters.get(&number));
-        if !adapter.is_some_and(Adapter::is_iwarp) {
-            return;
+        let asked = match end.role {
+            Role::Control(link) => self.links.get(&link).is_some_and(|link| !link.inbound),
+            Role::Reading(_) => true,
+            Role::Serving(_) => false,
+        };
+        let ready = end.stage == EndStage::Up && end.connection.is_some() && asked != end.heard;
+        let adapter = end.adapter.and_then(|number| self.adapters.get_mut(&number));
+        let Some(adapter) = adapter.filter(|adapter| ready && adapter.is_iwarp()) else { return };
+        // It is said again if there is no buffer for it now.
+        end.said = Some(Instant::now());
+        let Some(slot) = adapter.frames.take() else { return };
+        adapter.frames.write(slot, 0, &[0]);
+        let piece = adapter.frames.piece(slot, 0, 1);
+        end.add(What::Send { pieces: &[piece] }, Of::Part { slot: Some(slot), last_of: None }, true);
+        if let Err(why) = end.flush() {
+            self.end_over(token, None, &why);
         }
-        match end.role {
-            Role::Control(link) => {
-                if let Some(link) = self.links.get_mut(&link).filter(|link| link.inbound) {
-                    link.say_something();
-                }
-            }
-            Role::Serving(_) => {
-                end.add(What::Send { pieces: &[] }, Of::Part { slot: None, last_of: None }, true);
-                if let Err(why) = end.flush() {
-                    self.end_over(token, None, &why);
-                }
-            }
-            Role::Reading(_) => {}
+    }
+
+    /// Ends that have said so and were not answered.
+    pub(super) fn unheard(&self) -> impl Iterator<Item = (u64, Instant)> + '_ {
+        let unheard = self.ends.iter().filter(|(_, end)| !end.heard);
+        unheard.filter_map(|(token, end)| Some((*token, end.said?)))
+    }
+
+    pub(super) fn say_first_again(&mut self) {
+        let late: Vec<u64> =
+            self.unheard().filter(|(_, said)| said.elapsed() > AGAIN).map(|(token, _)| token).collect();
+        for token in late {
+            self.say_first(token);
         }
     }
 
     /// Something has come over a connection.
     pub(super) fn heard(&mut self, token: Option<u64>) {
-        if let Some(end) = token.and_then(|token| self.ends.get_mut(&token))
+        if let Some((token, end)) = token.and_then(|token| Some((token, self.ends.get_mut(&token)?)))
             && !end.heard
         {
             end.heard = true;
             let (Role::Control(link) | Role::Reading(link) | Role::Serving(link)) = end.role;
+            self.say_first(token);
             self.post(link);
         }
+    }
+
+    /// Whether a message of a link is none of its frames' and descriptions: a first byte, or an empty one.
+    pub(super) fn is_not_of_a_frame(&mut self, number: usize, id: LinkId, len: usize) -> bool {
+        if !self.adapters.get(&number).is_some_and(Adapter::is_iwarp) {
+            return false;
+        }
+        let Some(link) = self.links.get_mut(&id) else { return false };
+        if len == 0 {
+            link.peer_lent();
+            self.post(id);
+            return true;
+        }
+        link.is_first_byte(len)
     }
 
     /// A connection ends, which this end has not decided: one of its reads may be why.
