@@ -296,6 +296,9 @@ fn nodes_live_through_partitions(driver: &str) {
     for (what, bytes, name) in partitions {
         wire.carries(bytes);
         fails(&mut reader, what, name);
+        // While it looks for the peer it still answers.
+        let status = format!("{} --socket /run/node.sock status > /dev/null", binary().display());
+        reader.must(&format!("for time in 1 2 3 4 5; do {status} || exit 1; sleep 0.5; done"));
         wire.carries([OPEN, OPEN]);
         found(&mut reader, name, LARGE, "read");
     }

@@ -20,11 +20,12 @@ use crate::memory::RegionMemory;
 pub(super) const BUFFER_LEN: usize = 16 << 10;
 /// Receive buffers of an adapter, and as many for frames that go out.
 const BUFFERS: u32 = 512;
-/// Receive buffers that one link's frames may fill on iWARP, which ends a connection for one too few; on InfiniBand and
-/// RoCE whoever sends waits. Two are for what says that buffers are lent again.
+/// Receive buffers that one link's messages may fill on iWARP, which ends a connection for one too few; on InfiniBand and
+/// RoCE whoever sends waits. Four are for empty messages: two that say that buffers are lent again, and the first one of
+/// each connection.
 const BUFFERS_OF_LINK: u32 = 16;
 /// Frames' parts that may be on the way to a peer there, and after how many the peer says that buffers are lent again.
-pub(super) const PARTS_MAX: u32 = BUFFERS_OF_LINK - 2;
+pub(super) const PARTS_MAX: u32 = BUFFERS_OF_LINK - 4;
 pub(super) const PARTS_LENT: u32 = PARTS_MAX / 2;
 /// Words that are being read.
 const WORDS: u32 = 1024;

@@ -7,6 +7,7 @@
 #![allow(unsafe_code)]
 
 use std::collections::VecDeque;
+use std::time::Instant;
 
 use hetmem_core::{LinkId, StoreError, TransferId};
 
@@ -54,9 +55,14 @@ pub(super) enum Stage {
 }
 
 pub(super) struct End {
-    pub(super) connection: Connection,
+    /// None while a thread of its own makes it.
+    pub(super) connection: Option<Connection>,
     pub(super) role: Role,
     pub(super) stage: Stage,
+    /// Nothing but a first byte is posted before something has come from the peer. On iWARP only: see `state::iwarp`.
+    pub(super) heard: bool,
+    /// When that byte was last posted.
+    pub(super) said: Option<Instant>,
     /// Which adapter, once the way is known.
     pub(super) adapter: Option<usize>,
     pub(super) made: Option<Made>,
@@ -97,9 +103,11 @@ unsafe impl Send for Batch {}
 impl End {
     pub(super) fn new(connection: Connection, role: Role, stage: Stage) -> Self {
         Self {
-            connection,
+            connection: Some(connection),
             role,
             stage,
+            heard: true,
+            said: None,
             adapter: None,
             made: None,
             posted: 0,
@@ -107,6 +115,20 @@ impl End {
             signalled: 0,
             under_way: VecDeque::new(),
             batch: Batch::default(),
+        }
+    }
+
+    /// # Errors
+    /// If it is being made.
+    pub(super) fn connection(&mut self) -> Result<&mut Connection, StoreError> {
+        let away = || StoreError::unavailable("its connection", "it is being made");
+        self.connection.as_mut().ok_or_else(away)
+    }
+
+    /// Ends it: all of its work comes back.
+    pub(super) fn disconnect(&self) {
+        if let Some(connection) = &self.connection {
+            connection.disconnect();
         }
     }
 
@@ -120,9 +142,10 @@ impl End {
             inline_bytes_max: INLINE_LEN,
         };
         let (device, queue, pool) = (&adapter.device, &adapter.queue, &adapter.pool);
-        let made = self.connection.queue_pair(device, queue, pool, asked).or_else(|_| {
+        let connection = self.connection()?;
+        let made = connection.queue_pair(device, queue, pool, asked).or_else(|_| {
             // Not every adapter can do inline work.
-            self.connection.queue_pair(device, queue, pool, Made { inline_bytes_max: 0, ..asked })
+            connection.queue_pair(device, queue, pool, Made { inline_bytes_max: 0, ..asked })
         })?;
         self.adapter = Some(number);
         self.made = Some(Made { work_max: made.work_max.min(WORK_MAX), ..made });
@@ -132,7 +155,8 @@ impl End {
     /// How much work more may be posted.
     pub(super) fn room(&self) -> usize {
         let most = self.made.map_or(0, |made| made.work_max as usize);
-        if self.stage == Stage::Up { most.saturating_sub(self.under_way.len()) } else { 0 }
+        let ready = self.stage == Stage::Up && self.heard && self.connection.is_some();
+        if ready { most.saturating_sub(self.under_way.len()) } else { 0 }
     }
 
     /// Adds a piece of work to those that `flush` posts; it counts as under way from here on.
@@ -201,11 +225,11 @@ impl End {
                 next += count;
             }
         }
-        let posted = if work.is_empty() {
-            Ok(())
-        } else {
+        let posted = match &mut self.connection {
             // SAFETY: pieces and inline bytes are in the batch; what the pieces name is as the header says.
-            unsafe { self.connection.post(work) }
+            Some(connection) if !work.is_empty() => unsafe { connection.post(work) },
+            // There is no room while there is no connection, so there is no work.
+            _ => Ok(()),
         };
         work.clear();
         pieces.clear();

@@ -173,6 +173,11 @@ impl Link {
         Ok(true)
     }
 
+    /// Whether a message may be the first byte of a connection: no frame and no description is so short.
+    pub(super) fn is_first_byte(&self, len: usize) -> bool {
+        len == 1 && self.coming == 0
+    }
+
     /// What is said of something that the end of this link has ended.
     pub(super) fn lost(&self, operation: &'static str, why: &StoreError) -> StoreError {
         let why = match why {

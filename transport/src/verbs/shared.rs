@@ -37,7 +37,7 @@ pub(super) struct Shared {
     /// Only the thread that has the turn looks into them.
     inboxes: Mutex<HashMap<LinkId, Inbox>>,
     turn: Turn,
-    task_bell: Bell,
+    task_bell: Arc<Bell>,
     stopping: AtomicBool,
     _context: Arc<Context>,
 }
@@ -46,12 +46,13 @@ impl Shared {
     pub(super) fn new(
         sink: Arc<dyn FabricSink>,
         context: Arc<Context>,
-        state: State,
+        mut state: State,
         busy_poll: Duration,
     ) -> Result<Self, hetmem_core::StoreError> {
         // One thread has the turn: a second has nothing to do while a caller works.
-        let (seats, task_bell) = (Seats::new(false)?, Bell::new()?);
-        seats.events().add(&task_bell, TASK_BELL, EventFlags::IN | EventFlags::ET)?;
+        let (seats, task_bell) = (Seats::new(false)?, Arc::new(Bell::new()?));
+        state.aside.rings(Arc::clone(&task_bell));
+        seats.events().add(&*task_bell, TASK_BELL, EventFlags::IN | EventFlags::ET)?;
         seats.events().add(context.descriptor(), CONNECTIONS, EventFlags::IN | EventFlags::ET)?;
         Ok(Self {
             sink,

@@ -4,6 +4,7 @@
 
 mod devices;
 mod endings;
+mod iwarp;
 mod pushes;
 mod work;
 
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use hetmem_core::{LinkId, RemoteKey, SegmentId, StoreError, TransferId};
 
+use self::iwarp::Aside;
 use super::abi;
 use super::adapters::{Adapter, Segment};
 use super::ends::{End, Role, Stage as EndStage};
@@ -74,6 +76,7 @@ pub(super) struct State {
     next: u64,
     /// Adapters that no thread watches yet.
     pub(super) unwatched: Vec<usize>,
+    pub(super) aside: Aside,
 }
 
 impl State {
@@ -100,6 +103,7 @@ impl State {
             context,
             next: 1,
             unwatched: Vec::new(),
+            aside: Aside::new(),
         }
     }
 
@@ -157,11 +161,15 @@ impl State {
 
     /// Whether there is something to look after now and then: a link that is being made, or a listener that is not there.
     pub(super) fn is_waiting(&self) -> bool {
-        self.listener.is_none() || self.links.values().any(|link| link.stage != Stage::Up)
+        self.listener.is_none()
+            || self.aside.any()
+            || self.unheard().next().is_some()
+            || self.links.values().any(|link| link.stage != Stage::Up)
     }
 
     /// Gives up links that took too long to be made.
     pub(super) fn expire(&mut self) {
+        self.say_first_again();
         let late = |link: &&Link| link.stage != Stage::Up && link.since.elapsed() > GREETING_TIME;
         let late: Vec<LinkId> = self.links.values().filter(late).map(|link| link.id).collect();
         for link in late {
@@ -176,6 +184,7 @@ impl State {
     /// If there will be no more.
     pub(super) fn connection_events(&mut self) -> Result<bool, StoreError> {
         let mut any = false;
+        self.back_from_aside();
         while let Some(event) = self.context.event()? {
             any = true;
             self.connection_event(&event);
@@ -241,15 +250,31 @@ impl State {
             };
             end.stage = EndStage::Connecting;
             let hello = Hello { what, owner: self.owner };
-            end.connection.connect(Greeting::new(&hello.to_bytes(), reads))
+            self.connect(token, &mut end, &hello.to_bytes(), reads)
         });
         self.keep(token, end);
         result
     }
 
+    fn connect(
+        &mut self,
+        token: u64,
+        end: &mut End,
+        private: &[u8],
+        reads: (u8, u8),
+    ) -> Result<(), StoreError> {
+        let adapter = end.adapter.and_then(|number| self.adapters.get(&number));
+        if adapter.is_some_and(Adapter::is_iwarp)
+            && let Some(connection) = end.connection.take()
+        {
+            return self.aside.connect(token, connection, private.to_vec(), reads);
+        }
+        end.connection()?.connect(Greeting::new(private, reads))
+    }
+
     /// Makes an end's queue pair; says how many reads it may have under way, and how many it answers.
     fn pair(&mut self, end: &mut End) -> Result<(u8, u8), StoreError> {
-        let number = self.adapter_of(&end.connection)?;
+        let number = self.adapter_of(end.connection()?)?;
         let Some(adapter) = self.adapters.get(&number) else {
             return Err(StoreError::unavailable("its device", "it is gone"));
         };
@@ -261,6 +286,7 @@ impl State {
             return Err(StoreError::busy("connect", why));
         }
         end.pair(number, adapter)?;
+        end.heard = !adapter.is_iwarp();
         let few = |most: u32| u8::try_from(most.min(READS_MAX)).unwrap_or(1);
         Ok((few(adapter.limits.reads_out_max), few(adapter.limits.reads_in_max)))
     }
@@ -290,7 +316,7 @@ impl State {
         let accepted = self.pair(&mut end).and_then(|(reads_out, reads_in)| {
             // No more than the peer answers or asks for.
             let reads = (reads_out.min(event.reads_out), reads_in.min(event.reads_in));
-            end.connection.accept(Greeting::new(&welcome.to_bytes(), reads))
+            end.connection()?.accept(Greeting::new(&welcome.to_bytes(), reads))
         });
         match accepted {
             Ok(()) => {
@@ -303,7 +329,9 @@ impl State {
             Err(why) => {
                 tracing::warn!(%why, "a connection could not be accepted");
                 self.refused += 1;
-                end.connection.reject(&Hello { what: Purpose::Refused, owner: self.owner }.to_bytes());
+                if let Ok(connection) = end.connection() {
+                    connection.reject(&Hello { what: Purpose::Refused, owner: self.owner }.to_bytes());
+                }
             }
         }
     }
@@ -379,12 +407,9 @@ impl State {
             }
             self.up_if_greeted(id);
         }
+        self.say_first(token);
         if matches!(role, Role::Reading(_)) {
-            let guilty = self.links.get_mut(&id).map(Link::reading_made).unwrap_or_default();
-            for read in guilty {
-                let why = "its connection ended, and the peer is there: the owner has withdrawn the memory";
-                self.read_over(read, Err(StoreError::stale("transfer", "its memory", why)));
-            }
+            self.fail_guilty(id);
         }
         self.post(id);
     }

@@ -3,7 +3,6 @@
 
 use hetmem_core::{LinkId, StoreError, TransferId};
 
-use super::super::adapters::Adapter;
 use super::super::ends::{Role, Stage as EndStage};
 use super::super::links::{Read, Stage};
 use super::{Effect, State};
@@ -52,18 +51,6 @@ impl State {
         }
     }
 
-    /// A connection ends, which this end has not decided: on iWARP one of its reads may be why.
-    pub(super) fn suspect(&mut self, token: u64, may_find: bool) {
-        let Some(end) = self.ends.get(&token) else { return };
-        let adapter = end.adapter.and_then(|number| self.adapters.get(&number));
-        let silent = adapter.is_some_and(Adapter::is_iwarp);
-        if let (Role::Reading(link), EndStage::Up, true) = (end.role, end.stage, silent)
-            && let Some(link) = self.links.get_mut(&link)
-        {
-            link.suspect(may_find);
-        }
-    }
-
     /// A connection is over, or was never made; nothing touches memory for it any more.
     pub(in crate::verbs) fn end_over(&mut self, token: u64, guilty: Option<TransferId>, why: &StoreError) {
         let Some(mut end) = self.ends.remove(&token) else { return };
@@ -73,7 +60,7 @@ impl State {
         let (role, number, left) = (end.role, end.adapter.unwrap_or_default(), end.take_all());
         let was_up = end.stage == EndStage::Up;
         tracing::debug!(?role, stage = ?end.stage, left = left.len(), %why, "a connection is over");
-        end.connection.disconnect();
+        end.disconnect();
         // The adapter is done with its work when this returns.
         drop(end);
         let (Role::Control(id) | Role::Reading(id) | Role::Serving(id)) = role;
@@ -141,7 +128,7 @@ impl State {
     /// Closes everything; nobody is told.
     pub(in crate::verbs) fn close(&mut self) {
         for (_, end) in std::mem::take(&mut self.ends) {
-            end.connection.disconnect();
+            end.disconnect();
         }
         self.by_pair.clear();
         self.links.clear();

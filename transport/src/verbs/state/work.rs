@@ -9,7 +9,7 @@ use super::super::abi;
 use super::super::adapters::{Adapter, receive_slot};
 use super::super::completion::{Class, class_of, explain};
 use super::super::ends::{End, Of, Role, Stage as EndStage};
-use super::super::links::{Link, Read, Stage};
+use super::super::links::{Read, Stage};
 use super::super::wire::{Described, described};
 use super::{Effect, RESOLVE_MS, State};
 use crate::fabric::FabricEvent;
@@ -149,6 +149,9 @@ impl State {
     }
 
     fn received(&mut self, number: usize, slot: u32, token: Option<u64>, done: &abi::Completion) {
+        if done.status == 0 {
+            self.heard(token);
+        }
         let end = token.and_then(|token| Some((token, self.ends.get(&token)?)));
         let Some(adapter) = self.adapters.get(&number) else { return };
         let slots = Arc::clone(&adapter.receives);
@@ -161,8 +164,9 @@ impl State {
                 (token, link)
             }
             _ => {
-                let over =
-                    end.map(|(token, role)| (token, self.received_otherwise(token, role, bytes, done)));
+                let over = end.map(|(token, role)| {
+                    (token, self.received_otherwise((number, token), role, bytes, done))
+                });
                 self.lend_again(number, slot);
                 if let Some((token, Err(why))) = over {
                     self.end_over(token, None, &why);
@@ -170,10 +174,8 @@ impl State {
                 return;
             }
         };
-        if len == 0 {
-            self.lend_again(number, slot);
-            self.links.get_mut(&link).map(Link::peer_lent);
-            return self.post(link);
+        if self.is_not_of_a_frame(number, link, len) {
+            return self.lend_again(number, slot);
         }
         let Some(of_frame) = self.links.get_mut(&link).map(|link| link.is_of_frame(bytes)) else {
             return self.lend_again(number, slot);
@@ -207,7 +209,7 @@ impl State {
     /// Why the connection ends.
     fn received_otherwise(
         &mut self,
-        token: u64,
+        (number, token): (usize, u64),
         role: Role,
         bytes: &[u8],
         done: &abi::Completion,
@@ -215,7 +217,10 @@ impl State {
         if done.status != 0 {
             return Err(explain(done));
         }
+        let iwarp = self.adapters.get(&number).is_some_and(Adapter::is_iwarp);
         let result = match (role, done.kind) {
+            // The first byte: there are no pushes.
+            (Role::Reading(_) | Role::Serving(_), abi::DONE_RECEIVED) if iwarp => Ok(()),
             (Role::Reading(link), abi::DONE_WRITTEN) => {
                 self.push_over(link, done.immediate, true);
                 Ok(())
@@ -228,17 +233,6 @@ impl State {
             self.refused += 1;
         }
         result
-    }
-
-    /// A receive buffer goes back to its adapter, which on iWARP the peer has to hear of.
-    pub(in crate::verbs) fn part_lent(&mut self, id: LinkId, number: usize, slot: u32) {
-        self.lend_again(number, slot);
-        if self.adapters.get(&number).is_some_and(Adapter::is_iwarp)
-            && let Some(link) = self.links.get_mut(&id)
-        {
-            link.part_lent();
-            self.post(id);
-        }
     }
 
     /// A receive buffer goes back to its adapter.
