@@ -33,6 +33,7 @@ const UNSAFE_FILES: &[&str] = &[
     "transport/src/verbs/ladder_tests.rs",
     "transport/src/verbs/plugin.rs",
     "transport/src/verbs/seam_tests.rs",
+    "transport/src/verbs/steady_tests.rs",
     "transport/src/verbs/slots.rs",
     // libibverbs and librdmacm.
     "transport/verbs/src/connection.rs",

@@ -125,25 +125,29 @@ impl Seats {
     /// The leader's wait, unless something was announced since `seen`: it looks for what it waits for, up to `busy`
     /// without going to sleep, then sleeps until there is an event and looks again. Waking a thread, and the processor
     /// that it slept on, takes longer than most answers; whoever else could run on this processor while it looks runs
-    /// first.
+    /// first. `look` is told when it is the last time before the sleep: then what is found later has to be an event.
     pub(crate) fn lead<T>(
         &self,
         seen: u64,
         busy: Duration,
         timeout: Duration,
-        mut look: impl FnMut() -> Option<T>,
+        mut look: impl FnMut(bool) -> Option<T>,
     ) -> Option<T> {
-        let found = look();
+        let found = look(false);
         if found.is_some() {
             return found;
         }
         let until = Instant::now() + busy.min(timeout);
         while Instant::now() < until {
             std::thread::yield_now();
-            let found = look();
+            let found = look(false);
             if found.is_some() || self.state.lock().announced != seen {
                 return found;
             }
+        }
+        let found = look(true);
+        if found.is_some() {
+            return found;
         }
         {
             let mut state = self.state.lock();
@@ -161,7 +165,7 @@ impl Seats {
         if rung {
             self.bell.hush();
         }
-        look()
+        look(false)
     }
 
     /// A follower's wait, until something is announced or the leader leaves.
@@ -235,7 +239,7 @@ mod tests {
         while !stopping.load(Ordering::SeqCst) {
             let (seat, seen) = seats.register();
             let event = match seat {
-                Seat::Leader => seats.lead(seen, busy, Duration::from_micros(300), || seats.event()),
+                Seat::Leader => seats.lead(seen, busy, Duration::from_micros(300), |_| seats.event()),
                 Seat::Follower => {
                     seats.follow(seen, Duration::from_micros(300));
                     None
@@ -315,14 +319,14 @@ mod tests {
                 seats.announce();
             });
             let begun = Instant::now();
-            assert_eq!(seats.lead(seen, Duration::ZERO, LATE, || seats.event()), None);
+            assert_eq!(seats.lead(seen, Duration::ZERO, LATE, |_| seats.event()), None);
             assert!(begun.elapsed() < LATE);
         });
         seats.stand_up(&seat);
         // The bell that was heard does not ring again.
         let (seat, seen) = seats.register();
         let begun = Instant::now();
-        assert_eq!(seats.lead(seen, Duration::ZERO, Duration::from_millis(20), || seats.event()), None);
+        assert_eq!(seats.lead(seen, Duration::ZERO, Duration::from_millis(20), |_| seats.event()), None);
         assert!(begun.elapsed() >= Duration::from_millis(20));
         seats.stand_up(&seat);
         Ok(())

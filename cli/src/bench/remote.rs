@@ -1,15 +1,16 @@
-//! `hetmem bench remote`: gets from another node over TCP on loopback. Not verbs. Invariant: the owner is a process
-//! of its own, and nothing that was fetched is kept: every get moves its bytes.
+//! `hetmem bench remote`: gets from another node, over TCP on loopback unless told otherwise. Not what verbs are bounded
+//! by (`verbs`). Invariant: the owner is a process of its own, and nothing that was fetched is kept: every get moves its
+//! bytes.
 
 use std::hint::black_box;
 
 use hetmem_client::{DType, GetOptions, Key, Object, ObjectMeta, Path, Store, StoreError};
 use hetmem_node::{Config, Node};
 
-use super::Size;
 use super::baseline::{TcpLoop, iperf3};
 use super::processors::Halves;
 use super::rows::{Pair, Row, Target, timed};
+use super::{Place, Size, skipped};
 use crate::demo::nodes::{Folder, Process};
 
 const KIB: usize = 1 << 10;
@@ -28,44 +29,45 @@ pub(super) struct Pairing {
     /// A session over its Unix socket.
     outside: Store,
     _node: Node,
-    _owner: Process,
+    owner: Process,
     _folder: Folder,
 }
 
 impl Pairing {
-    pub(super) fn start() -> Result<Self, StoreError> {
-        Self::start_on(None)
+    pub(super) fn start(place: &Place) -> Result<Self, StoreError> {
+        Self::start_on(place, None)
     }
 
     /// The owner on one half of the processors, this thread and the node in this process on the other, if they are to be
     /// apart.
-    pub(super) fn start_on(halves: Option<&Halves>) -> Result<Self, StoreError> {
+    pub(super) fn start_on(place: &Place, halves: Option<&Halves>) -> Result<Self, StoreError> {
         let keep_to = |half| halves.map_or(Ok(()), |halves| halves.keep_to(half));
         keep_to(0)?;
         let folder = Folder::create()?;
         let socket = |name: &str| folder.path().join(name).display().to_string();
-        let owner = Process::start(
-            "bench-owner",
-            &[
-                ("socket", socket("owner.sock")),
-                ("listen", "127.0.0.1:0".to_owned()),
-                ("host", "512MiB".to_owned()),
-            ],
-        )?;
+        let flags = |name: &str, host: &str| {
+            vec![
+                ("socket", socket(name)),
+                ("listen", format!("{}:0", place.listen)),
+                ("host", place.host.map_or_else(|| host.to_owned(), |bytes| bytes.to_string())),
+                ("fabric", place.fabric.name().to_owned()),
+            ]
+        };
+        let owner = Process::start("bench-owner", &flags("owner.sock", "512MiB"))?;
         keep_to(1)?;
         let put = Store::connect(Some(&owner.socket))?;
-        let here = [
-            ("name", "bench-here".to_owned()),
-            ("socket", socket("here.sock")),
-            ("listen", "127.0.0.1:0".to_owned()),
-            ("host", "2GiB".to_owned()),
-            ("join", owner.address.clone()),
-        ];
+        let mut here = flags("here.sock", "2GiB");
+        here.extend([("name", "bench-here".to_owned()), ("join", owner.address.clone())]);
         let here = here.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
         let node = Node::start(Config::load(None, here)?)?;
         let inside = Store::over(node.session()?)?;
         let outside = Store::connect(Some(node.socket()))?;
-        Ok(Self { put, inside, outside, _node: node, _owner: owner, _folder: folder })
+        Ok(Self { put, inside, outside, _node: node, owner, _folder: folder })
+    }
+
+    /// The owner's process.
+    pub(super) fn owner_process(&self) -> u32 {
+        self.owner.id()
     }
 
     /// Puts an object of this length on the owner.
@@ -87,10 +89,10 @@ impl Pairing {
     }
 }
 
-pub(super) fn run(size: Size) -> Result<Vec<Row>, StoreError> {
-    let pairing = Pairing::start()?;
+pub(super) fn run(size: Size, place: &Place) -> Result<Vec<Row>, StoreError> {
+    let pairing = Pairing::start(place)?;
     let (inside, outside) = (&pairing.inside, &pairing.outside);
-    let mut bare = TcpLoop::start(64 * MIB + ENVELOPE_LEN)?;
+    let mut bare = TcpLoop::start(place.up_to(64 * MIB) + ENVELOPE_LEN)?;
     let mut rows = Vec::new();
     for (len, samples, target) in [
         (KIB, 500, Target::AtMost(1.3)),
@@ -98,19 +100,27 @@ pub(super) fn run(size: Size) -> Result<Vec<Row>, StoreError> {
         (MIB, 50, Target::AtLeast(0.95)),
         (64 * MIB, 3, Target::AtLeast(0.95)),
     ] {
+        if len > place.up_to(len) {
+            continue;
+        }
         let key = pairing.put(len)?;
         rows.push(get(size, "get", inside, &key, &mut bare, (len, samples, target))?);
         rows.push(get(size, "get through a daemon", outside, &key, &mut bare, (len, samples, target))?);
     }
-    let state_dict = put_state_dict(&pairing.put)?;
-    rows.push(get_all(size, "get_many", inside, &state_dict)?);
-    rows.push(get_all(size, "get_many through a daemon", outside, &state_dict)?);
+    if place.up_to(TENSORS * TENSOR_LEN) < TENSORS * TENSOR_LEN {
+        skipped("get_many", "its tensors are more together than --up-to");
+    } else {
+        let state_dict = put_state_dict(&pairing.put)?;
+        rows.push(get_all(size, "get_many", inside, &state_dict)?);
+        rows.push(get_all(size, "get_many through a daemon", outside, &state_dict)?);
+    }
+    if place.up_to(64 * MIB) < 64 * MIB {
+        skipped("get beside iperf3", "its gets of 64 MiB are beyond --up-to");
+        return Ok(rows);
+    }
     match iperf3() {
         Ok(rate) => rows.push(beside_iperf3(size, inside)?.into_row(rate)),
-        Err(why) => {
-            use std::io::Write as _;
-            let _ = writeln!(std::io::stderr(), "skipped: get beside iperf3: {why}");
-        }
+        Err(why) => skipped("get beside iperf3", &why),
     }
     Ok(rows)
 }
@@ -231,6 +241,7 @@ impl Rate {
     fn into_row(mut self, iperf_gib_per_s: f64) -> Row {
         self.row.ceiling_p50_us = self.row.size_bytes as f64 / (1_u64 << 30) as f64 / iperf_gib_per_s * 1e6;
         self.row.ratio_to_ceiling = self.row.ceiling_p50_us / self.row.p50_us;
+        self.row.ratio_spread = self.row.ratio_spread.map(|ratio| ratio * self.row.ceiling_p50_us);
         self.row
     }
 }

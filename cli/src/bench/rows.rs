@@ -22,6 +22,8 @@ pub(super) struct Row {
     pub(super) ceiling_p50_us: f64,
     /// Of times (lower is better) or of rates (higher is better), as `target` says.
     pub(super) ratio_to_ceiling: f64,
+    /// The least and the greatest of the rounds' ratios.
+    pub(super) ratio_spread: [f64; 2],
     pub(super) target: String,
 }
 
@@ -96,6 +98,7 @@ impl Pair<'_> {
             ceiling_name: self.ceiling_name.to_owned(),
             ceiling_p50_us: percentile(&all_ceiling, 50),
             ratio_to_ceiling: percentile(&ratios, 50),
+            ratio_spread: spread(&ratios),
             target: self.target.to_string(),
         })
     }
@@ -122,6 +125,10 @@ pub(super) fn percentile(samples: &[f64], percent: usize) -> f64 {
     sorted.get(at).copied().unwrap_or(f64::NAN)
 }
 
+pub(super) fn spread(ratios: &[f64]) -> [f64; 2] {
+    [percentile(ratios, 0), percentile(ratios, 100)]
+}
+
 pub(super) fn print(rows: &[Row], out: Output) -> Result<(), Failure> {
     let mut table = Table::new(&[
         ("workload", Align::Left),
@@ -133,6 +140,7 @@ pub(super) fn print(rows: &[Row], out: Output) -> Result<(), Failure> {
         ("beside", Align::Left),
         ("its p50 us", Align::Right),
         ("ratio", Align::Right),
+        ("min..max", Align::Right),
         ("target", Align::Left),
     ]);
     for row in rows {
@@ -146,6 +154,7 @@ pub(super) fn print(rows: &[Row], out: Output) -> Result<(), Failure> {
             row.ceiling_name.clone(),
             format!("{:.3}", row.ceiling_p50_us),
             format!("{:.4}", row.ratio_to_ceiling),
+            format!("{:.3}..{:.3}", row.ratio_spread[0], row.ratio_spread[1]),
             row.target.clone(),
         ]);
     }

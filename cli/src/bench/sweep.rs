@@ -8,10 +8,10 @@ use std::io::Write as _;
 
 use hetmem_client::{GetOptions, Key, Path, Store, StoreError};
 
-use super::Size;
 use super::processors::Halves;
 use super::remote::Pairing;
-use super::rows::{Row, percentile, rate, timed};
+use super::rows::{Row, percentile, rate, spread, timed};
+use super::{Place, Size};
 
 const LEN_MIN_LOG: u32 = 8;
 const LEN_MAX_LOG: u32 = 26;
@@ -89,9 +89,9 @@ impl Objects<'_> {
     }
 }
 
-pub(super) fn run(size: Size) -> Result<Vec<Row>, StoreError> {
+pub(super) fn run(size: Size, place: &Place) -> Result<Vec<Row>, StoreError> {
     let halves = Halves::of_all()?;
-    let pairing = Pairing::start_on(halves.as_ref())?;
+    let pairing = Pairing::start_on(place, halves.as_ref())?;
     let where_they_are = match &halves {
         Some(halves) => {
             format!("the owner on processors {}, the reader on {}", halves.name(0), halves.name(1))
@@ -103,7 +103,7 @@ pub(super) fn run(size: Size) -> Result<Vec<Row>, StoreError> {
     let mut fresh = Objects::Fresh { pairing: &pairing, next: 0 };
     warm_up(store, &mut fresh)?;
     let mut rows = Vec::new();
-    for len in (LEN_MIN_LOG..=LEN_MAX_LOG).map(|log| 1 << log) {
+    for len in (LEN_MIN_LOG..=LEN_MAX_LOG).map(|log| 1 << log).filter(|len| place.up_to(*len) == *len) {
         rows.extend(sweep_len(size, store, &mut fresh, len)?);
         let key = pairing.put(len)?;
         rows.extend(sweep_len(size, store, &mut Objects::Known(key.clone()), len)?);
@@ -200,10 +200,7 @@ fn sweep_len(
     let medians = [0, 1, 2].map(|at| percentile(&all[at], 50));
     // Better in all rounds together: the better one of each round would be the luckier one.
     let better = usize::from(medians[1] < medians[0]);
-    let ratio = |at: usize| {
-        let ratios: Vec<f64> = rounds.iter().map(|round| round[at] / round[better]).collect();
-        percentile(&ratios, 50)
-    };
+    let ratios = |at: usize| -> Vec<f64> { rounds.iter().map(|round| round[at] / round[better]).collect() };
     let row = |at: usize| Row {
         workload: "sweep",
         op: format!("{}, {}", objects.name(), WAYS[at].name()),
@@ -213,7 +210,8 @@ fn sweep_len(
         gib_per_s: Some(rate(len as u64, medians[at])),
         ceiling_name: "the better of Send and Read".to_owned(),
         ceiling_p50_us: medians[better],
-        ratio_to_ceiling: ratio(at),
+        ratio_to_ceiling: percentile(&ratios(at), 50),
+        ratio_spread: spread(&ratios(at)),
         target: if WAYS[at] == Way::Automatic { format!("time at most {LIMIT}") } else { String::new() },
     };
     Ok((0..WAYS.len()).map(row).collect())

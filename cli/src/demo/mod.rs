@@ -47,7 +47,7 @@ pub(crate) struct Args {
     listen: String,
 }
 
-fn size(text: &str) -> Result<u64, String> {
+pub(crate) fn size(text: &str) -> Result<u64, String> {
     hetmem_node::parse_bytes(text).ok_or_else(|| "bytes or a size such as 64MiB are accepted".to_owned())
 }
 

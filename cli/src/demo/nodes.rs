@@ -5,7 +5,7 @@
 use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,9 @@ pub(crate) struct Folder(PathBuf);
 
 impl Folder {
     pub(crate) fn create() -> Result<Self, StoreError> {
-        let path = std::env::temp_dir().join(format!("hetmem-demo-{}", std::process::id()));
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("hetmem-demo-{}-{number}", std::process::id()));
         std::fs::create_dir(&path)
             .map_err(|error| StoreError::os(format!("create the folder {}", path.display()), error))?;
         Ok(Self(path))
@@ -107,6 +109,11 @@ impl Process {
                 Err(StoreError::unavailable("the demo", why))
             }
         }
+    }
+
+    /// The system's number of it.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     fn stop(&mut self) {

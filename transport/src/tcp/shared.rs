@@ -228,7 +228,10 @@ impl Shared {
             }
             match seat {
                 Seat::Leader => {
-                    let event = self.seats.lead(seen, self.config.busy_poll, left, || self.seats.event());
+                    let event = self.seats.lead(seen, self.config.busy_poll, left, |last| {
+                        // What comes is an event whether anybody looks or not.
+                        if last { None } else { self.seats.event() }
+                    });
                     self.seats.stand_up(&seat);
                     if let Some((id, flags)) = event {
                         self.handle(id, flags);

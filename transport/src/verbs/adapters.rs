@@ -63,7 +63,11 @@ pub(super) struct Adapter {
     pub(super) words: Slots,
     pub(super) pool: Arc<Pool>,
     pub(super) queue: Arc<Queue>,
+    /// What completes next wakes a thread, if nothing was taken from the queue since this was set.
+    pub(super) armed: bool,
     pub(super) limits: abi::DeviceLimits,
+    /// Of the send that is being put together; kept, so that nothing is allocated for it.
+    pub(super) pieces: Vec<abi::Piece>,
     pub(super) device: Arc<Device>,
 }
 
@@ -88,7 +92,9 @@ impl Adapter {
             words: Slots::open(&device, WORDS, 8)?,
             pool,
             queue,
+            armed: true,
             limits,
+            pieces: Vec::new(),
             device,
         };
         adapter.by_push(MemoryKind::Host)?;

@@ -183,7 +183,8 @@ impl End {
         }
         self.posted += 1;
         // Whatever comes next may be long in coming.
-        if signal || self.posted - self.signalled >= SIGNAL_EVERY {
+        let most = self.made.map_or(1, |made| u64::from(made.work_max / 4));
+        if signal || self.posted - self.signalled >= SIGNAL_EVERY.min(most) {
             flags |= abi::FLAG_SIGNALED;
             self.signalled = self.posted;
         }
@@ -238,12 +239,16 @@ impl End {
         posted.map_err(|(_, why)| why)
     }
 
-    /// What came back by a completion with this number: all before it too, which was not signalled. Whether each of them
-    /// succeeded: all before the last have.
-    pub(super) fn came_back(&mut self, number: u64) -> Vec<Of> {
-        let count = number.saturating_sub(self.done).min(self.under_way.len() as u64);
-        self.done += count;
-        self.under_way.drain(..usize::try_from(count).unwrap_or(0)).collect()
+    /// How much is back by a completion with this number: all before it too, which was not signalled.
+    pub(super) fn back_by(&self, number: u64) -> u64 {
+        number.saturating_sub(self.done).min(self.under_way.len() as u64)
+    }
+
+    /// The first that is under way is back.
+    pub(super) fn came_back(&mut self) -> Option<Of> {
+        let of = self.under_way.pop_front();
+        self.done += u64::from(of.is_some());
+        of
     }
 
     /// What has not come back; to be asked only when the queue pair is closed.

@@ -410,14 +410,19 @@ impl Outgoing {
         let Some(made) = end.made else { return Ok(false) };
         if self.payload.is_none() && self.head.len() <= made.inline_bytes_max as usize {
             self.head_done = self.head.len();
-            end.add(What::Inline { bytes: &self.head }, Of::Part { slot: None, last_of: None }, true);
+            // Nobody waits for it to come back: it holds no buffer.
+            end.add(What::Inline { bytes: &self.head }, Of::Part { slot: None, last_of: None }, false);
             return Ok(true);
         }
-        let mut pieces: Vec<abi::Piece> = Vec::with_capacity(made.pieces_max as usize);
+        let mut pieces = std::mem::take(&mut adapter.pieces);
+        pieces.clear();
         let (mut room, mut slot) = (BUFFER_LEN, None);
         let head_len = (self.head.len() - self.head_done).min(BUFFER_LEN);
         if head_len > 0 {
-            let Some(taken) = adapter.frames.take() else { return Ok(false) };
+            let Some(taken) = adapter.frames.take() else {
+                adapter.pieces = pieces;
+                return Ok(false);
+            };
             adapter.frames.write(taken, 0, &self.head[self.head_done..self.head_done + head_len]);
             pieces.push(adapter.frames.piece(taken, 0, head_len));
             (room, slot) = (room - head_len, Some(taken));
@@ -437,6 +442,7 @@ impl Outgoing {
         let last = whole_head && self.payload_left == 0;
         let of = Of::Part { slot, last_of: self.token.filter(|_| last) };
         end.add(What::Send { pieces: &pieces }, of, last);
+        adapter.pieces = pieces;
         Ok(true)
     }
 }

@@ -23,6 +23,8 @@ mod seam_tests;
 mod shared;
 mod slots;
 mod state;
+#[cfg(test)]
+mod steady_tests;
 mod wire;
 
 use std::fmt;
@@ -68,7 +70,7 @@ pub struct VerbsConfig {
     pub threads: usize,
     /// Bytes asked for in one piece of work.
     pub slice_bytes: u64,
-    /// How long a caller of `progress` works on before it sleeps.
+    /// How long a caller of `progress`, or a thread that has just done something, looks on before it sleeps.
     pub busy_poll: Duration,
     /// Memory of other kinds than the host's, to try at start what adapters can do with it.
     pub scratches: Vec<Arc<dyn Scratch>>,
@@ -154,7 +156,15 @@ impl VerbsFabric {
     /// # Errors
     /// `Unavailable` naming what is missing (the plugin, a library, a device), `Os` if the address cannot be listened on.
     pub fn start(config: &VerbsConfig, sink: Arc<dyn FabricSink>) -> Result<Arc<Self>, StoreError> {
-        let context = Context::open(Plugin::load(config.plugin.as_deref())?)?;
+        Self::start_over(Plugin::load(config.plugin.as_deref())?, config, sink)
+    }
+
+    fn start_over(
+        plugin: Plugin,
+        config: &VerbsConfig,
+        sink: Arc<dyn FabricSink>,
+    ) -> Result<Arc<Self>, StoreError> {
+        let context = Context::open(plugin)?;
         let (listener, address) = context.listen(lookup::resolve(&config.listen, true)?, 0)?;
         let mut state = State::new(Arc::clone(&context), listener, address);
         (state.slice_bytes, state.links_max) = (config.slice_bytes.max(1), config.links_max);
@@ -336,7 +346,7 @@ impl Fabric for VerbsFabric {
         let Some(found) = state.links.get_mut(&link).filter(|link| link.stage == Stage::Up) else {
             return Err(no_link("send", link));
         };
-        found.queue(frame.as_bytes().to_vec(), gather, token)?;
+        found.queue(frame.into_bytes(), gather, token)?;
         state.post(link);
         self.look_after(state);
         Ok(sent)

@@ -64,6 +64,12 @@ impl Plugin {
         Ok(Self(table))
     }
 
+    /// What a test calls from a table of its own.
+    #[cfg(test)]
+    pub(super) fn table(self) -> &'static abi::Table {
+        self.0
+    }
+
     /// A table that is a test's own.
     #[cfg(test)]
     pub(super) fn stand_in(table: &'static abi::Table) -> Self {

@@ -1,10 +1,14 @@
 //! The threads of one verbs fabric, and the one that works at a time: takes what adapters have done, and tells the sink.
 //! Not what it means (`state`). Invariant: the sink is called by the thread that has the turn, with no lock held that any
-//! call of the fabric takes.
+//! call of the fabric takes; and unless a caller is inside `progress`, the adapters are armed.
+//!
+//! A look at what adapters have done costs no system call, so that is what a thread does that has just been at it or that
+//! waits without sleeping. Arming them does, and so does asking for events of connections: the one is left to the last look
+//! before a sleep or a leave, the other to when the epoll says that there are some.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use hetmem_core::LinkId;
@@ -28,6 +32,11 @@ const FIRST_ADAPTER: u64 = 16;
 /// How often links that are being made, and a listener that is away, are looked at.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// What is to be done besides looking at what adapters have done.
+const ARM: u8 = 1;
+const HEAR: u8 = 2;
+const NOTHING: u8 = 0;
+
 pub(super) struct Shared {
     pub(super) sink: Arc<dyn FabricSink>,
     pub(super) regions: Regions,
@@ -37,9 +46,18 @@ pub(super) struct Shared {
     /// Only the thread that has the turn looks into them.
     inboxes: Mutex<HashMap<LinkId, Inbox>>,
     turn: Turn,
+    /// Of those above, for whoever has the turn.
+    wanted: AtomicU8,
+    /// What was taken is carried out from here; kept, so that nothing is allocated for it.
+    taken: Mutex<VecDeque<Effect>>,
     task_bell: Arc<Bell>,
     stopping: AtomicBool,
     _context: Arc<Context>,
+}
+
+/// What is to be done for an event: adapters are looked at anyway.
+fn wanted_by((name, _): (u64, EventFlags)) -> u8 {
+    if name < FIRST_ADAPTER { HEAR } else { NOTHING }
 }
 
 impl Shared {
@@ -62,6 +80,8 @@ impl Shared {
             busy_poll,
             inboxes: Mutex::default(),
             turn: Turn::default(),
+            wanted: AtomicU8::new(NOTHING),
+            taken: Mutex::default(),
             task_bell,
             stopping: AtomicBool::new(false),
             _context: context,
@@ -79,23 +99,40 @@ impl Shared {
 
     /// The life of a thread of the fabric.
     pub(super) fn serve(&self) {
+        let mut why = HEAR;
         while !self.stopping() {
-            self.work();
+            self.work(why);
+            self.linger();
             let until = {
                 let mut state = self.state.lock();
                 state.expire();
                 state.listen_again();
                 state.is_waiting().then_some(LOOK)
             };
-            self.seats.wait(until);
+            why = self.seats.wait(until).map_or(HEAR, wanted_by);
         }
         // Every bell wakes one thread: the next one is told here.
         self.task_bell.ring();
     }
 
+    /// Looks on for a while after something was done, as callers do: what follows mostly follows soon, and waking a thread
+    /// takes longer. Adapters are armed afterwards.
+    fn linger(&self) {
+        let mut until = Instant::now() + self.busy_poll;
+        while !self.stopping() && Instant::now() < until {
+            std::thread::yield_now();
+            if self.work(NOTHING) {
+                until = Instant::now() + self.busy_poll;
+            }
+        }
+        self.work(ARM);
+    }
+
     /// See `Fabric::progress`.
     pub(super) fn progress(&self, timeout: Duration, until: &dyn Fn() -> bool) -> bool {
         let done = self.drive(timeout, until);
+        // What completes from here on has to wake somebody, and what this caller took was perhaps all that would have.
+        self.work(ARM);
         self.seats.leave();
         if self.stopping() {
             // This caller may have got the bell that was rung for a thread of the fabric.
@@ -107,7 +144,7 @@ impl Shared {
     fn drive(&self, timeout: Duration, until: &dyn Fn() -> bool) -> bool {
         let deadline = Instant::now().checked_add(timeout);
         loop {
-            self.work();
+            self.work(NOTHING);
             if until() {
                 return true;
             }
@@ -121,17 +158,25 @@ impl Shared {
             }
             match seat {
                 Seat::Leader => {
-                    let look = || {
-                        self.work();
+                    let look = |last| {
+                        self.work(if last { ARM } else { NOTHING });
                         (until() || self.stopping()).then_some(())
                     };
                     if self.seats.lead(seen, self.busy_poll, left, look).is_none() {
-                        // Whatever there is was looked at, or will be before this thread sleeps again.
-                        while self.seats.event().is_some() {}
+                        // What adapters have done was looked at, or will be before this thread sleeps again.
+                        let mut why = NOTHING;
+                        while let Some(event) = self.seats.event() {
+                            why |= wanted_by(event);
+                        }
+                        if why != NOTHING {
+                            self.work(why);
+                        }
                     }
                     self.seats.stand_up(&seat);
                 }
                 Seat::Follower => {
+                    // The leader may be asleep already, and this caller has perhaps taken what would have woken it.
+                    self.work(ARM);
                     self.seats.follow(seen, left);
                     self.seats.stand_up(&seat);
                 }
@@ -139,34 +184,22 @@ impl Shared {
         }
     }
 
-    /// Takes what there is, and tells the sink, until there is nothing. One thread at a time.
-    pub(super) fn work(&self) {
+    /// Takes what adapters have done, and tells the sink, until there is nothing; does what else is wanted. One thread at a
+    /// time. Says whether this thread found any.
+    pub(super) fn work(&self, wanted: u8) -> bool {
+        let mut any = false;
+        self.wanted.fetch_or(wanted, Ordering::AcqRel);
         self.turn.run(|| {
+            let mut wanted = NOTHING;
+            let mut taken = self.taken.lock();
             while !self.stopping() {
-                let effects = {
-                    let mut state = self.state.lock();
-                    let mut any = match state.connection_events() {
-                        Ok(any) => any,
-                        Err(error) => {
-                            tracing::error!(%error, "connections are not heard of any more");
-                            false
-                        }
-                    };
-                    any |= state.completions();
-                    if !any && state.effects.is_empty() {
-                        state.arm();
-                        // What came before they were armed rings no bell.
-                        any |= state.completions();
-                    }
-                    self.watch(&mut state);
-                    let effects = std::mem::take(&mut state.effects);
-                    if effects.is_empty() && !any {
-                        return;
-                    }
-                    effects
-                };
-                let told = !effects.is_empty();
-                for effect in effects {
+                wanted |= self.wanted.swap(NOTHING, Ordering::AcqRel);
+                if !self.take(&mut wanted, &mut taken) {
+                    return;
+                }
+                any = true;
+                let told = !taken.is_empty();
+                for effect in taken.drain(..) {
                     self.carry_out(effect);
                 }
                 if told {
@@ -174,6 +207,27 @@ impl Shared {
                 }
             }
         });
+        any
+    }
+
+    /// Takes what there is; false if there is nothing, and all that was wanted is done.
+    fn take(&self, wanted: &mut u8, taken: &mut VecDeque<Effect>) -> bool {
+        let mut state = self.state.lock();
+        let mut any = state.completions();
+        if *wanted & HEAR != 0 {
+            *wanted &= !HEAR;
+            match state.connection_events() {
+                Ok(more) => any |= more,
+                Err(error) => tracing::error!(%error, "connections are not heard of any more"),
+            }
+        }
+        if *wanted & ARM != 0 && !any && state.effects.is_empty() && state.arm() {
+            // What came before they were armed wakes nobody.
+            any |= state.completions();
+        }
+        self.watch(&mut state);
+        std::mem::swap(&mut state.effects, taken);
+        any || !taken.is_empty()
     }
 
     fn watch(&self, state: &mut State) {

@@ -78,12 +78,12 @@ impl State {
 
     /// Takes completions of all adapters; says whether there were any.
     pub(in crate::verbs) fn completions(&mut self) -> bool {
-        let mut any = false;
-        let numbers: Vec<usize> = self.adapters.keys().copied().collect();
-        for number in numbers {
+        let (mut any, mut next) = (false, 0);
+        while let Some(number) = self.adapters.range(next..).next().map(|(&number, _)| number) {
+            next = number + 1;
             loop {
                 let mut done = [abi::Completion::default(); COMPLETIONS];
-                let Some(adapter) = self.adapters.get(&number) else { break };
+                let Some(adapter) = self.adapters.get_mut(&number) else { break };
                 let count = match adapter.queue.poll(&mut done) {
                     Ok(count) => count,
                     Err(why) => {
@@ -92,6 +92,8 @@ impl State {
                     }
                 };
                 any |= count > 0;
+                // The first of them may have been what it was armed for.
+                adapter.armed &= count == 0;
                 for completion in &done[..count] {
                     self.completion(number, completion);
                 }
@@ -103,10 +105,12 @@ impl State {
         any
     }
 
-    /// Arms the queues of all adapters: whatever completes from now on wakes a thread.
-    pub(in crate::verbs) fn arm(&mut self) {
-        let mut broken = Vec::new();
-        for (&number, adapter) in &self.adapters {
+    /// Arms the queues of all adapters that are not: whatever completes from now on wakes a thread. Says whether there were
+    /// any: what came before that has to be looked for once more.
+    pub(in crate::verbs) fn arm(&mut self) -> bool {
+        let (mut any, mut broken) = (false, Vec::new());
+        for (&number, adapter) in self.adapters.iter_mut().filter(|(_, adapter)| !adapter.armed) {
+            (any, adapter.armed) = (true, true);
             if let Err(why) = adapter.queue.arm() {
                 broken.push((number, why));
             }
@@ -114,6 +118,7 @@ impl State {
         for (number, why) in broken {
             self.lose_adapter(number, &why);
         }
+        any
     }
 
     fn completion(&mut self, number: usize, done: &abi::Completion) {
@@ -125,10 +130,15 @@ impl State {
             return;
         };
         let (Role::Control(id) | Role::Reading(id) | Role::Serving(id)) = end.role;
-        let mut back = end.came_back(done.id);
-        let failed = (done.status != 0).then(|| back.pop()).flatten();
-        for of in back {
-            self.came_back(number, of, &Ok(()));
+        // All before it have succeeded.
+        let mut failed = None;
+        for left in (0..end.back_by(done.id)).rev() {
+            let Some(of) = self.ends.get_mut(&token).and_then(End::came_back) else { break };
+            if left == 0 && done.status != 0 {
+                failed = Some(of);
+            } else {
+                self.came_back(number, of, &Ok(()));
+            }
         }
         if done.status != 0 {
             match class_of(done) {
