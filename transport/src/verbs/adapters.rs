@@ -1,4 +1,4 @@
-//! The devices that connections go through, each with one completion queue, one pool of receive buffers, and the segments
+//! The devices that connections go through, each with a completion queue for every lane (`shared`), one pool of receive buffers, and the segments
 //! as registered with it. Not which of them a link uses: its route says that. Invariant: every segment is registered with
 //! every adapter, or with none if one refuses.
 
@@ -46,6 +46,13 @@ struct Held {
     chunks: Vec<Chunk>,
 }
 
+/// The completions of one lane's connections, with the channel that tells of them.
+pub(super) struct Watched {
+    pub(super) queue: Arc<Queue>,
+    /// What completes next wakes a thread, if nothing was taken from the queue since this was set.
+    pub(super) armed: bool,
+}
+
 /// A part of a segment, as registered with one adapter.
 struct Chunk {
     start: u64,
@@ -62,9 +69,8 @@ pub(super) struct Adapter {
     pub(super) frames: Slots,
     pub(super) words: Slots,
     pub(super) pool: Arc<Pool>,
-    pub(super) queue: Arc<Queue>,
-    /// What completes next wakes a thread, if nothing was taken from the queue since this was set.
-    pub(super) armed: bool,
+    /// One for each lane.
+    pub(super) queues: Vec<Watched>,
     pub(super) limits: abi::DeviceLimits,
     /// Of the send that is being put together; kept, so that nothing is allocated for it.
     pub(super) pieces: Vec<abi::Piece>,
@@ -76,12 +82,18 @@ impl Adapter {
     pub(super) fn open(
         device: Arc<Device>,
         segments: &BTreeMap<SegmentId, Segment>,
+        lanes: usize,
         (push, proofs): (bool, Vec<Proof>),
     ) -> Result<Self, StoreError> {
         let limits = device.limits()?;
         let wanted = if limits.transport == abi::TRANSPORT_IWARP { 2 * BUFFERS } else { BUFFERS };
         let buffers = wanted.min(limits.buffers_max.max(1));
-        let queue = device.queue(COMPLETIONS.min(limits.completions_max.max(1)))?;
+        let queue = || {
+            let queue = device.queue(COMPLETIONS.min(limits.completions_max.max(1)))?;
+            queue.arm()?;
+            Ok::<_, StoreError>(Watched { queue, armed: true })
+        };
+        let queues = (0..lanes).map(|_| queue()).collect::<Result<_, _>>()?;
         let pool = device.pool(buffers)?;
         let mut adapter = Self {
             segments: BTreeMap::new(),
@@ -91,8 +103,7 @@ impl Adapter {
             frames: Slots::open(&device, BUFFERS, BUFFER_LEN)?,
             words: Slots::open(&device, WORDS, 8)?,
             pool,
-            queue,
-            armed: true,
+            queues,
             limits,
             pieces: Vec::new(),
             device,
@@ -104,7 +115,6 @@ impl Adapter {
         for slot in 0..buffers {
             adapter.post_receive(slot)?;
         }
-        adapter.queue.arm()?;
         Ok(adapter)
     }
 

@@ -133,7 +133,7 @@ impl End {
     }
 
     /// Makes the queue pair.
-    pub(super) fn pair(&mut self, number: usize, adapter: &Adapter) -> Result<(), StoreError> {
+    pub(super) fn pair(&mut self, number: usize, adapter: &Adapter, lane: usize) -> Result<(), StoreError> {
         let limits = &adapter.limits;
         let asked = Made {
             number: 0,
@@ -141,7 +141,9 @@ impl End {
             pieces_max: limits.pieces_max.clamp(1, 30),
             inline_bytes_max: INLINE_LEN,
         };
-        let (device, queue, pool) = (&adapter.device, &adapter.queue, &adapter.pool);
+        let gone = || StoreError::unavailable("its completion queue", "there is none");
+        let queue = &adapter.queues.get(lane).ok_or_else(gone)?.queue;
+        let (device, pool) = (&adapter.device, &adapter.pool);
         let connection = self.connection()?;
         let made = connection.queue_pair(device, queue, pool, asked).or_else(|_| {
             // Not every adapter can do inline work.

@@ -278,7 +278,7 @@ const SEGMENT: SegmentId = SegmentId(3);
 fn adapter() -> Adapter {
     let context = Context::open(Plugin::stand_in(&STAND_IN)).expect("a stand-in");
     let device = Device::own(&context, ptr::without_provenance_mut(64));
-    Adapter::open(device, &BTreeMap::new(), (false, Vec::new())).expect("a stand-in")
+    Adapter::open(device, &BTreeMap::new(), 1, (false, Vec::new())).expect("a stand-in")
 }
 
 fn foreign(len_bytes: u64, with_dma_buf: bool) -> Segment {

@@ -166,7 +166,7 @@ impl VerbsFabric {
     ) -> Result<Arc<Self>, StoreError> {
         let context = Context::open(plugin)?;
         let (listener, address) = context.listen(lookup::resolve(&config.listen, true)?, 0)?;
-        let mut state = State::new(Arc::clone(&context), listener, address);
+        let mut state = State::new(Arc::clone(&context), listener, address, config.threads.max(1));
         (state.slice_bytes, state.links_max) = (config.slice_bytes.max(1), config.links_max);
         (state.connections_max, state.push) = (config.connections_max, config.push);
         state.scratches = scratches_with(&config.scratches);
@@ -235,7 +235,7 @@ impl VerbsFabric {
             (Err(why), _) | (_, Err(why)) => Some(Err(why)),
         };
         if let Some(result) = result {
-            state.report(FabricEvent::ReadDone { transfer, result });
+            state.report(link, FabricEvent::ReadDone { transfer, result });
         }
         self.look_after(state);
         Ok(())
@@ -243,7 +243,7 @@ impl VerbsFabric {
 
     /// Effects are carried out by whoever has the turn, which a caller of the fabric must not take.
     fn look_after(&self, state: parking_lot::MutexGuard<'_, State>) {
-        let any = !state.effects.is_empty() || !state.unwatched.is_empty();
+        let any = state.has_effects() || !state.unwatched.is_empty();
         drop(state);
         if any {
             self.shared.ring();
@@ -390,13 +390,16 @@ impl Fabric for VerbsFabric {
 
     fn stop(&self) {
         self.shared.stop();
+        let mut inside = false;
         for thread in std::mem::take(&mut *self.threads.lock()) {
-            if thread.thread().id() != std::thread::current().id() {
+            if thread.thread().id() == std::thread::current().id() {
+                inside = true;
+            } else {
                 // A thread that panicked has said so already.
                 let _ = thread.join();
             }
         }
-        self.shared.clear();
+        self.shared.clear(inside);
     }
 
     fn refused(&self) -> u64 {

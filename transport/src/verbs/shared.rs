@@ -1,6 +1,7 @@
-//! The threads of one verbs fabric, and the one that works at a time: takes what adapters have done, and tells the sink.
-//! Not what it means (`state`). Invariant: the sink is called by the thread that has the turn, with no lock held that any
-//! call of the fabric takes; and unless a caller is inside `progress`, the adapters are armed.
+//! The threads of one verbs fabric, and what they and callers do: take what adapters have done, and tell the sink. Not what it
+//! means (`state`). There are as many lanes as threads: each has a completion queue with its channel on every adapter, and
+//! a share of the links. Invariant: the sink is called about a link by the thread that has the turn of its lane, with no
+//! lock held that any call of the fabric takes; and unless a caller is inside `progress`, the adapters are armed.
 //!
 //! A look at what adapters have done costs no system call, so that is what a thread does that has just been at it or that
 //! waits without sleeping. Arming them does, and so does asking for events of connections: the one is left to the last look
@@ -43,16 +44,28 @@ pub(super) struct Shared {
     pub(super) state: Mutex<State>,
     pub(super) seats: Seats,
     pub(super) busy_poll: Duration,
-    /// Only the thread that has the turn looks into them.
-    inboxes: Mutex<HashMap<LinkId, Inbox>>,
-    turn: Turn,
-    /// Of those above, for whoever has the turn.
-    wanted: AtomicU8,
-    /// What was taken is carried out from here; kept, so that nothing is allocated for it.
-    taken: Mutex<VecDeque<Effect>>,
+    lanes: Vec<Lane>,
     task_bell: Arc<Bell>,
     stopping: AtomicBool,
     _context: Arc<Context>,
+}
+
+/// Some of the links: one completion queue of each adapter, with its channel, and what was taken from there. One thread at a
+/// time is at it, so that what happens to a link is told in order.
+#[derive(Default)]
+struct Lane {
+    turn: Turn,
+    /// Of those above, for whoever has the turn.
+    wanted: AtomicU8,
+    /// Held by whoever has the turn.
+    held: Mutex<Held>,
+}
+
+#[derive(Default)]
+struct Held {
+    /// What was taken is carried out from here; kept, so that nothing is allocated for it.
+    taken: VecDeque<Effect>,
+    inboxes: HashMap<LinkId, Inbox>,
 }
 
 /// What is to be done for an event: adapters are looked at anyway.
@@ -67,7 +80,8 @@ impl Shared {
         mut state: State,
         busy_poll: Duration,
     ) -> Result<Self, hetmem_core::StoreError> {
-        // One thread has the turn: a second has nothing to do while a caller works.
+        let lanes: Vec<Lane> = state.effects.iter().map(|_| Lane::default()).collect();
+        // A caller looks at all lanes itself: to wake a thread for one of them would take longer than most of what there is.
         let (seats, task_bell) = (Seats::new(false)?, Arc::new(Bell::new()?));
         state.aside.rings(Arc::clone(&task_bell));
         seats.events().add(&*task_bell, TASK_BELL, EventFlags::IN | EventFlags::ET)?;
@@ -78,10 +92,7 @@ impl Shared {
             state: Mutex::new(state),
             seats,
             busy_poll,
-            inboxes: Mutex::default(),
-            turn: Turn::default(),
-            wanted: AtomicU8::new(NOTHING),
-            taken: Mutex::default(),
+            lanes,
             task_bell,
             stopping: AtomicBool::new(false),
             _context: context,
@@ -184,23 +195,42 @@ impl Shared {
         }
     }
 
-    /// Takes what adapters have done, and tells the sink, until there is nothing; does what else is wanted. One thread at a
-    /// time. Says whether this thread found any.
-    pub(super) fn work(&self, wanted: u8) -> bool {
+    /// Takes what adapters have done, and tells the sink, until there is nothing; does what else is wanted. Says whether this
+    /// thread found any.
+    pub(super) fn work(&self, mut wanted: u8) -> bool {
         let mut any = false;
-        self.wanted.fetch_or(wanted, Ordering::AcqRel);
-        self.turn.run(|| {
+        loop {
+            let mut found = false;
+            for (number, lane) in self.lanes.iter().enumerate() {
+                // Of connections one lane hears for all.
+                let wanted = if number == 0 { wanted } else { wanted & !HEAR };
+                found |= self.work_on(lane, number, wanted);
+            }
+            if !found {
+                return any;
+            }
+            // What was found in one lane may have ended links of another.
+            (any, wanted) = (true, NOTHING);
+        }
+    }
+
+    /// The same for one lane: one thread at a time.
+    fn work_on(&self, lane: &Lane, number: usize, wanted: u8) -> bool {
+        let mut any = false;
+        lane.wanted.fetch_or(wanted, Ordering::AcqRel);
+        lane.turn.run(|| {
             let mut wanted = NOTHING;
-            let mut taken = self.taken.lock();
+            let mut held = lane.held.lock();
+            let Held { taken, inboxes } = &mut *held;
             while !self.stopping() {
-                wanted |= self.wanted.swap(NOTHING, Ordering::AcqRel);
-                if !self.take(&mut wanted, &mut taken) {
+                wanted |= lane.wanted.swap(NOTHING, Ordering::AcqRel);
+                if !self.take(number, &mut wanted, taken) {
                     return;
                 }
                 any = true;
                 let told = !taken.is_empty();
-                for effect in taken.drain(..) {
-                    self.carry_out(effect);
+                while let Some(effect) = taken.pop_front().filter(|_| !self.stopping()) {
+                    self.carry_out(inboxes, effect);
                 }
                 if told {
                     self.seats.announce();
@@ -211,9 +241,9 @@ impl Shared {
     }
 
     /// Takes what there is; false if there is nothing, and all that was wanted is done.
-    fn take(&self, wanted: &mut u8, taken: &mut VecDeque<Effect>) -> bool {
+    fn take(&self, lane: usize, wanted: &mut u8, taken: &mut VecDeque<Effect>) -> bool {
         let mut state = self.state.lock();
-        let mut any = state.completions();
+        let mut any = state.completions(lane);
         if *wanted & HEAR != 0 {
             *wanted &= !HEAR;
             match state.connection_events() {
@@ -221,21 +251,21 @@ impl Shared {
                 Err(error) => tracing::error!(%error, "connections are not heard of any more"),
             }
         }
-        if *wanted & ARM != 0 && !any && state.effects.is_empty() && state.arm() {
+        if *wanted & ARM != 0 && !any && state.effects[lane].is_empty() && state.arm(lane) {
             // What came before they were armed wakes nobody.
-            any |= state.completions();
+            any |= state.completions(lane);
         }
         self.watch(&mut state);
-        std::mem::swap(&mut state.effects, taken);
+        std::mem::swap(&mut state.effects[lane], taken);
         any || !taken.is_empty()
     }
 
     fn watch(&self, state: &mut State) {
         for number in std::mem::take(&mut state.unwatched) {
-            if let Some(adapter) = state.adapters.get(&number) {
-                let name = FIRST_ADAPTER + number as u64;
-                if let Err(error) =
-                    self.seats.events().add(adapter.queue.descriptor(), name, EventFlags::IN | EventFlags::ET)
+            let name = FIRST_ADAPTER + number as u64;
+            for watched in state.adapters.get(&number).iter().flat_map(|adapter| &adapter.queues) {
+                let descriptor = watched.queue.descriptor();
+                if let Err(error) = self.seats.events().add(descriptor, name, EventFlags::IN | EventFlags::ET)
                 {
                     tracing::error!(%error, "an RDMA device cannot be watched");
                 }
@@ -243,16 +273,13 @@ impl Shared {
         }
     }
 
-    fn carry_out(&self, effect: Effect) {
+    fn carry_out(&self, inboxes: &mut HashMap<LinkId, Inbox>, effect: Effect) {
         match effect {
             Effect::Report(event) => self.sink.event(event),
             Effect::Received { link, adapter, slots, slot, len } => {
-                let result = {
-                    let mut inboxes = self.inboxes.lock();
-                    let inbox = inboxes.entry(link).or_default();
-                    let bytes = slots.bytes(slot, len).unwrap_or_default();
-                    inbox.received(link, bytes, &self.regions, &*self.sink)
-                };
+                let inbox = inboxes.entry(link).or_default();
+                let bytes = slots.bytes(slot, len).unwrap_or_default();
+                let result = inbox.received(link, bytes, &self.regions, &*self.sink);
                 let mut state = self.state.lock();
                 state.part_lent(link, adapter, slot);
                 if let Err(why) = result {
@@ -262,7 +289,7 @@ impl Shared {
                 }
             }
             Effect::Ended { link, why, was_up } => {
-                let promised = self.inboxes.lock().remove(&link).and_then(|mut inbox| inbox.abandon());
+                let promised = inboxes.remove(&link).and_then(|mut inbox| inbox.abandon());
                 if let Some(token) = promised.filter(|_| was_up) {
                     self.sink.event(FabricEvent::Landed { link, token, result: Err(why.clone()) });
                 }
@@ -278,9 +305,12 @@ impl Shared {
         self.seats.announce();
     }
 
-    /// Once no thread works any more.
-    pub(super) fn clear(&self) {
-        self.turn.run(|| self.state.lock().close());
+    /// Once it was stopped: waits until nobody works any more, unless it is called by who works, and closes everything.
+    pub(super) fn clear(&self, inside: bool) {
+        for lane in self.lanes.iter().filter(|_| !inside) {
+            *lane.held.lock() = Held::default();
+        }
+        self.state.lock().close();
         self.regions.close_all();
     }
 }

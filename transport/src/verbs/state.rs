@@ -51,7 +51,8 @@ pub(super) struct State {
     pub(super) segments: BTreeMap<SegmentId, Segment>,
     pub(super) links: BTreeMap<LinkId, Link>,
     pub(super) transfers: HashMap<TransferId, LinkId>,
-    pub(super) effects: VecDeque<Effect>,
+    /// By lane.
+    pub(super) effects: Vec<VecDeque<Effect>>,
     pub(super) refused: u64,
     pub(super) slice_bytes: u64,
     pub(super) links_max: usize,
@@ -80,12 +81,12 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn new(context: Arc<Context>, listener: Connection, at: SocketAddr) -> Self {
+    pub(super) fn new(context: Arc<Context>, listener: Connection, at: SocketAddr, lanes: usize) -> Self {
         Self {
             segments: BTreeMap::new(),
             links: BTreeMap::new(),
             transfers: HashMap::new(),
-            effects: VecDeque::new(),
+            effects: (0..lanes).map(|_| VecDeque::new()).collect(),
             refused: 0,
             slice_bytes: 1 << 20,
             links_max: 1024,
@@ -116,8 +117,22 @@ impl State {
         LinkId(FabricKind::VERBS_LINKS + self.number())
     }
 
-    pub(super) fn report(&mut self, event: FabricEvent) {
-        self.effects.push_back(Effect::Report(event));
+    /// The lane of a link: what happens to its connections is seen and told there, one thing after the other.
+    pub(super) fn lane_of(&self, link: LinkId) -> usize {
+        usize::try_from(link.0 % self.effects.len() as u64).unwrap_or(0)
+    }
+
+    pub(super) fn has_effects(&self) -> bool {
+        self.effects.iter().any(|effects| !effects.is_empty())
+    }
+
+    pub(super) fn tell(&mut self, link: LinkId, effect: Effect) {
+        let lane = self.lane_of(link);
+        self.effects[lane].push_back(effect);
+    }
+
+    pub(super) fn report(&mut self, link: LinkId, event: FabricEvent) {
+        self.tell(link, Effect::Report(event));
     }
 
     /// A link that is to be dialled once its address is known.
@@ -220,7 +235,9 @@ impl State {
             }
             abi::EVENT_DISCONNECTED => {
                 // What came before it ended is heard.
-                self.completions();
+                for lane in 0..self.effects.len() {
+                    self.completions(lane);
+                }
                 self.suspect(event.token, true);
                 self.end_over(
                     event.token,
@@ -285,7 +302,8 @@ impl State {
             let why = format!("{} has receive buffers for no more links", adapter.name());
             return Err(StoreError::busy("connect", why));
         }
-        end.pair(number, adapter)?;
+        let (Role::Control(link) | Role::Reading(link) | Role::Serving(link)) = end.role;
+        end.pair(number, adapter, self.lane_of(link))?;
         end.heard = !adapter.is_iwarp();
         let few = |most: u32| u8::try_from(most.min(READS_MAX)).unwrap_or(1);
         Ok((few(adapter.limits.reads_out_max), few(adapter.limits.reads_in_max)))
@@ -420,6 +438,6 @@ impl State {
         let Some(link) = self.links.get_mut(&id).filter(greeted) else { return };
         link.stage = Stage::Up;
         let (address, inbound) = (link.address.clone(), link.inbound);
-        self.report(FabricEvent::LinkUp { link: id, address, inbound });
+        self.report(id, FabricEvent::LinkUp { link: id, address, inbound });
     }
 }

@@ -224,6 +224,10 @@ pub(crate) unsafe extern "C" fn queue_pair_open(
         init.recv_cq = queue;
         init.srq = with.pool.cast::<ibv_srq>();
         init.qp_type = ibv_qp_type::IBV_QPT_RC;
+        // Not all work is signalled, and that keeps mlx5 from putting what a short read brings into the completion, from
+        // where its library would copy it with a processor: the target may be a GPU's. (mlx5dv_create_qp(3),
+        // MLX5DV_QP_CREATE_ALLOW_SCATTER_TO_CQE.) Received messages are in host memory, always.
+        init.sq_sig_all = 0;
         init.cap.max_send_wr = with.work_max;
         init.cap.max_send_sge = with.pieces_max;
         init.cap.max_inline_data = with.inline_bytes_max;

@@ -45,7 +45,7 @@ impl State {
         }
         let device = Device::own(&self.context, raw);
         let proofs = self.proofs_of(&device)?;
-        let adapter = Adapter::open(device, &self.segments, (self.push, proofs))?;
+        let adapter = Adapter::open(device, &self.segments, self.effects.len(), (self.push, proofs))?;
         tracing::info!(device = adapter.name(), "an RDMA device is used");
         let number = usize::try_from(self.number()).unwrap_or(0);
         self.adapters.insert(number, adapter);

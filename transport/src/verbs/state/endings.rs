@@ -1,6 +1,8 @@
 //! What ends: reads, connections, links, the fabric. Not why. Invariant: whoever waits for something that ends is told once,
 //! and of a read only when no adapter touches its target any more.
 
+use std::collections::VecDeque;
+
 use hetmem_core::{LinkId, StoreError, TransferId};
 
 use super::super::ends::{Role, Stage as EndStage};
@@ -22,8 +24,9 @@ impl State {
 
     pub(super) fn read_over(&mut self, read: Read, result: Result<ReadStats, StoreError>) {
         let transfer = read.transfer;
-        self.transfers.remove(&transfer);
-        self.report(FabricEvent::ReadDone { transfer, result });
+        if let Some(link) = self.transfers.remove(&transfer) {
+            self.report(link, FabricEvent::ReadDone { transfer, result });
+        }
     }
 
     /// Gives a read up. If some of it is posted, its connection ends, so that nothing of it lands any more; others go on
@@ -66,7 +69,7 @@ impl State {
         let (Role::Control(id) | Role::Reading(id) | Role::Serving(id)) = role;
         let lost = self.links.get(&id).map_or_else(|| why.clone(), |link| link.lost("send", why));
         for of in left {
-            self.came_back(number, of, &Err(lost.clone()));
+            self.came_back((number, id), of, &Err(lost.clone()));
         }
         match role {
             Role::Control(id) => self.link_over(id, why),
@@ -102,7 +105,7 @@ impl State {
         }
         let lost = link.lost("send", why);
         for token in link.take_out() {
-            self.report(FabricEvent::SendDone { token, result: Err(lost.clone()) });
+            self.report(id, FabricEvent::SendDone { token, result: Err(lost.clone()) });
         }
         let lost = link.lost("read", why);
         let reads: Vec<Read> =
@@ -113,7 +116,7 @@ impl State {
         }
         let operation = if link.stage == Stage::Up { "receive" } else { "connect" };
         let (why, was_up) = (link.lost(operation, why), link.stage == Stage::Up);
-        self.effects.push_back(Effect::Ended { link: id, why, was_up });
+        self.tell(id, Effect::Ended { link: id, why, was_up });
     }
 
     /// This end disconnects a link.
@@ -134,7 +137,7 @@ impl State {
         self.links.clear();
         self.tokens.clear();
         self.transfers.clear();
-        self.effects.clear();
+        self.effects.iter_mut().for_each(VecDeque::clear);
         self.listener = None;
         self.adapters.clear();
         self.segments.clear();

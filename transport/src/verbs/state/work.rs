@@ -76,15 +76,16 @@ impl State {
         }
     }
 
-    /// Takes completions of all adapters; says whether there were any.
-    pub(in crate::verbs) fn completions(&mut self) -> bool {
+    /// Takes the completions of a lane, of all adapters; says whether there were any.
+    pub(in crate::verbs) fn completions(&mut self, lane: usize) -> bool {
         let (mut any, mut next) = (false, 0);
         while let Some(number) = self.adapters.range(next..).next().map(|(&number, _)| number) {
             next = number + 1;
             loop {
                 let mut done = [abi::Completion::default(); COMPLETIONS];
-                let Some(adapter) = self.adapters.get_mut(&number) else { break };
-                let count = match adapter.queue.poll(&mut done) {
+                let adapter = self.adapters.get_mut(&number);
+                let Some(watched) = adapter.and_then(|adapter| adapter.queues.get_mut(lane)) else { break };
+                let count = match watched.queue.poll(&mut done) {
                     Ok(count) => count,
                     Err(why) => {
                         self.lose_adapter(number, &why);
@@ -93,7 +94,7 @@ impl State {
                 };
                 any |= count > 0;
                 // The first of them may have been what it was armed for.
-                adapter.armed &= count == 0;
+                watched.armed &= count == 0;
                 for completion in &done[..count] {
                     self.completion(number, completion);
                 }
@@ -105,13 +106,16 @@ impl State {
         any
     }
 
-    /// Arms the queues of all adapters that are not: whatever completes from now on wakes a thread. Says whether there were
+    /// Arms the queues of a lane that are not: whatever completes from now on wakes a thread. Says whether there were
     /// any: what came before that has to be looked for once more.
-    pub(in crate::verbs) fn arm(&mut self) -> bool {
+    pub(in crate::verbs) fn arm(&mut self, lane: usize) -> bool {
         let (mut any, mut broken) = (false, Vec::new());
-        for (&number, adapter) in self.adapters.iter_mut().filter(|(_, adapter)| !adapter.armed) {
-            (any, adapter.armed) = (true, true);
-            if let Err(why) = adapter.queue.arm() {
+        for (&number, adapter) in &mut self.adapters {
+            let Some(watched) = adapter.queues.get_mut(lane).filter(|watched| !watched.armed) else {
+                continue;
+            };
+            (any, watched.armed) = (true, true);
+            if let Err(why) = watched.queue.arm() {
                 broken.push((number, why));
             }
         }
@@ -137,7 +141,7 @@ impl State {
             if left == 0 && done.status != 0 {
                 failed = Some(of);
             } else {
-                self.came_back(number, of, &Ok(()));
+                self.came_back((number, id), of, &Ok(()));
             }
         }
         if done.status != 0 {
@@ -148,7 +152,7 @@ impl State {
             }
             let (why, guilty) = (explain(done), failed.as_ref().and_then(guilty_of(done)));
             if let Some(of) = failed {
-                self.came_back(number, of, &Err(why.clone()));
+                self.came_back((number, id), of, &Err(why.clone()));
             }
             if guilty.is_none() {
                 self.suspect(token, true);
@@ -192,7 +196,7 @@ impl State {
         };
         let described = match of_frame {
             Ok(true) => {
-                return self.effects.push_back(Effect::Received { link, adapter: number, slots, slot, len });
+                return self.tell(link, Effect::Received { link, adapter: number, slots, slot, len });
             }
             Ok(false) => described(bytes),
             Err(why) => Err(why),
@@ -254,14 +258,19 @@ impl State {
     }
 
     /// A piece of work is back: what it was for.
-    pub(super) fn came_back(&mut self, number: usize, of: Of, result: &Result<(), StoreError>) {
+    pub(super) fn came_back(
+        &mut self,
+        (number, id): (usize, LinkId),
+        of: Of,
+        result: &Result<(), StoreError>,
+    ) {
         match of {
             Of::Part { slot, last_of } => {
                 if let (Some(slot), Some(adapter)) = (slot, self.adapters.get_mut(&number)) {
                     adapter.frames.give_back(slot);
                 }
                 if let Some(token) = last_of {
-                    self.report(FabricEvent::SendDone { token, result: result.clone() });
+                    self.report(id, FabricEvent::SendDone { token, result: result.clone() });
                 }
             }
             Of::Slice { transfer, last } => {
