@@ -265,7 +265,8 @@ fn fails(reader: &mut Machine, what: &str, name: &str) {
     assert!(!done.err.trim().is_empty(), "{what}: it says why");
 }
 
-fn nodes_live_through_partitions(driver: &str) {
+/// The first so many of the ways in which a wire can be cut.
+fn nodes_live_through_partitions(driver: &str, count: usize) {
     let Ok(plugin) = std::env::var("HETMEM_VERBS_PLUGIN") else {
         println!("skipped: HETMEM_VERBS_PLUGIN names no plugin to run in virtual machines");
         return;
@@ -293,7 +294,7 @@ fn nodes_live_through_partitions(driver: &str) {
         ),
         ("nothing comes to the owner", [OPEN, 0], "third"),
     ];
-    for (what, bytes, name) in partitions {
+    for (what, bytes, name) in partitions.into_iter().take(count) {
         wire.carries(bytes);
         fails(&mut reader, what, name);
         // While it looks for the peer it still answers.
@@ -310,7 +311,7 @@ fn nodes_live_through_partitions(driver: &str) {
 
 #[test]
 fn two_machines_live_through_partitions_over_soft_roce() {
-    nodes_live_through_partitions("rxe");
+    nodes_live_through_partitions("rxe", 3);
 }
 
 #[test]
@@ -319,5 +320,6 @@ fn two_machines_live_through_partitions_over_soft_iwarp() {
         println!("skipped: HETMEM_VM_MODULES names no siw.ko");
         return;
     }
-    nodes_live_through_partitions("siw");
+    // Each takes long, and a wire of one way is TCP's to notice.
+    nodes_live_through_partitions("siw", 2);
 }

@@ -595,3 +595,57 @@ pub(super) fn stretches_of(
         )),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A link with these reads under way, and one that waits behind them.
+    fn link(under_way: &[u64]) -> Link {
+        let nowhere = SocketAddr::from(([0; 4], 0));
+        let mut link = Link::new(LinkId(1), "peer".to_owned(), nowhere, 1, LinkToken(1));
+        let read = |number| Read::new(TransferId(number), None, Vec::new(), None);
+        link.under_way = under_way.iter().map(|number| (TransferId(*number), read(*number))).collect();
+        link.waiting.push_back(read(9));
+        link
+    }
+
+    /// Its data connection ends, and the peer takes another one: who is guilty, and who goes on in which order.
+    fn after_the_end(mut link: Link, may_find: bool) -> (Vec<u64>, Vec<u64>) {
+        link.suspect(may_find);
+        let over = link.reads_lost(None, &StoreError::unavailable("its connection", "flushed"));
+        assert!(over.is_empty(), "nobody fails before the peer is known to be there");
+        let guilty = link.take_guilty().iter().map(|read| read.transfer.0).collect();
+        (guilty, link.waiting.iter().map(|read| read.transfer.0).collect())
+    }
+
+    #[test]
+    fn who_was_alone_when_the_connection_ended_is_guilty() {
+        assert_eq!(after_the_end(link(&[4]), true), (vec![4], vec![9]));
+    }
+
+    #[test]
+    fn of_several_none_is_and_they_come_before_those_that_waited() {
+        assert_eq!(after_the_end(link(&[5, 4]), true), (vec![], vec![4, 5, 9]));
+    }
+
+    #[test]
+    fn who_may_never_have_been_posted_is_not() {
+        assert_eq!(after_the_end(link(&[4]), false), (vec![], vec![4, 9]));
+    }
+
+    #[test]
+    fn messages_are_counted_as_they_are_lent_again() {
+        let (mut sender, mut receiver) = (link(&[]), link(&[]));
+        sender.gone = PARTS_MAX;
+        for _ in 0..PARTS_MAX {
+            receiver.part_lent();
+        }
+        for _ in 0..receiver.lent_to_say {
+            sender.peer_lent();
+        }
+        assert_eq!((sender.gone, receiver.lent), (0, 0));
+        sender.peer_lent();
+        assert_eq!(sender.gone, 0, "a peer that says too much harms itself");
+    }
+}

@@ -1,6 +1,6 @@
 //! What iWARP wants done otherwise: it ends a whole connection for one read that is refused, or for a message that finds no
-//! buffer; whoever connects sends first; and soft iWARP connects while the caller waits. Not anything of InfiniBand or RoCE. Invariant: on those nothing
-//! here does anything, and on iWARP no call that may take long is made under the lock.
+//! buffer; whoever connects sends first; and soft iWARP connects while the caller waits. Not anything of InfiniBand or
+//! RoCE. Invariant: on those nothing here does anything, and on iWARP no call that may take long is made under the lock.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
