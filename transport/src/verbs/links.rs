@@ -374,7 +374,8 @@ impl Link {
         all.sort_unstable_by_key(|read| read.transfer);
         let mut over = Vec::new();
         for mut read in all {
-            read.tries += 1;
+            // Where one of them is known to be why, the others have not failed.
+            read.tries += u8::from(guilty.is_none());
             if guilty == Some(read.transfer) || read.tries > TRIES_MAX {
                 read.error.get_or_insert_with(|| why.clone());
             }
@@ -604,7 +605,7 @@ mod tests {
     fn link(under_way: &[u64]) -> Link {
         let nowhere = SocketAddr::from(([0; 4], 0));
         let mut link = Link::new(LinkId(1), "peer".to_owned(), nowhere, 1, LinkToken(1));
-        let read = |number| Read::new(TransferId(number), None, Vec::new(), None);
+        let read = |number| Read::new(TransferId(number), None, Vec::new(), None, None);
         link.under_way = under_way.iter().map(|number| (TransferId(*number), read(*number))).collect();
         link.waiting.push_back(read(9));
         link
@@ -615,7 +616,7 @@ mod tests {
         link.suspect(may_find);
         let over = link.reads_lost(None, &StoreError::unavailable("its connection", "flushed"));
         assert!(over.is_empty(), "nobody fails before the peer is known to be there");
-        let guilty = link.take_guilty().iter().map(|read| read.transfer.0).collect();
+        let guilty = link.reading_made().iter().map(|read| read.transfer.0).collect();
         (guilty, link.waiting.iter().map(|read| read.transfer.0).collect())
     }
 
@@ -632,6 +633,28 @@ mod tests {
     #[test]
     fn who_may_never_have_been_posted_is_not() {
         assert_eq!(after_the_end(link(&[4]), false), (vec![], vec![4, 9]));
+    }
+
+    #[test]
+    fn as_often_as_another_is_guilty_a_read_is_begun_anew() {
+        let why = StoreError::stale("transfer", "its memory", "the owner has withdrawn the memory");
+        let mut link = link(&[]);
+        for number in 10..20 {
+            link.under_way = link.waiting.drain(..).map(|read| (read.transfer, read)).collect();
+            let transfer = TransferId(number);
+            link.under_way.insert(transfer, Read::new(transfer, None, Vec::new(), None, None));
+            let over = link.reads_lost(Some(transfer), &why);
+            assert_eq!(over.iter().map(|read| read.transfer).collect::<Vec<_>>(), [transfer]);
+            assert_eq!(link.waiting.iter().map(|read| read.transfer.0).collect::<Vec<_>>(), [9]);
+        }
+    }
+
+    #[test]
+    fn a_connection_that_is_refused_again_and_again_is_given_up_with_all_that_waits_for_it() {
+        let mut link = link(&[]);
+        let refused: Vec<usize> = (0..TRIES_MAX).map(|_| link.reading_refused().len()).collect();
+        assert_eq!(refused, [0, 0, 1]);
+        assert!(link.waiting.is_empty());
     }
 
     #[test]
