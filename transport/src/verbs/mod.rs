@@ -15,6 +15,7 @@ mod ladder;
 mod ladder_tests;
 mod links;
 mod loopback;
+mod patience;
 mod plugin;
 mod proof;
 mod push;
@@ -70,7 +71,8 @@ pub struct VerbsConfig {
     pub threads: usize,
     /// Bytes asked for in one piece of work.
     pub slice_bytes: u64,
-    /// How long a caller of `progress`, or a thread that has just done something, looks on before it sleeps.
+    /// How long a caller of `progress`, or a thread that has just done something, looks on before it sleeps, at least: up
+    /// to twenty times as long where what comes next has lately come in that time.
     pub busy_poll: Duration,
     /// Memory of other kinds than the host's, to try at start what adapters can do with it.
     pub scratches: Vec<Arc<dyn Scratch>>,

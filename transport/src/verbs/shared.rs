@@ -17,6 +17,7 @@ use parking_lot::Mutex;
 use rustix::event::epoll::EventFlags;
 
 use super::incoming::Inbox;
+use super::patience::Patience;
 use super::plugin::Context;
 use super::state::{Effect, State};
 use crate::fabric::{FabricEvent, FabricSink};
@@ -43,7 +44,7 @@ pub(super) struct Shared {
     pub(super) regions: Regions,
     pub(super) state: Mutex<State>,
     pub(super) seats: Seats,
-    pub(super) busy_poll: Duration,
+    patience: Patience,
     lanes: Vec<Lane>,
     task_bell: Arc<Bell>,
     stopping: AtomicBool,
@@ -91,7 +92,7 @@ impl Shared {
             regions: Regions::with_devices(),
             state: Mutex::new(state),
             seats,
-            busy_poll,
+            patience: Patience::new(busy_poll),
             lanes,
             task_bell,
             stopping: AtomicBool::new(false),
@@ -129,13 +130,14 @@ impl Shared {
     /// Looks on for a while after something was done, as callers do: what follows mostly follows soon, and waking a thread
     /// takes longer. Adapters are armed afterwards.
     fn linger(&self) {
-        let mut until = Instant::now() + self.busy_poll;
+        let mut until = Instant::now() + self.patience.look();
         while !self.stopping() && Instant::now() < until {
             std::thread::yield_now();
             if self.work(NOTHING) {
-                until = Instant::now() + self.busy_poll;
+                until = Instant::now() + self.patience.look();
             }
         }
+        self.patience.in_vain();
         self.work(ARM);
     }
 
@@ -173,7 +175,7 @@ impl Shared {
                         self.work(if last { ARM } else { NOTHING });
                         (until() || self.stopping()).then_some(())
                     };
-                    if self.seats.lead(seen, self.busy_poll, left, look).is_none() {
+                    if self.seats.lead(seen, self.patience.look(), left, look).is_none() {
                         // What adapters have done was looked at, or will be before this thread sleeps again.
                         let mut why = NOTHING;
                         while let Some(event) = self.seats.event() {
@@ -209,6 +211,7 @@ impl Shared {
             if !found {
                 return any;
             }
+            self.patience.found();
             // What was found in one lane may have ended links of another.
             (any, wanted) = (true, NOTHING);
         }
