@@ -46,6 +46,8 @@ pub(super) struct Shared {
     pub(super) seats: Seats,
     patience: Patience,
     lanes: Vec<Lane>,
+    /// When what is due by time was last looked after.
+    looked_after: Mutex<Instant>,
     task_bell: Arc<Bell>,
     stopping: AtomicBool,
     _context: Arc<Context>,
@@ -94,6 +96,7 @@ impl Shared {
             seats,
             patience: Patience::new(busy_poll),
             lanes,
+            looked_after: Mutex::new(Instant::now()),
             task_bell,
             stopping: AtomicBool::new(false),
             _context: context,
@@ -115,16 +118,20 @@ impl Shared {
         while !self.stopping() {
             self.work(why);
             self.linger();
-            let until = {
-                let mut state = self.state.lock();
-                state.expire();
-                state.listen_again();
-                state.is_waiting().then_some(LOOK)
-            };
+            let until = self.look_after_time().then_some(LOOK);
             why = self.seats.wait(until).map_or(HEAR, wanted_by);
         }
         // Every bell wakes one thread: the next one is told here.
         self.task_bell.ring();
+    }
+
+    /// Does what is due by now. Says whether something will be.
+    fn look_after_time(&self) -> bool {
+        *self.looked_after.lock() = Instant::now();
+        let mut state = self.state.lock();
+        state.expire();
+        state.listen_again();
+        state.is_waiting()
     }
 
     /// Looks on for a while after something was done, as callers do: what follows mostly follows soon, and waking a thread
@@ -171,11 +178,16 @@ impl Shared {
             }
             match seat {
                 Seat::Leader => {
+                    // The fabric's own threads may sleep for as long as somebody leads.
+                    let due = self.looked_after.lock().elapsed() >= LOOK;
+                    if due && self.look_after_time() {
+                        self.work(HEAR);
+                    }
                     let look = |last| {
                         self.work(if last { ARM } else { NOTHING });
                         (until() || self.stopping()).then_some(())
                     };
-                    if self.seats.lead(seen, self.patience.look(), left, look).is_none() {
+                    if self.seats.lead(seen, self.patience.look(), left.min(LOOK), look).is_none() {
                         // What adapters have done was looked at, or will be before this thread sleeps again.
                         let mut why = NOTHING;
                         while let Some(event) = self.seats.event() {
