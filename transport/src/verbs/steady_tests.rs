@@ -163,6 +163,7 @@ fn counting() -> Option<(Plugin, VerbsConfig)> {
 #[test]
 fn a_warm_link_opens_and_registers_nothing_for_reads_and_sends() -> Result<(), StoreError> {
     let Some((plugin, config)) = counting() else { return Ok(()) };
+    let iwarp = plugin.devices().iter().any(|device| device.transport == abi::TRANSPORT_IWARP);
     let (reader_hears, owner_hears) = (Arc::new(Heard::default()), Arc::new(Heard::default()));
     let reader = VerbsFabric::start_over(plugin, &config, Arc::clone(&reader_hears) as _)?;
     let owner = VerbsFabric::start_over(plugin, &config, Arc::clone(&owner_hears) as _)?;
@@ -205,7 +206,9 @@ fn a_warm_link_opens_and_registers_nothing_for_reads_and_sends() -> Result<(), S
          the longest of {longest} bytes"
     );
     assert_eq!(COUNTS.opened.load(Ordering::SeqCst) - opened, 0, "something was opened or registered");
-    assert_eq!(posted, 2 * MEASURED);
+    // On iWARP a message now and then says that buffers are lent again.
+    let more = if iwarp { MEASURED / 4 } else { 0 };
+    assert!((2 * MEASURED..=2 * MEASURED + more).contains(&posted), "{posted} posts");
     assert!(allocated <= ALLOCATIONS_MAX * MEASURED, "{allocated} allocations");
     assert!(longest <= ALLOCATION_LEN_MAX as u64, "an allocation of {longest} bytes");
     assert_eq!(reader_hears.failed.load(Ordering::SeqCst) + owner_hears.failed.load(Ordering::SeqCst), 0);
