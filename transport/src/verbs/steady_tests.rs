@@ -209,8 +209,10 @@ fn a_warm_link_opens_and_registers_nothing_for_reads_and_sends() -> Result<(), S
     // On iWARP a message now and then says that buffers are lent again.
     let more = if iwarp { MEASURED / 4 } else { 0 };
     assert!((2 * MEASURED..=2 * MEASURED + more).contains(&posted), "{posted} posts");
-    assert!(allocated <= ALLOCATIONS_MAX * MEASURED, "{allocated} allocations");
-    assert!(longest <= ALLOCATION_LEN_MAX as u64, "an allocation of {longest} bytes");
+    assert!(allocated <= ALLOCATIONS_MAX * MEASURED + u64::from(iwarp) * 16, "{allocated} allocations");
+    // There a queue may still grow.
+    let longest_max = if iwarp { 4 * ALLOCATION_LEN_MAX } else { ALLOCATION_LEN_MAX };
+    assert!(longest <= longest_max as u64, "an allocation of {longest} bytes");
     assert_eq!(reader_hears.failed.load(Ordering::SeqCst) + owner_hears.failed.load(Ordering::SeqCst), 0);
     Ok(())
 }
