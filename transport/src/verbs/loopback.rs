@@ -63,8 +63,9 @@ impl Loopback {
     /// `TimedOut` if there is none.
     pub(super) fn ended(&self, patience: Duration) -> Result<abi::Completion, StoreError> {
         waited(patience, "work of a device on itself", || {
-            let mut done = [abi::Completion::default()];
-            Ok((self.queues[0].poll(&mut done)? == 1).then_some(done[0]))
+            let mut done = Vec::with_capacity(1);
+            self.queues[0].poll(&mut done)?;
+            Ok(done.pop())
         })
     }
 }

@@ -424,13 +424,17 @@ impl Queue {
         check(unsafe { (self.table.queue_arm)(self.raw, &raw mut failure) }, &failure)
     }
 
-    /// Takes completions; says how many.
-    pub(super) fn poll(&self, out: &mut [abi::Completion]) -> Result<usize, StoreError> {
-        let room = u32::try_from(out.len()).unwrap_or(u32::MAX);
+    /// Takes completions, as many as there is room for, in place of what is there.
+    pub(super) fn poll(&self, out: &mut Vec<abi::Completion>) -> Result<(), StoreError> {
+        out.clear();
+        let room = u32::try_from(out.capacity()).unwrap_or(u32::MAX);
         // SAFETY: the queue is open, and there is room for so many.
         let count = unsafe { (self.table.queue_poll)(self.raw, out.as_mut_ptr(), room) };
-        usize::try_from(count)
-            .map_err(|_| StoreError::os("ibv_poll_cq", format!("{count}: the completion queue is broken")))
+        let broken = |_| StoreError::os("ibv_poll_cq", format!("{count}: the completion queue is broken"));
+        let count = usize::try_from(count).map_err(broken)?;
+        // SAFETY: the plugin has written so many, and no more than there is room for.
+        unsafe { out.set_len(count.min(out.capacity())) };
+        Ok(())
     }
 }
 

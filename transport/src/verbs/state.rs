@@ -34,6 +34,8 @@ const RESOLVE_MS: u32 = 2_000;
 const READS_MAX: u32 = 16;
 /// Data connections that a peer may have open on one link.
 const SERVING_MAX: usize = 4;
+/// Completions taken at a time.
+const COMPLETIONS: usize = 32;
 /// How long connecting and greeting may take together.
 const GREETING_TIME: Duration = Duration::from_secs(10);
 
@@ -78,6 +80,8 @@ pub(super) struct State {
     /// Adapters that no thread watches yet.
     pub(super) unwatched: Vec<usize>,
     pub(super) aside: Aside,
+    /// Completions that were just taken; kept, so that nothing is allocated or cleared for a look.
+    done: Vec<abi::Completion>,
 }
 
 impl State {
@@ -105,6 +109,7 @@ impl State {
             next: 1,
             unwatched: Vec::new(),
             aside: Aside::new(),
+            done: Vec::with_capacity(COMPLETIONS),
         }
     }
 

@@ -4,6 +4,7 @@
 //! Holds unsafe code: libibverbs' calls, on things that the host has opened and not closed.
 #![allow(unsafe_code)]
 
+use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 
 use hetmem_transport::verbs_abi::{
@@ -104,12 +105,15 @@ pub(crate) unsafe extern "C" fn arm(queue: *mut Queue, failure: *mut Failure) ->
 pub(crate) unsafe extern "C" fn poll(queue: *mut Queue, out: *mut Completion, room: u32) -> i32 {
     // SAFETY: the host has opened it and not closed it.
     let queue = unsafe { &*queue.cast::<Cq>() };
-    // SAFETY: all of its fields are numbers.
-    let mut done: [ibv_wc; POLL_MAX] = unsafe { std::mem::zeroed() };
+    // Not zeroed: mostly there is nothing, and that is looked for often.
+    let mut taken = MaybeUninit::<[ibv_wc; POLL_MAX]>::uninit();
+    let first = taken.as_mut_ptr().cast::<ibv_wc>();
     let room = i32::try_from(POLL_MAX.min(room as usize)).unwrap_or(0);
     // SAFETY: the queue is open, and there is room for so many.
-    let count = unsafe { ibv_poll_cq(queue.queue, room, done.as_mut_ptr()) };
-    for (at, done) in done.iter().take(usize::try_from(count).unwrap_or(0)).enumerate() {
+    let count = unsafe { ibv_poll_cq(queue.queue, room, first) };
+    // SAFETY: so many were written.
+    let done = unsafe { std::slice::from_raw_parts(first, usize::try_from(count).unwrap_or(0)) };
+    for (at, done) in done.iter().enumerate() {
         let kind = match done.opcode {
             ibv_wc_opcode::IBV_WC_RECV => DONE_RECEIVED,
             ibv_wc_opcode::IBV_WC_RECV_RDMA_WITH_IMM => DONE_WRITTEN,

@@ -14,9 +14,6 @@ use super::super::wire::{Described, described};
 use super::{Effect, RESOLVE_MS, State};
 use crate::fabric::FabricEvent;
 
-/// Completions taken at a time.
-const COMPLETIONS: usize = 32;
-
 impl State {
     /// Posts what waits on a link.
     pub(in crate::verbs) fn post(&mut self, id: LinkId) {
@@ -79,30 +76,28 @@ impl State {
     /// Takes the completions of a lane, of all adapters; says whether there were any.
     pub(in crate::verbs) fn completions(&mut self, lane: usize) -> bool {
         let (mut any, mut next) = (false, 0);
+        let mut done = std::mem::take(&mut self.done);
         while let Some(number) = self.adapters.range(next..).next().map(|(&number, _)| number) {
             next = number + 1;
             loop {
-                let mut done = [abi::Completion::default(); COMPLETIONS];
                 let adapter = self.adapters.get_mut(&number);
                 let Some(watched) = adapter.and_then(|adapter| adapter.queues.get_mut(lane)) else { break };
-                let count = match watched.queue.poll(&mut done) {
-                    Ok(count) => count,
-                    Err(why) => {
-                        self.lose_adapter(number, &why);
-                        break;
-                    }
-                };
-                any |= count > 0;
+                if let Err(why) = watched.queue.poll(&mut done) {
+                    self.lose_adapter(number, &why);
+                    break;
+                }
+                any |= !done.is_empty();
                 // The first of them may have been what it was armed for.
-                watched.armed &= count == 0;
-                for completion in &done[..count] {
+                watched.armed &= done.is_empty();
+                for completion in &done {
                     self.completion(number, completion);
                 }
-                if count < COMPLETIONS {
+                if done.is_empty() || done.len() < done.capacity() {
                     break;
                 }
             }
         }
+        self.done = done;
         any
     }
 
