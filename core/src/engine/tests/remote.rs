@@ -5,6 +5,7 @@ use crate::engine::Input;
 use crate::error::{ErrorKind, StoreError};
 use crate::meta::ObjectMeta;
 use crate::receipt::Path;
+use crate::tier::ClientId;
 use crate::wire::{ClientMessage, ClientReply, IfExists, PeerMessage, PutHints, Range};
 
 pub(super) fn reading() -> Shape {
@@ -282,14 +283,20 @@ fn a_send_holds_its_extent_until_it_is_done() {
     assert_eq!((world.used(0), world.used(1)), (0, 0));
 }
 
-#[test]
-fn a_get_that_was_given_up_frees_its_extent_when_the_read_has_ended() {
+/// A client of the second node, and its request, whose read from the first is under way.
+fn reading_one() -> (World, ClientId, u64) {
     let mut world = World::shaped(2, &reading());
     world.hold_reads = true;
     let (home, away) = (world.client(0, 1), world.client(1, 1));
     world.put(0, home, "k", &pattern(1, 1_000));
     let request = world.ask_get(1, away, "k", true);
     world.settle();
+    (world, away, request)
+}
+
+#[test]
+fn a_get_that_was_given_up_frees_its_extent_when_the_read_has_ended() {
+    let (mut world, away, request) = reading_one();
     let transfer = world.held[0].transfer;
     world.held.clear();
     world.advance(3_000);
@@ -302,12 +309,7 @@ fn a_get_that_was_given_up_frees_its_extent_when_the_read_has_ended() {
 
 #[test]
 fn what_the_owner_has_written_is_not_said_to_have_been_read() {
-    let mut world = World::shaped(2, &reading());
-    world.hold_reads = true;
-    let (home, away) = (world.client(0, 1), world.client(1, 1));
-    world.put(0, home, "k", &pattern(1, 1_000));
-    let request = world.ask_get(1, away, "k", true);
-    world.settle();
+    let (mut world, away, request) = reading_one();
     let transfer = world.held[0].transfer;
     world.held.clear();
     let end = crate::engine::ReadEnd { pushed: true, ..Default::default() };
@@ -321,12 +323,7 @@ fn what_the_owner_has_written_is_not_said_to_have_been_read() {
 
 #[test]
 fn a_client_that_leaves_ends_its_fetch() {
-    let mut world = World::shaped(2, &reading());
-    world.hold_reads = true;
-    let (home, away) = (world.client(0, 1), world.client(1, 1));
-    world.put(0, home, "k", &pattern(1, 1_000));
-    let _ = world.ask_get(1, away, "k", true);
-    world.settle();
+    let (mut world, away, _) = reading_one();
     assert_eq!(world.held.len(), 1);
     world.leave(1, away);
     assert!(world.held.is_empty(), "the read was given up");
