@@ -163,6 +163,54 @@ fn a_data_connection_is_taken_only_from_the_node_that_its_link_is_of() {
 }
 
 #[test]
+fn a_link_goes_through_the_device_that_its_route_says() {
+    const LEN: usize = 5_000;
+    if !is_ready() {
+        return;
+    }
+    let Ok(second) = std::env::var("HETMEM_VERBS_ADDRESS_2") else {
+        println!("skipped: HETMEM_VERBS_ADDRESS_2 names no address of a second RDMA device");
+        return;
+    };
+    let (told, events) = Told::new();
+    let reader = VerbsFabric::start(&config(), told).expect("listen");
+    let target = Arc::new(HeapRegion::new(LEN));
+    reader.register(SegmentId(1), Arc::clone(&target) as _, Access::Local).expect("room");
+    let first = address().expect("looked at before").to_string();
+    let mut owners = Vec::new();
+    let mut through = Vec::new();
+    for (number, at) in (1_u8..).zip([first, second]) {
+        let config = VerbsConfig { listen: format!("{at}:0"), ..config() };
+        let (told, _) = Told::new();
+        let owner = VerbsFabric::start(&config, told).expect("listen");
+        let memory = Arc::new(HeapRegion::new(LEN));
+        memory.write(0, &[number; LEN]);
+        let key = owner.register(SegmentId(1), memory as _, Access::RemoteRead).expect("room");
+        let link = reader.connect(&owner.address()).expect("a link");
+        await_event(&events, |event| match event {
+            FabricEvent::LinkUp { .. } => Some(()),
+            FabricEvent::LinkDown { why, .. } => panic!("{why}"),
+            _ => None,
+        });
+        let remote = RemoteExtent { key, offset: 0, len_bytes: LEN as u64 };
+        let local = Extent { segment: SegmentId(1), offset: 0, len_bytes: LEN as u64 };
+        reader.read(link, TransferId(number.into()), remote, local).expect("a read");
+        let result = await_event(&events, |event| match event {
+            FabricEvent::ReadDone { result, .. } => Some(result),
+            _ => None,
+        });
+        assert!(result.is_ok(), "{result:?}");
+        assert!(target.read(0, LEN).iter().all(|byte| *byte == number));
+        through.push(reader.connections_by_device());
+        owners.push(owner);
+    }
+    println!("{through:?}");
+    // A control and a data connection for each link.
+    assert!(matches!(&through[..], [one, two] if one.len() == 1 && two.len() == 2), "{through:?}");
+    assert!(through[1].iter().all(|(_, count)| *count == 2), "{through:?}");
+}
+
+#[test]
 fn of_too_many_connections_the_one_for_reads_that_was_not_used_for_longest_is_closed() {
     const OWNERS: u8 = 3;
     const LEN: usize = 5_000;

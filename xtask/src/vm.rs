@@ -16,6 +16,8 @@ const PLUGIN_NEEDS: &str =
     "the plugin needs libibverbs-dev, librdmacm-dev and a libclang below 16: docs/rdma.md";
 /// The guest's address on its first device.
 const ADDRESS: &str = "10.77.0.1";
+/// On its second.
+const ADDRESS_2: &str = "10.77.1.1";
 /// Of the guest, in MiB.
 const MEMORY: &str = "3072";
 /// Of the whole suite over one driver, in seconds.
@@ -115,12 +117,13 @@ fn built(workspace: &Workspace) -> Result<(Vec<PathBuf>, PathBuf), String> {
 
 fn in_guest(workspace: &Workspace, programs: &[String], driver: &str, module: Option<&Path>) -> Report {
     let mut command = Command::new(workspace.root.join("tests/vm/run"));
-    command.args(["-d", driver, "-m", MEMORY, "-t", LIMIT]);
+    command.args(["-d", driver, "-n", "2", "-m", MEMORY, "-t", LIMIT]);
     if let Some(module) = module {
         command.env("HETMEM_VM_MODULES", module);
     }
     command.arg("-r").arg(&workspace.root).arg("-r").arg(&workspace.target);
     command.args(["-e", "HETMEM_VERBS_ADDRESS"]).env("HETMEM_VERBS_ADDRESS", ADDRESS);
+    command.args(["-e", "HETMEM_VERBS_ADDRESS_2"]).env("HETMEM_VERBS_ADDRESS_2", ADDRESS_2);
     for (name, value) in tools(workspace) {
         command.args(["-e", name]).env(name, value);
     }

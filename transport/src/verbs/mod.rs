@@ -200,6 +200,12 @@ impl VerbsFabric {
         self.shared.state.lock().connections()
     }
 
+    /// How many of them go through each device, by its name.
+    #[must_use]
+    pub fn connections_by_device(&self) -> Vec<(String, usize)> {
+        self.shared.state.lock().connections_by_device()
+    }
+
     fn begin_read(
         &self,
         link: LinkId,

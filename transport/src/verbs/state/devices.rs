@@ -85,6 +85,11 @@ impl State {
         failed.filter(|_| self.adapters.is_empty()).map_or(Ok(()), Err)
     }
 
+    pub(in crate::verbs) fn connections_by_device(&self) -> Vec<(String, usize)> {
+        let count = |number| self.ends.values().filter(|end| end.adapter == Some(number)).count();
+        self.adapters.iter().map(|(&number, adapter)| (adapter.name(), count(number))).collect()
+    }
+
     /// An adapter's device goes away, or is broken: so does everything that goes through it.
     pub(in crate::verbs) fn lose_adapter(&mut self, number: usize, why: &StoreError) {
         let of_it = self.ends.iter().filter(|(_, end)| end.adapter == Some(number));

@@ -46,11 +46,9 @@ impl State {
             read.error.get_or_insert_with(|| why.clone());
         }
         if let Some(token) = link.reading {
-            self.end_over(
-                token,
-                None,
-                &StoreError::unavailable("its data connection", "a read was given up"),
-            );
+            // The others have not failed, however often this happens to them.
+            let why = StoreError::unavailable("its data connection", "a read was given up");
+            self.end_over(token, Some(transfer), &why);
         }
     }
 
