@@ -23,24 +23,33 @@ struct Lab {
     _alone: std::sync::MutexGuard<'static, ()>,
 }
 
-/// The device that the tests take away: the first one of the machine, by a driver that needs no hardware.
+/// The device that the tests take away, by a driver that needs no hardware.
 struct Device {
     name: String,
     driver: &'static str,
     network: String,
+    /// Of all devices: what is sent to this machine finds another one.
+    networks: Vec<String>,
 }
 
 impl Device {
-    fn first() -> Self {
+    fn at(address: &str) -> Self {
+        // 4: rd0    inet 10.77.0.1/24 scope global rd0 ...
+        let output = Command::new("ip").args(["-o", "addr", "show", "to", address]).output().expect("ip");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let network = said.split_whitespace().nth(1).expect("its network").to_owned();
         // link rxe0/1 state ACTIVE physical_state LINK_UP netdev rd0
         let output = Command::new("rdma").args(["link", "show"]).output().expect("rdma");
         let links = String::from_utf8_lossy(&output.stdout).into_owned();
-        let words: Vec<&str> = links.lines().next().expect("a device").split_whitespace().collect();
-        let after = |word: &str| words.iter().skip_while(|it| **it != word).nth(1).copied();
-        let (name, _) = after("link").and_then(|link| link.split_once('/')).expect("its name");
+        let after = |line: &str, word: &str| {
+            let mut words = line.split_whitespace().skip_while(|it| *it != word);
+            words.nth(1).expect("as rdma writes it").to_owned()
+        };
+        let its = links.lines().find(|line| after(line, "netdev") == network).expect("a device");
+        let name = after(its, "link").split('/').next().expect("its name").to_owned();
         let driver = if name.starts_with("siw") { "siw" } else { "rxe" };
-        let network = after("netdev").expect("its network").to_owned();
-        Self { name: name.to_owned(), driver, network }
+        let networks = links.lines().map(|line| after(line, "netdev")).collect();
+        Self { name, driver, network, networks }
     }
 
     fn remove(&self) {
@@ -48,14 +57,16 @@ impl Device {
     }
 
     fn add(&self) {
-        let Self { name, driver, network } = self;
+        let Self { name, driver, network, .. } = self;
         call("rdma", &format!("link add {name} type {driver} netdev {network}"));
     }
 
     fn network(&self, up_or_down: &str) {
         // What iWARP sends to its own machine is TCP, which goes over `lo` whatever the address.
-        let network = if self.driver == "siw" { "lo" } else { &self.network };
-        call("ip", &format!("link set {network} {up_or_down}"));
+        let lo = ["lo".to_owned()];
+        for network in if self.driver == "siw" { &lo[..] } else { &self.networks } {
+            call("ip", &format!("link set {network} {up_or_down}"));
+        }
     }
 }
 
@@ -70,7 +81,7 @@ impl Lab {
             return None;
         };
         let alone = ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        Some(Self { address, plugin, device: Device::first(), _alone: alone })
+        Some(Self { device: Device::at(&address), address, plugin, _alone: alone })
     }
 
     fn node(&self, folder: &Path, name: &str, fabric: &str) -> Serve {
