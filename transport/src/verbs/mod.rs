@@ -1,6 +1,6 @@
 //! The verbs fabric: RDMA over InfiniBand, RoCE and iWARP, by way of a plugin opened at run time (docs/rdma.md).
 //! Not the engine's protocol. Invariant: memory is registered once, when its segment is; a send or a read registers
-//! nothing.
+//! nothing, but a read that the owner carries out by writing (`push`): its target, for as long as it takes.
 //!
 //! A link has a control connection, which carries frames with their payloads gathered from their extents, and up to two
 //! data connections, one for the reads of each end: what goes wrong with a read ends its data connection and nothing else.
