@@ -32,6 +32,7 @@ const UNSAFE_FILES: &[&str] = &[
     "transport/src/verbs/ends.rs",
     "transport/src/verbs/ladder_tests.rs",
     "transport/src/verbs/plugin.rs",
+    "transport/src/verbs/proof.rs",
     "transport/src/verbs/seam_tests.rs",
     "transport/src/verbs/steady_tests.rs",
     "transport/src/verbs/slots.rs",
