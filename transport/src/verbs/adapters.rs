@@ -1,6 +1,6 @@
-//! The devices that connections go through, each with a completion queue for every lane (`shared`), one pool of receive buffers, and the segments
-//! as registered with it. Not which of them a link uses: its route says that. Invariant: every segment is registered with
-//! every adapter, or with none if one refuses.
+//! The devices that connections go through, each with a completion queue for every lane (`shared`), one pool of receive
+//! buffers, and the segments as registered with it. Not which of them a link uses: its route says that. Invariant: every
+//! segment is registered with every adapter, or with none if one refuses.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

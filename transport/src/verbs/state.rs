@@ -1,6 +1,6 @@
 //! What one verbs fabric knows: adapters, connections, links, and what is to be told of them; and here how connections are
-//! made. Not threads (`shared`), and not the bytes that come (`incoming`). Invariant: everything here is changed under one lock, nothing waits under it, and
-//! the sink is never called under it: what it is to hear is put into `effects`.
+//! made. Not threads (`shared`), and not the bytes that come (`incoming`). Invariant: everything here is changed under one
+//! lock, nothing waits under it, and the sink is never called under it: what it is to hear is put into `effects`.
 
 mod devices;
 mod endings;
