@@ -12,7 +12,8 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use hetmem_core::StoreError;
+use hetmem_core::wire::FrameHeader;
+use hetmem_core::{LinkId, StoreError};
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create, open};
 use rustix::io::Errno;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, ioctl, opcode};
@@ -21,8 +22,11 @@ use super::abi;
 use super::completion::{Class, class_of, explain};
 use super::ladder::{Way, climb};
 use super::loopback::{Loopback, event};
-use super::plugin::{Context, Greeting, Plugin, Registered};
+use super::plugin::{Context, Greeting, Made, Plugin, Registered};
 use super::proof::{MemoryKind, Outcome, Scratch, prove};
+use super::wire::{Hello, LinkToken, Owner, Purpose};
+use super::{VerbsConfig, VerbsFabric};
+use crate::fabric::{Fabric as _, FabricEvent, FabricSink, Landing};
 use crate::memory::{DeviceMemory, HeapRegion, RegionMemory};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -113,6 +117,41 @@ fn work_that_can_be_done_succeeds() {
     pair.post(abi::WORK_READ, |_, _| {});
     assert_eq!(pair.ended().status, 0);
     assert_eq!(pair.memory.read(0, 64), [5; 64]);
+}
+
+/// Hears nothing.
+struct Deaf;
+
+impl FabricSink for Deaf {
+    fn message(&self, _: LinkId, _: FrameHeader, _: &[u8]) -> Landing {
+        Landing::Discard
+    }
+
+    fn event(&self, _: FabricEvent) {}
+}
+
+#[test]
+fn a_node_of_another_version_is_told_so_when_it_is_refused() {
+    let Some(Pair { loopback, .. }) = pair() else { return };
+    let plugin = std::env::var_os("HETMEM_VERBS_PLUGIN").map(std::path::PathBuf::from);
+    let listen = SocketAddr::new(loopback.device.address().ip(), 0).to_string();
+    let config = VerbsConfig { plugin, listen, ..VerbsConfig::default() };
+    let fabric = VerbsFabric::start(&config, Arc::new(Deaf)).expect("listen");
+    let Loopback { context, device, queues, pools, .. } = &loopback;
+    let at = fabric.address().parse().expect("an address");
+    let mut later = context.resolve(at, 2_000, 9).expect("a way");
+    event(context, abi::EVENT_ROUTED, PATIENCE).expect("it is found");
+    let asked = Made { number: 0, work_max: 4, pieces_max: 1, inline_bytes_max: 0 };
+    later.queue_pair(device, &queues[0], &pools[0], asked).expect("a queue pair");
+    let what = Purpose::Control { port: 1, token: LinkToken(1) };
+    let mut hello = Hello { what, owner: Owner::default() }.to_bytes();
+    hello[3] += 1;
+    // Soft iWARP says by the call that it was refused, and by the event.
+    println!("{:?}", later.connect(Greeting::new(&hello, (1, 1))));
+    let refused = event(context, abi::EVENT_REJECTED, PATIENCE).expect("it is refused");
+    let said = Hello::parse(&refused.private[..refused.private_len as usize]).expect("a greeting");
+    assert_eq!(said.what, Purpose::Refused);
+    assert_eq!(fabric.refused(), 1);
 }
 
 #[test]
