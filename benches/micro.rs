@@ -105,12 +105,15 @@ fn engine() -> Engine {
             name: "none".into(),
             index_key: RemoteKey(1),
             gather_max: 1_023,
+            tiers: Vec::new(),
         }],
         generation_base: 0,
         generation_stride: 128,
         threshold_bytes: None,
         lease_ms: 10_000,
         heartbeat_ms: 1_000,
+        gpus: Vec::new(),
+        why_no_gpu: "none was configured".into(),
     });
     engine.handle(Time(0), Input::Start);
     for segment in 1..=4 {

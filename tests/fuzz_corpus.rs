@@ -57,7 +57,13 @@ fn tensor() -> ObjectMeta {
 /// One session that does a bit of everything.
 fn session() -> Vec<(ClientMessage, &'static [u8])> {
     let (hints, if_exists) = (PutHints::default(), IfExists::Keep);
-    let reserve = ClientMessage::Reserve { key: key("r"), meta: tensor(), hints, if_exists };
+    let reserve = ClientMessage::Reserve {
+        key: key("r"),
+        meta: tensor(),
+        hints,
+        if_exists,
+        writes: hetmem_core::Tier::Host,
+    };
     vec![
         (ClientMessage::Put { key: key("a"), meta: tensor(), hints, if_exists }, &[7; 16]),
         (reserve, &[]),
@@ -72,6 +78,7 @@ fn session() -> Vec<(ClientMessage, &'static [u8])> {
                 timeout_ms: 5,
                 keep: true,
                 threshold_bytes: None,
+                tier: None,
             },
             &[],
         ),
@@ -105,7 +112,7 @@ fn what_honest_programs_send_is_in_the_corpora() {
     let holders = vec![Holder { node: NodeId(4), address: "a:1".to_owned() }];
     let said = [
         PeerMessage::Get { key: key("a"), range: None, inline_max: 9 },
-        PeerMessage::Data { object, meta: tensor() },
+        PeerMessage::Data { object, meta: tensor(), origin: hetmem_core::wire::Origin::HOST },
         PeerMessage::Drop { key: key("a"), object },
         PeerMessage::Heartbeat { room_bytes: 300, under_replicated: 1 },
         PeerMessage::Join { heir: true },

@@ -24,7 +24,7 @@ fn take_back(shared: &Shared, mut answer: Answer) {
         ClientReply::LocatedMany(many) => {
             many.items.iter().flatten().for_each(|item| shared.page.unpin(item.located.pin));
         }
-        ClientReply::Reserved { reservation, extent, map } => {
+        ClientReply::Reserved { reservation, extent, map, .. } => {
             // The descriptor of a granted segment comes once: without it the segment could never be used.
             if let (Some(len_bytes), Some(fd)) = (map, answer.descriptors.pop()) {
                 shared.grants.add(extent.segment, fd, len_bytes);

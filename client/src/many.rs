@@ -110,6 +110,7 @@ fn many_message(keys: &[&Key], options: &GetOptions) -> ClientMessage {
         timeout_ms: millis(options.timeout),
         keep: options.keep,
         threshold_bytes: options.threshold(),
+        tier: None,
     }
 }
 

@@ -127,6 +127,7 @@ impl PutOptions {
             ttl_ms: self.ttl.map(millis),
             seal_copy: self.seal_copy,
             replicas: self.replicas,
+            tier: None,
         }
     }
 }

@@ -255,10 +255,11 @@ impl Store {
             meta,
             hints: options.hints(),
             if_exists: options.if_exists,
+            writes: hetmem_core::Tier::Host,
         };
         let answer = self.shared.call(&message, &[], options.timeout)?;
         let (reservation, extent, map) = match answer.reply {
-            ClientReply::Reserved { reservation, extent, map } => (reservation, extent, map),
+            ClientReply::Reserved { reservation, extent, map, .. } => (reservation, extent, map),
             reply => {
                 let kept = self.shared.outcome(&reply, meta.len_bytes, started);
                 let kept = kept.filter(|_| options.if_exists == IfExists::Keep);
@@ -477,6 +478,7 @@ pub(crate) fn get_message(key: &Key, options: &GetOptions) -> ClientMessage {
         timeout_ms: millis(options.timeout),
         keep: options.keep,
         threshold_bytes: options.threshold(),
+        tier: None,
     }
 }
 

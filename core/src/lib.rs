@@ -22,5 +22,5 @@ pub use key::{KEY_LEN_MAX, Key, fingerprint};
 pub use meta::{DIMS_MAX, DType, OBJECT_LEN_MAX, ObjectMeta, Shape};
 pub use tier::{
     ClientId, Epoch, Extent, Generation, LandingId, LeaseId, LinkId, NodeId, ObjectId, RemoteExtent,
-    RemoteKey, SegmentId, SlotId, Tier, TransferId,
+    RemoteKey, SegmentId, SlotId, Tier, TierHint, TransferId,
 };

@@ -26,13 +26,15 @@ pub enum Path {
     Ahead,
     /// Put: sent to the node in parts, which it copied to their place.
     Written,
-    /// Put: written by the producer into its own memory, and moved from there at seal.
+    /// Put: written by the producer into its own memory, or into another tier, and moved from there at seal.
     Copied,
     /// Put: not moved at all; an object of the key was there and has been kept.
     Kept,
     /// Get: written by the peer's adapter into its place, after a grant or where they were found before: there, reading
     /// out of the peer's memory does not work, or is slow.
     Push,
+    /// Get: copied from another tier of this node, because they were wanted in this one.
+    LocalCopy,
 }
 
 impl fmt::Display for Path {
@@ -48,6 +50,7 @@ impl fmt::Display for Path {
             Self::Copied => "copied",
             Self::Kept => "kept",
             Self::Push => "push",
+            Self::LocalCopy => "local copy",
         })
     }
 }

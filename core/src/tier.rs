@@ -36,6 +36,37 @@ impl Tier {
     }
 }
 
+/// Where somebody wants bytes to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct TierHint {
+    /// In this tier.
+    pub tier: Tier,
+    /// If there is no such tier, or no room in it, they may be in host memory instead: the receipt says so.
+    pub or_host: bool,
+}
+
+impl From<Tier> for TierHint {
+    /// There and nowhere else.
+    fn from(tier: Tier) -> Self {
+        Self { tier, or_host: false }
+    }
+}
+
+impl std::str::FromStr for Tier {
+    type Err = StoreError;
+
+    /// `host`, or `gpu:N`.
+    fn from_str(text: &str) -> Result<Self, StoreError> {
+        let gpu = || text.strip_prefix("gpu:")?.parse().ok().map(Self::Gpu);
+        match text {
+            "host" => Ok(Self::Host),
+            _ => gpu().ok_or_else(|| {
+                StoreError::invalid("tier", format!("{text:?} is neither host nor gpu:N (gpu:0, gpu:1, ...)"))
+            }),
+        }
+    }
+}
+
 impl fmt::Display for Tier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -214,9 +245,13 @@ mod tests {
     }
 
     #[test]
-    fn tier_codes_return() {
+    fn tiers_return_from_their_codes_and_names() {
         for tier in [Tier::Host, Tier::Gpu(0), Tier::Gpu(u16::MAX)] {
             assert_eq!(Tier::from_code(tier.code()), Some(tier));
+            assert_eq!(tier.to_string().parse(), Ok(tier));
+        }
+        for text in ["", "gpu", "gpu:", "gpu:-1", "gpu:65536", "cuda:0", "Host"] {
+            assert!(text.parse::<Tier>().is_err(), "{text}");
         }
         assert_eq!(Tier::from_code(u32::MAX), None);
     }

@@ -236,7 +236,7 @@ impl Driver {
             }
             Action::ScanPins => return Some(core.scan_pins()),
             Action::CloseToWriters { segment } => core.close_to_writers(segment),
-            Action::CreateSegment { segment, len_bytes, owner } => {
+            Action::CreateSegment { segment, len_bytes, owner, .. } => {
                 let _ = self.jobs.send(Job::Create { segment, len_bytes, owner });
             }
             Action::RetireSegment { segment, len_bytes } => {

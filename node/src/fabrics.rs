@@ -150,7 +150,7 @@ impl Fabrics {
         self.all()
             .filter_map(|(id, fabric)| {
                 let (name, gather_max) = (fabric.kind().to_string().into(), fabric.gather_max());
-                Some(FabricUse { id, name, index_key: key_of(id)?, gather_max })
+                Some(FabricUse { id, name, index_key: key_of(id)?, gather_max, tiers: Vec::new() })
             })
             .collect()
     }

@@ -119,6 +119,8 @@ impl Node {
             threshold_bytes: config.threshold_bytes,
             lease_ms: config.lease_ms,
             heartbeat_ms: config.heartbeat_ms,
+            gpus: Vec::new(),
+            why_no_gpu: "none was configured".into(),
         });
         tracing::info!(bytes = config.host_bytes, "reserving the memory of the host tier");
         let reserve = Reserve::new(config.host_bytes, config.huge_pages)?;

@@ -310,7 +310,11 @@ fn object(name: &str) -> ObjectId {
 }
 
 fn data(len_bytes: u64) -> PeerMessage {
-    PeerMessage::Data { object: object("liar"), meta: ObjectMeta::bytes(len_bytes).expect("a length") }
+    PeerMessage::Data {
+        object: object("liar"),
+        meta: ObjectMeta::bytes(len_bytes).expect("a length"),
+        origin: hetmem_core::wire::Origin::HOST,
+    }
 }
 
 /// A peer that says it holds a key, and what it answers when it is asked for it. Returns what the get led to.
@@ -356,6 +360,7 @@ fn grant(len_bytes: u64) -> PeerMessage {
         object: object("liar"),
         meta: ObjectMeta::bytes(len_bytes).expect("a length"),
         granted: Box::new(granted),
+        origin: hetmem_core::wire::Origin::HOST,
     }
 }
 
@@ -389,7 +394,11 @@ fn a_peer_that_lies_about_an_object_costs_an_error_and_no_memory() {
         ("another length than it is granted for", 300_000, |liar, request| {
             let PeerMessage::Grant { object, granted, .. } = grant(300_000) else { return };
             let meta = ObjectMeta::bytes(999).expect("a length");
-            liar.say(request, &PeerMessage::Grant { object, meta, granted }, 0);
+            liar.say(
+                request,
+                &PeerMessage::Grant { object, meta, granted, origin: hetmem_core::wire::Origin::HOST },
+                0,
+            );
         }),
         ("an answer to another question", 1000, |liar, request| {
             liar.say(request, &PeerMessage::Dropped { existed: true }, 0);
@@ -418,7 +427,11 @@ fn a_peer_that_lies_about_an_object_costs_an_error_and_no_memory() {
     let kind = lie(&scene, "wrong bytes", 1000, |liar, request| {
         let checksum = hetmem_core::Checksum::Xxh3Blocks(12345);
         let meta = ObjectMeta::bytes(1000).expect("a length").with_checksum(checksum);
-        liar.say(request, &PeerMessage::Data { object: object("liar"), meta }, 1000);
+        liar.say(
+            request,
+            &PeerMessage::Data { object: object("liar"), meta, origin: hetmem_core::wire::Origin::HOST },
+            1000,
+        );
         liar.send(&[1; 1000]);
     });
     assert_eq!(kind, Some(ErrorKind::Corrupt));

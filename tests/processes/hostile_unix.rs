@@ -278,6 +278,7 @@ fn clients_cannot_write_to_the_index_or_to_others_segments() {
         timeout_ms: 1000,
         keep: false,
         threshold_bytes: None,
+        tier: None,
     });
     let Ok(Answer { reply: ClientReply::Located(located), .. }) = located else { panic!("{located:?}") };
     for segment in [located.extent.segment, SegmentId(1)] {
@@ -334,9 +335,12 @@ impl Granted {
             meta: ObjectMeta::bytes(len).expect("a length"),
             hints: PutHints::default(),
             if_exists: IfExists::Keep,
+            writes: hetmem_core::Tier::Host,
         };
         let mut answer = self.ask(&message)?;
-        let ClientReply::Reserved { reservation, extent, map } = answer.reply else { panic!("{answer:?}") };
+        let ClientReply::Reserved { reservation, extent, map, .. } = answer.reply else {
+            panic!("{answer:?}")
+        };
         Ok((reservation, extent, answer.descriptors.pop().zip(map)))
     }
 
@@ -347,9 +351,12 @@ impl Granted {
             meta: ObjectMeta::bytes(bytes.len() as u64).expect("a length"),
             hints,
             if_exists: IfExists::Keep,
+            writes: hetmem_core::Tier::Host,
         };
         let mut answer = self.ask(&message).expect("room");
-        let ClientReply::Reserved { reservation, extent, map } = answer.reply else { panic!("{answer:?}") };
+        let ClientReply::Reserved { reservation, extent, map, .. } = answer.reply else {
+            panic!("{answer:?}")
+        };
         let (fd, len) = (answer.descriptors.pop().expect("granted"), map.expect("granted"));
         let mapping = Arc::new(WriteMapping::map(fd, len).expect("writable, for now"));
         mapping.fill(extent.offset, bytes).expect("inside");
@@ -479,6 +486,7 @@ fn whatever_a_client_writes_into_its_page_harms_nobody_else() {
         timeout_ms: 1000,
         keep: false,
         threshold_bytes: None,
+        tier: None,
     };
     let error = hostile.ask(&get).expect_err("no pin is left");
     assert_eq!(error.kind(), ErrorKind::Busy, "{error}");

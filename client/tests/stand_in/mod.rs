@@ -216,7 +216,8 @@ impl State {
         if self.grants && !self.mapped {
             fds.push(self.granted.descriptor().as_fd().try_clone_to_owned().expect("a descriptor"));
         }
-        let reply = ClientReply::Reserved { reservation, extent, map: self.grants.then_some(SEGMENT_LEN) };
+        let (tier, map) = (Tier::Host, self.grants.then_some(SEGMENT_LEN));
+        let reply = ClientReply::Reserved { reservation, extent, tier, map };
         (reply, fds)
     }
 
@@ -257,6 +258,7 @@ impl State {
             generation: held.generation,
             pin: page.pin_for_client(held.generation).expect("a pin"),
             path: Path::Read,
+            copied_from: None,
             carried: None,
         })
     }

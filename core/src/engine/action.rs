@@ -103,9 +103,9 @@ pub enum Action {
     /// End a session that broke the protocol.
     CloseClient { client: ClientId, why: StoreError },
 
-    /// Write these bytes at the extent's start.
+    /// Write these bytes at the extent's start. The extent is in host memory.
     Fill { extent: Extent, bytes: Bytes },
-    /// Copy between extents of equal length; `Input::CopyDone` follows.
+    /// Copy between extents of equal length, of whichever tiers; `Input::CopyDone` follows.
     Copy { generation: Generation, from: Extent, to: Extent },
     /// Show an object in the shared index.
     Publish { slot: SlotId, object: PublishedObject },
@@ -120,9 +120,9 @@ pub enum Action {
     /// Look at every live client's pins; `Input::PinScan` follows at once, before any other input.
     ScanPins,
 
-    /// Make a segment; `SegmentReady` or `SegmentFailed` follows.
-    CreateSegment { segment: SegmentId, len_bytes: u64, owner: Option<ClientId> },
-    /// No new writable mapping of a granted segment from now on.
+    /// Make a segment of a tier; `SegmentReady` or `SegmentFailed` follows.
+    CreateSegment { segment: SegmentId, tier: Tier, len_bytes: u64, owner: Option<ClientId> },
+    /// No new writable mapping of a granted segment from now on, where its tier has a way to see to that.
     CloseToWriters { segment: SegmentId },
     /// Deregister and release a segment. Nothing is in it.
     RetireSegment { segment: SegmentId, len_bytes: u64 },

@@ -16,7 +16,7 @@ use super::timer::{Time, Timer};
 use crate::alloc::PAGE_LEN;
 use crate::error::StoreError;
 use crate::receipt::Path;
-use crate::tier::{ClientId, Extent};
+use crate::tier::{ClientId, Extent, Tier};
 use crate::wire::{ClientReply, IfExists};
 
 /// The most objects that one chunk is good for, and the fewest places that a publication ring has.
@@ -132,12 +132,14 @@ impl Engine {
             return Err(StoreError::busy("ahead", "this client has not begun with what it was granted last"));
         }
         state.ahead.asked = true;
-        self.want_space(Purpose::Ahead { client, request, ring }, Owner::Client(client), len_bytes);
+        let purpose = Purpose::Ahead { client, request, ring };
+        self.want_space(purpose, Tier::Host, Owner::Client(client), len_bytes);
         Ok(None)
     }
 
     fn chunk_len(&self) -> u64 {
-        (self.space.capacity_bytes() / CHUNKS_MIN / PAGE_LEN * PAGE_LEN).clamp(CHUNK_LEN_MIN, CHUNK_LEN_MAX)
+        (self.space.capacity_bytes(Tier::Host) / CHUNKS_MIN / PAGE_LEN * PAGE_LEN)
+            .clamp(CHUNK_LEN_MIN, CHUNK_LEN_MAX)
     }
 
     /// How many objects a new chunk is good for.

@@ -22,7 +22,7 @@ use crate::error::StoreError;
 use crate::meta::ObjectMeta;
 use crate::receipt::{Carried, Moved, Path};
 use crate::tier::{Extent, Generation, LandingId, LinkId, ObjectId, Tier, TransferId};
-use crate::wire::{ClientReply, Granted, IfExists, PeerMessage, PutHints, Role};
+use crate::wire::{ClientReply, Granted, IfExists, Origin, PeerMessage, PutHints, Role};
 
 /// Clients that waited for a fetch, and replicas that were asked for.
 fn split(waiters: Vec<FetchWaiter>) -> (Vec<Caller>, Vec<ReplicaAsked>) {
@@ -69,7 +69,7 @@ impl Engine {
         link: LinkId,
         request: u64,
         id: FetchId,
-        (object, meta): (ObjectId, ObjectMeta),
+        (object, meta, origin): (ObjectId, ObjectMeta, Origin),
         Incoming { landing, start, len_bytes: payload_len }: Incoming,
     ) {
         if self.fetch_asked_at(id, request).is_none() {
@@ -92,7 +92,7 @@ impl Engine {
             ));
             return self.fetch_failed(id, &why);
         }
-        let source = Source { object, meta, bytes: Bytes::InAnswer { landing, start } };
+        let source = Source { object, meta, origin, bytes: Bytes::InAnswer { landing, start } };
         self.fetch_needs_room(id, link, source, payload_len);
     }
 
@@ -122,8 +122,7 @@ impl Engine {
         link: LinkId,
         request: u64,
         id: FetchId,
-        object: ObjectId,
-        meta: ObjectMeta,
+        (object, meta, origin): (ObjectId, ObjectMeta, Origin),
         granted: Granted,
     ) {
         let refused = match (self.fetch_asked_at(id, request), self.fetches.get(id)) {
@@ -133,7 +132,7 @@ impl Engine {
                     Ok(len_bytes) if len_bytes == granted.extent.len_bytes => {
                         let valid_until = at.after_ms(u64::from(granted.lease_ms) * 4 / 5);
                         let bytes = Bytes::Granted { granted, valid_until };
-                        let source = Source { object, meta, bytes };
+                        let source = Source { object, meta, origin, bytes };
                         return self.fetch_needs_room(id, link, source, len_bytes);
                     }
                     Ok(len_bytes) => Some(StoreError::protocol(format!(
@@ -159,9 +158,24 @@ impl Engine {
     pub(super) fn fetch_needs_room(&mut self, id: FetchId, link: LinkId, source: Source, len_bytes: u64) {
         if let Some(fetch) = self.fetches.get_mut(id) {
             fetch.stage = Stage::NeedsRoom { link, source };
+            fetch.origin = source.origin;
         }
         self.fetch_answered(id);
-        self.want_space(Purpose::Fetch { fetch: id }, Owner::Node, len_bytes);
+        let tier = self.fetch_tier(id, link);
+        self.want_space(Purpose::Fetch { fetch: id }, tier, Owner::Node, len_bytes);
+    }
+
+    /// Where the bytes of a fetch are to land: where the first who waits for them wants them, if its link reaches that.
+    fn fetch_tier(&self, id: FetchId, link: LinkId) -> Tier {
+        let wanted = self.fetches.get(id).and_then(|fetch| match &fetch.waiters.first()?.who {
+            FetchFor::Client(caller) => caller.tier.map(|hint| hint.tier),
+            FetchFor::Replica(_) => None,
+        });
+        let fabric = self.fabric_of(link);
+        let reached = |tier: &Tier| {
+            fabric.is_some_and(|fabric| fabric.tiers.contains(tier)) && self.space.has_tier(*tier)
+        };
+        wanted.filter(reached).unwrap_or(Tier::Host)
     }
 
     /// There is room for what a peer holds.
@@ -260,6 +274,7 @@ impl Engine {
             key: fetch.key.clone(),
             id: source.object,
             meta: source.meta,
+            tier: self.space.tier(extent.segment),
             extent,
             state: State::Filling,
             slot: None,
@@ -273,6 +288,7 @@ impl Engine {
             lasting: Vec::new(),
             leases: 0,
             sends: 0,
+            copies: 0,
             filling: true,
             staged_bytes: 0,
             path: Path::Read,
@@ -380,11 +396,13 @@ impl Engine {
     fn carried(&mut self, fetch: &Fetch, link: Option<LinkId>) -> Option<Box<Carried>> {
         let node = self.links.get(&link?)?.node?;
         let fabric = self.fabric_of(link?).map(|fabric| Arc::clone(&fabric.name));
+        let Moved { bytes, staged_bytes } = fetch.moved;
+        let staged_bytes = if fetch.origin.staged { bytes } else { staged_bytes };
         Some(Box::new(Carried {
             fabric: fabric.unwrap_or_default(),
             from: self.shared_name_of(node),
-            from_tier: Tier::Host,
-            moved: fetch.moved,
+            from_tier: fetch.origin.tier,
+            moved: Moved { staged_bytes, ..fetch.moved },
             round_trips: fetch.round_trips,
             threshold_bytes: fetch.inline_max,
         }))

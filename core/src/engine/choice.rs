@@ -6,7 +6,7 @@ use super::Engine;
 use super::timer::Time;
 use crate::fingerprint;
 use crate::key::Key;
-use crate::tier::{LinkId, NodeId};
+use crate::tier::{LinkId, NodeId, Tier};
 
 /// A new round trip moves the estimate by one part in so many.
 const SMOOTHING: u64 = 8;
@@ -68,13 +68,13 @@ impl Engine {
         ranked.into_iter().map(|(_, _, node)| node).collect()
     }
 
-    /// Bytes that this node has room for: free, or held by what may go. None if it cannot take another object.
+    /// Bytes that this node has room for in host memory: free, or held by what may go. None if it cannot take another object.
     pub(super) fn room_bytes(&self) -> u64 {
         if self.objects.is_full() && self.eviction.is_empty() {
             return 0;
         }
         // What is granted ahead is taken back where room is short.
-        let idle = self.space.free_bytes().saturating_add(self.ahead_bytes());
-        idle.saturating_add(self.eviction.bytes()).min(self.space.capacity_bytes())
+        let idle = self.space.free_bytes(Tier::Host).saturating_add(self.ahead_bytes());
+        idle.saturating_add(self.eviction.bytes(Tier::Host)).min(self.space.capacity_bytes(Tier::Host))
     }
 }

@@ -276,11 +276,11 @@ impl Engine {
             return Ok(());
         };
         match (pending, answer) {
-            (Pending::Get { fetch }, PeerMessage::Data { object, meta }) => {
-                self.fetch_data(link, request, fetch, (object, meta), payload);
+            (Pending::Get { fetch }, PeerMessage::Data { object, meta, origin }) => {
+                self.fetch_data(link, request, fetch, (object, meta, origin), payload);
             }
-            (Pending::Get { fetch }, PeerMessage::Grant { object, meta, granted }) => {
-                self.fetch_grant(link, request, fetch, object, meta, *granted);
+            (Pending::Get { fetch }, PeerMessage::Grant { object, meta, origin, granted }) => {
+                self.fetch_grant(link, request, fetch, (object, meta, origin), *granted);
             }
             (Pending::Abandoned, PeerMessage::Grant { granted, .. }) => {
                 self.tell_peer(link, PeerMessage::Release { lease: granted.lease });

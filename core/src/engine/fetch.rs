@@ -16,7 +16,7 @@ use crate::key::Key;
 use crate::meta::ObjectMeta;
 use crate::receipt::{Moved, Path};
 use crate::tier::{ClientId, Generation, LandingId, LinkId, NodeId, ObjectId, RemoteExtent, TransferId};
-use crate::wire::{Granted, Holder, PeerMessage, Range};
+use crate::wire::{Granted, Holder, Origin, PeerMessage, Range};
 
 /// How long a fetch waits for a link to a holder before it looks for another, in milliseconds.
 const DIAL_MS: u64 = 200;
@@ -94,6 +94,7 @@ pub(super) enum Stage {
 pub(super) struct Source {
     pub(super) object: ObjectId,
     pub(super) meta: ObjectMeta,
+    pub(super) origin: Origin,
     pub(super) bytes: Bytes,
 }
 
@@ -139,6 +140,8 @@ pub(super) struct Fetch {
     /// What the last read or landing brought, and by which way.
     pub(super) moved: Moved,
     pub(super) came_by: Path,
+    /// Where they came from at the peer.
+    pub(super) origin: Origin,
     /// Its question, if that is being timed.
     pub(super) timed: Option<Timed>,
 }
@@ -216,6 +219,7 @@ impl Engine {
             round_trips: 0,
             moved: Moved::default(),
             came_by: Path::Eager,
+            origin: Origin::HOST,
             timed: None,
         }));
         self.set_deadline(id, has_timer, deadline);

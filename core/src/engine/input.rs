@@ -8,7 +8,7 @@ use crate::error::StoreError;
 use crate::key::Key;
 use crate::meta::ObjectMeta;
 use crate::receipt::Moved;
-use crate::tier::{ClientId, Generation, LandingId, LinkId, RemoteKey, SegmentId, SlotId, TransferId};
+use crate::tier::{ClientId, Generation, LandingId, LinkId, RemoteKey, SegmentId, SlotId, Tier, TransferId};
 use crate::wire::{Batch, ClientMessage, Member, PeerMessage, PutHints};
 
 /// Objects up to this many bytes come inside the answer, until something better is known (one more round
@@ -72,6 +72,22 @@ pub struct FabricUse {
     pub index_key: RemoteKey,
     /// How many extents one send of it may gather.
     pub gather_max: usize,
+    /// The GPU tiers whose segments it can be given as the target of reads. What is wanted in another one lands in host
+    /// memory, and is copied from there.
+    pub tiers: Vec<Tier>,
+}
+
+/// One GPU's memory, as far as the store may use it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GpuUse {
+    /// The N of its tier, `gpu:N`.
+    pub ordinal: u16,
+    /// Bytes of the tier.
+    pub capacity_bytes: u64,
+    /// The most bytes of it in segments granted to one client.
+    pub client_quota_bytes: u64,
+    /// What the length of a segment is a multiple of, in bytes: the driver's granularity.
+    pub granule_bytes: u64,
 }
 
 /// What an engine is told once.
@@ -86,6 +102,10 @@ pub struct EngineConfig {
     pub capacity_bytes: u64,
     /// The most bytes of it in segments granted to one client.
     pub client_quota_bytes: u64,
+    /// The GPU tiers, and, for whoever asks for one that is not among them, why there are no others.
+    pub gpus: Vec<GpuUse>,
+    /// As a sentence without a full stop.
+    pub why_no_gpu: Arc<str>,
     /// Slots of the shared index.
     pub objects_max: u32,
     /// The fabrics that this node has.

@@ -8,6 +8,7 @@ use bytes::Bytes;
 
 use super::action::{Action, Attachment, Event};
 use super::ahead::Ahead;
+use super::crossing::Reader;
 use super::fetch::{Scope, Want};
 use super::room::NewObject;
 use super::timer::{Time, Timer};
@@ -15,7 +16,7 @@ use super::{Engine, INLINE_PUT_MAX, State};
 use crate::error::StoreError;
 use crate::key::Key;
 use crate::receipt::{Carried, Path};
-use crate::tier::{ClientId, Extent, Generation, SegmentId, Tier};
+use crate::tier::{ClientId, Extent, Generation, SegmentId, Tier, TierHint};
 use crate::wire::{ClientMessage, ClientReply, KEYS_PER_MESSAGE_MAX, Located, Range, Role, negotiate};
 
 /// Retired segments that one answer names; more are named by the next.
@@ -28,13 +29,16 @@ const BATCHED_KEYS_MAX: usize = 64 * KEYS_PER_MESSAGE_MAX;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Caller {
     pub(super) client: ClientId,
-    request: u64,
-    item: Option<u32>,
+    pub(super) request: u64,
+    /// Which of many keys, if its request is for many.
+    pub(super) item: Option<u32>,
+    /// Where it wants bytes to be; none: where they are.
+    pub(super) tier: Option<TierHint>,
 }
 
 impl Caller {
     pub(super) const fn of(client: ClientId, request: u64) -> Self {
-        Self { client, request, item: None }
+        Self { client, request, item: None, tier: None }
     }
 
     pub(super) const fn is_one_of_many(self) -> bool {
@@ -77,7 +81,7 @@ impl Engine {
 
     /// Answers a request, or keeps the answer to one key until all of its request have one.
     pub(super) fn answer_caller(&mut self, caller: Caller, reply: Result<ClientReply, StoreError>) {
-        let Caller { client, request, item } = caller;
+        let Caller { client, request, item, .. } = caller;
         match (item, reply) {
             (None, reply) => self.reply(client, request, reply),
             (Some(item), Err(error)) => self.item_over(client, request, item, Err(error)),
@@ -119,6 +123,7 @@ impl Engine {
         self.forget_waits_of(client);
         self.ahead_of_gone(state.ahead);
         self.forget_awaiting_of(client);
+        self.crossings.forget(client);
         self.forget_deletes_of(client);
         for (request, many) in state.many {
             self.timers.unset(many.deadline, Timer::Many(client, request));
@@ -184,8 +189,9 @@ impl Engine {
                 let object = NewObject { key, meta, hints, if_exists };
                 return self.put(client, request, object, payload);
             }
-            ClientMessage::Reserve { key, meta, hints, if_exists } => {
-                return self.reserve(client, request, NewObject { key, meta, hints, if_exists });
+            ClientMessage::Reserve { key, meta, hints, if_exists, writes } => {
+                let object = NewObject { key, meta, hints, if_exists };
+                return self.reserve(client, request, object, writes);
             }
             ClientMessage::Mapped { segment } => self.mapped(client, segment)?,
             ClientMessage::Write { reservation, offset } => {
@@ -198,9 +204,9 @@ impl Engine {
                 self.reservation_of(client, reservation)?;
                 self.abort(reservation);
             }
-            ClientMessage::Get { key, range, timeout_ms, keep, threshold_bytes } => {
+            ClientMessage::Get { key, range, timeout_ms, keep, threshold_bytes, tier } => {
                 let want = Want::Object { keep: keep && range.is_none() };
-                let caller = Caller::of(client, request);
+                let caller = Caller { tier, ..Caller::of(client, request) };
                 self.get(caller, key, Scope { range, want, threshold_bytes }, timeout_ms);
                 return Ok(None);
             }
@@ -229,9 +235,9 @@ impl Engine {
             ClientMessage::Drain if request == 0 => return Ok(None),
             ClientMessage::Drain => {}
             ClientMessage::Status => return Ok(Some(ClientReply::Status(Box::new(self.status())))),
-            ClientMessage::GetMany { keys, timeout_ms, keep, threshold_bytes } => {
+            ClientMessage::GetMany { keys, timeout_ms, keep, threshold_bytes, tier } => {
                 let scope = Scope { range: None, want: Want::Object { keep }, threshold_bytes };
-                self.get_many(client, request, keys, scope, timeout_ms)?;
+                self.get_many(Caller { tier, ..Caller::of(client, request) }, keys, scope, timeout_ms)?;
                 return Ok(None);
             }
         }
@@ -275,12 +281,12 @@ impl Engine {
     /// Every key is a get of its own; only the answer is one.
     fn get_many(
         &mut self,
-        client: ClientId,
-        request: u64,
+        asked: Caller,
         keys: Vec<Key>,
         scope: Scope,
         timeout_ms: u64,
     ) -> Result<(), StoreError> {
+        let Caller { client, request, .. } = asked;
         let Some(state) = self.clients.get_mut(&client) else {
             return Ok(());
         };
@@ -302,7 +308,7 @@ impl Engine {
         self.timers.set(deadline, Timer::Many(client, request));
         self.out.reserve(keys.len());
         for (item, key) in (0..count).zip(keys) {
-            self.get(Caller { client, request, item: Some(item) }, key, scope, timeout_ms);
+            self.get(Caller { item: Some(item), ..asked }, key, scope, timeout_ms);
         }
         Ok(())
     }
@@ -320,7 +326,7 @@ impl Engine {
                         .check(key, object.meta.len_bytes)
                         .and_then(|()| object.extent.slice(range.start, range.len_bytes)),
                 };
-                self.eviction.touch(&generation);
+                self.eviction.touch(object.tier, generation);
                 match part {
                     Ok(extent) => self.locate(caller, generation, extent, (Path::Local, None)),
                     Err(error) => self.answer_caller(caller, Err(error)),
@@ -330,7 +336,7 @@ impl Engine {
                 let reply = ClientReply::Stat {
                     object: object.id,
                     meta: object.meta,
-                    tier: Some(Tier::Host),
+                    tier: Some(object.tier),
                     pinned: object.hints.pin,
                     holders: self.holder_names(key),
                 };
@@ -341,25 +347,62 @@ impl Engine {
         true
     }
 
-    /// Hands an object over, pinned for the client.
+    /// Hands a part of an object over where its reader wants it, pinned for the client.
     pub(super) fn locate(
         &mut self,
-        Caller { client, request, item }: Caller,
+        caller: Caller,
         generation: Generation,
-        extent: Extent,
-        (path, carried): (Path, Option<Box<Carried>>),
+        part: Extent,
+        how: (Path, Option<Box<Carried>>),
     ) {
         let Some(object) = self.objects.get(generation) else {
             return;
         };
+        let wanted = caller.tier.map_or(Ok(object.tier), |hint| self.tier_of(hint));
+        match wanted {
+            // No bytes are nowhere.
+            Ok(tier) if tier == object.tier || part.len_bytes == 0 => {
+                self.hand_out_part(caller, generation, part, how, None);
+            }
+            Ok(tier) => self.cross(Reader::Client { caller, how }, generation, part, tier),
+            Err(error) => self.answer_caller(caller, Err(error)),
+        }
+    }
+
+    /// Hands a whole object over, pinned for the client.
+    pub(super) fn hand_out(
+        &mut self,
+        caller: Caller,
+        generation: Generation,
+        how: (Path, Option<Box<Carried>>),
+        copied_from: Option<Tier>,
+    ) {
+        if let Some(extent) = self.objects.get(generation).map(|object| object.extent) {
+            self.hand_out_part(caller, generation, extent, how, copied_from);
+        }
+    }
+
+    fn hand_out_part(
+        &mut self,
+        Caller { client, request, item, .. }: Caller,
+        generation: Generation,
+        extent: Extent,
+        (path, carried): (Path, Option<Box<Carried>>),
+        copied_from: Option<Tier>,
+    ) {
+        let Some(object) = self.objects.get(generation) else {
+            return;
+        };
+        let path = if copied_from.is_some() && path == Path::Local { Path::LocalCopy } else { path };
         let located = Located {
             object: object.id,
             meta: object.meta,
             extent,
-            tier: Tier::Host,
+            tier: object.tier,
             generation,
             pin: 0,
             path,
+            copied_from,
             carried,
         };
         match item {
@@ -392,7 +435,8 @@ impl Engine {
             }
             state.mapped.insert(segment);
         }
-        let reply = Ok(ClientReply::Segment { len_bytes, tier: Tier::Host, retired });
+        let tier = self.space.tier(segment);
+        let reply = Ok(ClientReply::Segment { len_bytes, tier, retired });
         self.out.push(Action::Reply {
             client,
             request,

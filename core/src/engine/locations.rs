@@ -19,7 +19,7 @@ use crate::error::StoreError;
 use crate::key::Key;
 use crate::meta::ObjectMeta;
 use crate::tier::{Extent, Generation, LinkId, NodeId, ObjectId, RemoteExtent, TransferId};
-use crate::wire::{Granted, Range};
+use crate::wire::{Granted, Origin, Range};
 
 /// Keys whose place is remembered.
 const LOCATIONS_MAX: usize = 65_536;
@@ -32,6 +32,7 @@ pub(super) struct Location {
     node: NodeId,
     object: ObjectId,
     meta: ObjectMeta,
+    origin: Origin,
     /// Of the whole object, whatever range was granted.
     extent: RemoteExtent,
     /// What the word holds for as long as the extent is the object's. Never 0, which stands for none.
@@ -43,7 +44,7 @@ impl Location {
     /// The place of the whole object of which `range` was granted; none if there can be no such place.
     fn of_grant(
         (link, node): (LinkId, NodeId),
-        (object, meta): (ObjectId, ObjectMeta),
+        (object, meta, origin): (ObjectId, ObjectMeta, Origin),
         range: Option<Range>,
         granted: Granted,
     ) -> Option<Self> {
@@ -51,7 +52,8 @@ impl Location {
         offset.checked_add(meta.len_bytes)?;
         let extent = RemoteExtent { key: granted.extent.key, offset, len_bytes: meta.len_bytes };
         let Granted { generation, generation_at, .. } = granted;
-        (generation.0 != 0).then_some(Self { link, node, object, meta, extent, generation, generation_at })
+        let place = Self { link, node, object, meta, origin, extent, generation, generation_at };
+        (generation.0 != 0).then_some(place)
     }
 
     /// Where a part of the object is; none if the object as it is remembered has no such part.
@@ -164,7 +166,8 @@ impl Engine {
             fetch.inline_max = least;
         }
         let bytes = Bytes::Known { location, remote };
-        let source = Source { object: location.object, meta: location.meta, bytes };
+        let Location { object, meta, origin, .. } = location;
+        let source = Source { object, meta, origin, bytes };
         self.fetch_needs_room(id, location.link, source, remote.len_bytes);
         true
     }
@@ -251,8 +254,8 @@ impl Engine {
     ) -> Option<Location> {
         let node = self.links.get(&link)?.node?;
         let object = self.objects.get(generation)?;
-        let range = self.fetches.get(id)?.range;
-        Location::of_grant((link, node), (object.id, object.meta), range, granted)
+        let fetch = self.fetches.get(id)?;
+        Location::of_grant((link, node), (object.id, object.meta, fetch.origin), fetch.range, granted)
     }
 
     fn remember(&mut self, id: FetchId, location: Location) {
@@ -336,7 +339,7 @@ mod tests {
     fn location(link: u64, number: u64, range: Option<Range>, granted: Granted) -> Option<Location> {
         let object = ObjectId { origin: NodeId(1), epoch: Epoch(1), number };
         let meta = ObjectMeta::bytes(100).expect("a length");
-        Location::of_grant((LinkId(link), NodeId(1)), (object, meta), range, granted)
+        Location::of_grant((LinkId(link), NodeId(1)), (object, meta, Origin::HOST), range, granted)
     }
 
     #[test]

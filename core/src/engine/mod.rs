@@ -10,8 +10,10 @@ mod arrival;
 mod awaiting;
 mod choice;
 mod cluster;
+mod crossing;
 mod delete;
 mod directory;
+mod eviction;
 mod fetch;
 mod fetches;
 mod hints;
@@ -41,7 +43,7 @@ pub use action::{Action, Attachment, Event, Payload, PublishedObject};
 pub use ahead::AHEAD_OBJECTS_MAX;
 pub use directory::{Directory, Verdict};
 pub use input::{
-    EngineConfig, FabricId, FabricUse, Input, Pinned, PutAhead, ReadEnd, RingState, THRESHOLD_DEFAULT,
+    EngineConfig, FabricId, FabricUse, GpuUse, Input, Pinned, PutAhead, ReadEnd, RingState, THRESHOLD_DEFAULT,
 };
 pub use lifecycle::State;
 pub use paths::{THRESHOLD_MAX, THRESHOLD_MIN};
@@ -50,11 +52,12 @@ pub use timer::Time;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use crate::evict::S3Fifo;
 use crate::tier::{ClientId, Generation, LandingId, LeaseId, LinkId, NodeId, SegmentId, TransferId};
 use crate::wire::NodeStatus;
 use arrival::Part;
+use crossing::Crossings;
 use directory::Deleted;
+use eviction::Eviction;
 use fetch::FetchId;
 use fetches::Fetches;
 use hints::Hints;
@@ -89,14 +92,14 @@ pub struct Engine {
 
     objects: Objects,
     /// Objects that may go when room is needed, in the order in which they would.
-    eviction: S3Fifo<Generation>,
+    eviction: Eviction,
     space: Space,
     /// Requests that wait for room, oldest first.
     waiting_space: VecDeque<SpaceRequest>,
     /// Whether those are to be looked at once more before this pass ends.
     space_freed: bool,
     /// For whom nothing was found in this pass that might go.
-    nothing_evictable: Option<space::Owner>,
+    nothing_evictable: Option<(crate::Tier, space::Owner)>,
     /// Segments that a start-up still waits for.
     first_segments: BTreeSet<SegmentId>,
     first_failure: Option<crate::StoreError>,
@@ -108,6 +111,7 @@ pub struct Engine {
     /// Seals that wait for their bytes to be copied: who asked, and where the copy goes.
     pending_copies: BTreeMap<Generation, (ClientId, u64)>,
     copy_targets: BTreeMap<Generation, crate::Extent>,
+    crossings: Crossings,
     waiting_keys: BTreeMap<crate::Key, Vec<WaitingKey>>,
 
     leases: BTreeMap<LeaseId, Lease>,
@@ -164,8 +168,8 @@ impl Engine {
             timers: Timers::default(),
             counters: NodeStatus::default(),
             objects: Objects::new(config.objects_max),
-            eviction: S3Fifo::default(),
-            space: Space::new(config.capacity_bytes, config.client_quota_bytes),
+            eviction: Eviction::default(),
+            space: Space::new(config.capacity_bytes, config.client_quota_bytes, &config.gpus),
             waiting_space: VecDeque::new(),
             space_freed: false,
             nothing_evictable: None,
@@ -176,6 +180,7 @@ impl Engine {
             clients: BTreeMap::new(),
             pending_copies: BTreeMap::new(),
             copy_targets: BTreeMap::new(),
+            crossings: Crossings::default(),
             waiting_keys: BTreeMap::new(),
             leases: BTreeMap::new(),
             next_lease: 1,
@@ -244,6 +249,9 @@ impl Engine {
             Input::PinScan { pinned, touched } => self.pin_scan(&pinned, &touched),
             Input::SegmentReady { segment, keys } => self.segment_ready(segment, keys),
             Input::SegmentFailed { segment, why } => self.segment_failed(segment, &why),
+            Input::CopyDone { generation, result } if self.crossings.is_copying(generation) => {
+                self.crossed(generation, result);
+            }
             Input::CopyDone { generation, result } => self.copy_done(generation, result),
         }
         self.run_timers();
@@ -268,7 +276,8 @@ impl Engine {
     fn start(&mut self) {
         for (segment, len_bytes) in self.space.first_segments() {
             self.first_segments.insert(segment);
-            self.out.push(Action::CreateSegment { segment, len_bytes, owner: None });
+            let tier = self.space.tier(segment);
+            self.out.push(Action::CreateSegment { segment, tier, len_bytes, owner: None });
         }
         self.timers.set(self.now.after_ms(self.config.heartbeat_ms), Timer::Heartbeat);
         self.dial_list();

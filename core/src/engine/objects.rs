@@ -22,6 +22,8 @@ pub(super) struct Object {
     pub(super) id: ObjectId,
     pub(super) meta: ObjectMeta,
     pub(super) extent: Extent,
+    /// The tier of the extent's segment.
+    pub(super) tier: Tier,
     pub(super) state: State,
     pub(super) slot: Option<SlotId>,
     pub(super) hints: PutHints,
@@ -41,6 +43,8 @@ pub(super) struct Object {
     pub(super) lasting: Vec<(NodeId, Epoch)>,
     pub(super) leases: u32,
     pub(super) sends: u32,
+    /// Copies of it to other tiers that are under way, or wait for room there.
+    pub(super) copies: u32,
     /// A read, landing or copy into the extent is under way.
     pub(super) filling: bool,
     /// Bytes that came through a buffer that is neither source nor target, while it was put.
@@ -63,7 +67,7 @@ impl Object {
 
     /// Whether only pins can still hold it.
     pub(super) const fn only_pins_hold(&self) -> bool {
-        self.leases == 0 && self.sends == 0 && !self.filling
+        self.leases == 0 && self.sends == 0 && self.copies == 0 && !self.filling
     }
 
     pub(super) fn published(&self, generation: Generation) -> PublishedObject {
@@ -73,7 +77,7 @@ impl Object {
             meta: self.meta,
             generation,
             extent: self.extent,
-            tier: Tier::Host,
+            tier: self.tier,
         }
     }
 }

@@ -2,11 +2,12 @@
 //! itself (`fetch`). Invariant: while a lease lives, its object's extent is not freed.
 
 use super::Engine;
+use super::crossing::Reader;
 use super::timer::{Time, Timer};
 use crate::error::StoreError;
 use crate::key::Key;
-use crate::tier::{Generation, LeaseId, LinkId, RemoteExtent};
-use crate::wire::{Granted, PeerMessage, Range};
+use crate::tier::{Extent, Generation, LeaseId, LinkId, RemoteExtent, RemoteKey, SegmentId, SlotId, Tier};
+use crate::wire::{Granted, Origin, PeerMessage, Range};
 
 /// Leases that may be out at once: a bound on what peers can make this node keep.
 const LEASES_MAX: usize = 65_536;
@@ -33,8 +34,8 @@ impl Engine {
         let Some((generation, object)) = self.objects.sealed(key) else {
             return false;
         };
-        let (id, meta) = (object.id, object.meta);
-        self.eviction.touch(&generation);
+        let (tier, meta, slot) = (object.tier, object.meta, object.slot);
+        self.eviction.touch(tier, generation);
         let part = match range {
             None => Ok(object.extent),
             Some(range) => range
@@ -48,22 +49,72 @@ impl Engine {
                 return true;
             }
         };
-        if extent.len_bytes <= inline_max {
-            self.counters.served_eager += 1;
-            let message = PeerMessage::Data { object: id, meta };
-            let payload = (extent.len_bytes > 0).then_some((extent, generation));
-            self.note(link, request, message, payload);
+        if tier != Tier::Host && extent.len_bytes > 0 && self.key_for(link, extent.segment).is_none() {
+            let reader = Reader::Peer { link, request, inline_max };
+            self.cross(reader, generation, extent, Tier::Host);
             return true;
         }
-        let message = match self.grant(link, generation, extent) {
+        let origin = Origin { tier, staged: false };
+        self.serve(link, request, (generation, extent), (slot, origin), inline_max);
+        true
+    }
+
+    /// Answers GET with bytes that were copied for it out of an object of another tier.
+    pub(super) fn serve_copy(
+        &mut self,
+        link: LinkId,
+        request: u64,
+        copy: Generation,
+        (source, inline_max): (Generation, u64),
+    ) {
+        if !self.links.contains_key(&link) {
+            return;
+        }
+        let tier = self.objects.get(source).map_or(Tier::Host, |object| object.tier);
+        let Some(extent) = self.objects.get(copy).map(|object| object.extent) else {
+            return;
+        };
+        let origin = Origin { tier, staged: true };
+        self.serve(link, request, (copy, extent), (None, origin), inline_max);
+    }
+
+    pub(super) fn refuse_peer(&mut self, link: LinkId, request: u64, error: &StoreError) {
+        if self.links.contains_key(&link) {
+            self.answer_peer(link, request, PeerMessage::Failed { error: error.clone() });
+        }
+    }
+
+    fn serve(
+        &mut self,
+        link: LinkId,
+        request: u64,
+        (generation, extent): (Generation, Extent),
+        (slot, origin): (Option<SlotId>, Origin),
+        inline_max: u64,
+    ) {
+        let Some((object, meta)) = self.objects.get(generation).map(|object| (object.id, object.meta)) else {
+            return;
+        };
+        if extent.len_bytes <= inline_max {
+            self.counters.served_eager += 1;
+            let message = PeerMessage::Data { object, meta, origin };
+            let payload = (extent.len_bytes > 0).then_some((extent, generation));
+            return self.note(link, request, message, payload);
+        }
+        let message = match self.grant(link, generation, extent, slot) {
             Ok(granted) => {
                 self.counters.served_grants += 1;
-                PeerMessage::Grant { object: id, meta, granted: Box::new(granted) }
+                PeerMessage::Grant { object, meta, origin, granted: Box::new(granted) }
             }
             Err(error) => PeerMessage::Failed { error },
         };
         self.answer_peer(link, request, message);
-        true
+    }
+
+    /// What names a segment to the peer of a link.
+    fn key_for(&self, link: LinkId, segment: SegmentId) -> Option<RemoteKey> {
+        let fabric = self.links.get(&link).map(|link| link.fabric)?;
+        self.space.key(segment, fabric)
     }
 
     pub(super) fn send_done(&mut self, send: u64) {
@@ -79,16 +130,12 @@ impl Engine {
         &mut self,
         link: LinkId,
         generation: Generation,
-        extent: crate::Extent,
+        extent: Extent,
+        slot: Option<SlotId>,
     ) -> Result<Granted, StoreError> {
         let no_key = || StoreError::unavailable("a registration", "the object's segment is not registered");
-        let fabric = self.links.get(&link).map(|link| link.fabric).ok_or_else(no_key)?;
-        let key = self.space.key(extent.segment, fabric).ok_or_else(no_key)?;
-        let index = self.config.fabric(fabric).map(|fabric| fabric.index_key);
-        let slot = self.objects.get(generation).and_then(|object| object.slot);
-        let (Some(index), Some(slot)) = (index, slot) else {
-            return Err(no_key());
-        };
+        let key = self.key_for(link, extent.segment).ok_or_else(no_key)?;
+        let index = self.fabric_of(link).map(|fabric| fabric.index_key).ok_or_else(no_key)?;
         if self.leases.len() >= LEASES_MAX {
             return Err(StoreError::busy("get", format!("{LEASES_MAX} leases are out")));
         }
@@ -100,10 +147,12 @@ impl Engine {
         if let Some(object) = self.objects.get_mut(generation) {
             object.leases += 1;
         }
-        let word = self.config.generation_base + u64::from(slot.0) * self.config.generation_stride;
+        // What has no slot has no word: 0 stands for none, and its lease alone says how long it may be read.
+        let slot_at = slot.map_or(0, |slot| u64::from(slot.0) * self.config.generation_stride);
+        let word = self.config.generation_base + slot_at;
         Ok(Granted {
             extent: RemoteExtent { key, offset: extent.offset, len_bytes: extent.len_bytes },
-            generation,
+            generation: if slot.is_some() { generation } else { Generation(0) },
             generation_at: RemoteExtent { key: index, offset: word, len_bytes: GENERATION_LEN },
             lease,
             lease_ms: self.config.lease_ms,
@@ -144,7 +193,7 @@ impl Engine {
     }
 
     /// Somebody who held an object in place has gone: if it is draining, it may be free now.
-    fn reader_left(&mut self, generation: Generation) {
+    pub(super) fn reader_left(&mut self, generation: Generation) {
         if self.objects.is_draining(generation) {
             self.scan_wanted = true;
         }

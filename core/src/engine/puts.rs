@@ -13,8 +13,8 @@ use super::{Engine, INLINE_PUT_MAX, State};
 use crate::checksum::Checksum;
 use crate::error::StoreError;
 use crate::receipt::Path;
-use crate::tier::{ClientId, Extent, Generation, ObjectId, SegmentId, SlotId};
-use crate::wire::{ClientReply, IfExists, Role};
+use crate::tier::{ClientId, Extent, Generation, ObjectId, SegmentId, SlotId, Tier, TierHint};
+use crate::wire::{ClientReply, IfExists, PutHints, Role};
 
 /// An object that was there is the answer to a put.
 fn kept(object: ObjectId, slot: Option<SlotId>) -> ClientReply {
@@ -22,13 +22,21 @@ fn kept(object: ObjectId, slot: Option<SlotId>) -> ClientReply {
 }
 
 impl Engine {
+    /// Where an object is to be that its client writes in this tier.
+    fn final_tier(&self, hints: &PutHints, writes: Tier) -> Result<Tier, StoreError> {
+        hints.tier.map_or(Ok(writes), |hint| self.tier_of(hint))
+    }
+
     /// Checks a put, and answers at once if the object that is there is kept.
-    fn check_new(&self, object: &NewObject) -> Result<Option<ClientReply>, StoreError> {
+    fn check_new(&self, object: &NewObject, writes: Tier) -> Result<Option<ClientReply>, StoreError> {
         object.meta.check()?;
         object.hints.check(&object.key)?;
-        if object.meta.len_bytes > self.space.capacity_bytes() {
-            let operation = format!("put {:?}", object.key);
-            let limit = self.space.capacity_bytes();
+        let tier = self.final_tier(&object.hints, writes)?;
+        let or_host = object.hints.tier.is_some_and(|hint| hint.or_host);
+        let host = if or_host { self.space.capacity_bytes(Tier::Host) } else { 0 };
+        let limit = self.space.capacity_bytes(tier).max(host);
+        if object.meta.len_bytes > limit {
+            let operation = format!("put {:?} in {tier}", object.key);
             return Err(StoreError::too_large(
                 operation,
                 "object length in bytes",
@@ -71,11 +79,12 @@ impl Engine {
                 limit,
             ));
         }
-        if let Some(kept) = self.check_new(&object)? {
+        if let Some(kept) = self.check_new(&object, Tier::Host)? {
             self.answer_put(client, request, &object.key, object.hints.replicas, Ok(kept));
             return Ok(None);
         }
-        self.want_space(Purpose::Put { client, request, object, payload }, Owner::Node, len_bytes);
+        let purpose = Purpose::Put { client, request, object, payload };
+        self.want_space(purpose, Tier::Host, Owner::Node, len_bytes);
         Ok(None)
     }
 
@@ -95,7 +104,7 @@ impl Engine {
         if !payload.is_empty() {
             self.out.push(Action::Fill { extent, bytes: payload });
         }
-        self.seal(client, request, generation, checksum);
+        self.settle(client, request, generation, checksum);
     }
 
     pub(super) fn insert_new(
@@ -106,11 +115,13 @@ impl Engine {
         path: Path,
     ) -> Generation {
         let id = self.new_object_id();
+        let tier = self.space.tier(extent.segment);
         self.objects.insert(Object {
             key: new.key,
             id,
             meta: new.meta,
             extent,
+            tier,
             state: State::Reserved,
             slot: None,
             hints: new.hints,
@@ -123,6 +134,7 @@ impl Engine {
             lasting: Vec::new(),
             leases: 0,
             sends: 0,
+            copies: 0,
             filling: false,
             staged_bytes: 0,
             path,
@@ -139,13 +151,17 @@ impl Engine {
         client: ClientId,
         request: u64,
         object: NewObject,
+        writes: Tier,
     ) -> Result<Option<ClientReply>, StoreError> {
-        if let Some(kept) = self.check_new(&object)? {
+        if let Some(kept) = self.check_new(&object, writes)? {
             self.answer_put(client, request, &object.key, object.hints.replicas, Ok(kept));
             return Ok(None);
         }
+        let or_host = object.hints.tier.is_some_and(|hint| hint.or_host);
+        let tier = self.tier_of(TierHint { tier: writes, or_host })?;
         let len_bytes = object.meta.len_bytes;
-        self.want_space(Purpose::Reserve { client, request, object }, Owner::Client(client), len_bytes);
+        let purpose = Purpose::Reserve { client, request, object };
+        self.want_space(purpose, tier, Owner::Client(client), len_bytes);
         Ok(None)
     }
 
@@ -171,7 +187,8 @@ impl Engine {
             attachment = Some(Attachment::Segment(extent.segment));
         }
         let map = if in_place { self.space.len_bytes(extent.segment) } else { None };
-        let reply = Ok(ClientReply::Reserved { reservation, extent, map });
+        let tier = self.space.tier(extent.segment);
+        let reply = Ok(ClientReply::Reserved { reservation, extent, tier, map });
         self.out.push(Action::Reply { client, request, reply, attachment });
     }
 
@@ -235,23 +252,60 @@ impl Engine {
                 format!("segment {} was granted but never acknowledged as mapped", object.extent.segment),
             ));
         }
-        let (copy, len_bytes) = (object.hints.seal_copy && object.in_place, object.extent.len_bytes);
         if let Some(state) = self.clients.get_mut(&client) {
             state.reservations.remove(&reservation);
         }
-        if !copy {
-            self.seal(client, request, reservation, checksum);
-            return Ok(None);
+        self.settle(client, request, reservation, checksum);
+        Ok(None)
+    }
+
+    /// Seals an object whose bytes are there, and moves them first if they are to be elsewhere.
+    fn settle(&mut self, client: ClientId, request: u64, generation: Generation, checksum: Checksum) {
+        let Some(object) = self.objects.get(generation) else {
+            return;
+        };
+        // A tier that was there when the put began is there now.
+        let tier = self.final_tier(&object.hints, object.tier).unwrap_or(object.tier);
+        let moves = object.extent.len_bytes > 0 && tier != object.tier;
+        if !moves && !(object.hints.seal_copy && object.in_place) {
+            return self.seal(client, request, generation, checksum);
         }
-        if let Some(object) = self.objects.get_mut(reservation) {
-            object.state.advance(State::Filling, object.key.as_str())?;
+        let len_bytes = object.extent.len_bytes;
+        if let Some(object) = self.objects.get_mut(generation) {
+            if let Err(error) = object.state.advance(State::Filling, object.key.as_str()) {
+                return self.reply(client, request, Err(error));
+            }
             object.meta.checksum = checksum;
             object.filling = true;
             // The request number travels in the pending table: the copy outlives this call.
-            self.pending_copies.insert(reservation, (client, request));
+            self.pending_copies.insert(generation, (client, request));
         }
-        self.want_space(Purpose::SealCopy { generation: reservation }, Owner::Node, len_bytes);
-        Ok(None)
+        self.want_space(Purpose::SealCopy { generation }, tier, Owner::Node, len_bytes);
+    }
+
+    /// There is no room where an object is to be. Where it is written, or in host memory, it may stay if its producer
+    /// said so.
+    pub(super) fn seal_elsewhere(&mut self, generation: Generation, error: StoreError) {
+        let Some(object) = self.objects.get(generation) else {
+            return;
+        };
+        let or_host = object.hints.tier.is_some_and(|hint| hint.or_host);
+        let was_for_host = matches!(error, StoreError::NoSpace { tier: Tier::Host, .. });
+        if !or_host || was_for_host {
+            return self.seal_failed(generation, error);
+        }
+        if object.tier != Tier::Host || (object.hints.seal_copy && object.in_place) {
+            let len_bytes = object.extent.len_bytes;
+            return self.want_space(Purpose::SealCopy { generation }, Tier::Host, Owner::Node, len_bytes);
+        }
+        let Some((client, request)) = self.pending_copies.remove(&generation) else {
+            return;
+        };
+        let checksum = object.meta.checksum;
+        if let Some(object) = self.objects.get_mut(generation) {
+            object.filling = false;
+        }
+        self.seal(client, request, generation, checksum);
     }
 
     pub(super) fn seal_copy_into(&mut self, generation: Generation, to: Extent) {
@@ -280,6 +334,7 @@ impl Engine {
             return;
         };
         let from = std::mem::replace(&mut object.extent, to);
+        object.tier = self.space.tier(to.segment);
         object.filling = false;
         object.in_place = false;
         object.path = Path::Copied;
@@ -356,9 +411,10 @@ impl Engine {
         let (id, key, hints) = (object.id, object.key.clone(), object.hints);
         let (path, staged_bytes) = (object.path, object.staged_bytes);
         let (announced, role, len_bytes) = (object.announced(self.now), object.role, object.extent.len_bytes);
+        let tier = object.tier;
         self.out.push(Action::Publish { slot, object: object.published(generation) });
         if role == Role::Copy || hints.cache {
-            self.eviction.insert(generation, key.fingerprint(), len_bytes);
+            self.eviction.insert(tier, generation, key.fingerprint(), len_bytes);
         }
         if role == Role::Original {
             self.counters.puts += 1;

@@ -276,7 +276,7 @@ impl Engine {
         let holders: Vec<Holder> = holders.into_iter().filter(|holder| holder.node != own).collect();
         let under_way = self.fetches.replicas();
         let (key, len_bytes) = (asked.object.key.clone(), asked.object.len_bytes);
-        let capacity = self.space.capacity_bytes();
+        let capacity = self.space.capacity_bytes(Tier::Host);
         let refusal = if holders.is_empty() {
             Some(StoreError::not_found("replicate", &key))
         } else if len_bytes > capacity {
@@ -353,14 +353,15 @@ impl Engine {
             return;
         };
         let before = (object.role, object.replicas, object.hints.cache);
+        let tier = object.tier;
         if std::mem::take(&mut object.hints.cache) {
-            self.eviction.remove(&generation);
+            self.eviction.remove(tier, generation);
         }
         if object.role == Role::Copy {
             object.role = Role::Replica;
             object.lasting = Vec::new();
             object.expires = expires;
-            self.eviction.remove(&generation);
+            self.eviction.remove(tier, generation);
             self.counters.replicas += 1;
             if let Some(at) = expires {
                 self.timers.set(at, Timer::Ttl(generation));
@@ -450,8 +451,9 @@ impl Engine {
         object.lasting = lasting;
         if object.role == Role::Replica {
             object.role = Role::Copy;
-            let (announced, len_bytes) = (object.announced(self.now), object.extent.len_bytes);
-            self.eviction.insert(generation, key.fingerprint(), len_bytes);
+            let (announced, tier, len_bytes) =
+                (object.announced(self.now), object.tier, object.extent.len_bytes);
+            self.eviction.insert(tier, generation, key.fingerprint(), len_bytes);
             self.announce(announced);
         }
     }

@@ -4,6 +4,7 @@
 use bytes::Bytes;
 
 use super::action::{Action, Event};
+use super::crossing::CrossingId;
 use super::fetch::FetchId;
 use super::input::{FabricId, Pinned};
 use super::objects::Object;
@@ -22,7 +23,9 @@ const ROUNDS_MAX: u32 = 8;
 const WAIT_MS: u64 = 10_000;
 /// The first segment granted to a client, unless its object is longer.
 const FIRST_GRANT_LEN: u64 = 16 << 20;
-/// The same if it is only for objects that are put without asking.
+/// The same on a GPU, where another process pays for each segment that it imports.
+const FIRST_GPU_GRANT_LEN: u64 = 64 << 20;
+/// The same in host memory if it is only for objects that are put without asking.
 const AHEAD_GRANT_LEN: u64 = 2 << 20;
 /// How soon draining objects are looked at again, in milliseconds.
 pub(super) const DRAIN_MS: u64 = 50;
@@ -79,6 +82,10 @@ pub(super) enum Purpose {
     SealCopy {
         generation: Generation,
     },
+    /// What somebody wants in another tier.
+    Cross {
+        crossing: CrossingId,
+    },
     /// A chunk to publish objects in. Never worth what somebody has stored.
     Ahead {
         client: ClientId,
@@ -90,6 +97,7 @@ pub(super) enum Purpose {
 #[derive(Debug)]
 pub(super) struct SpaceRequest {
     pub(super) purpose: Purpose,
+    tier: Tier,
     pub(super) owner: Owner,
     pub(super) len_bytes: u64,
     deadline: Time,
@@ -102,6 +110,29 @@ pub(super) struct SpaceRequest {
     recalled: bool,
 }
 
+impl SpaceRequest {
+    /// Where there was no room: looks somewhere else from now on, if there is something else.
+    fn moves_on(&mut self) -> bool {
+        let or_host = match &self.purpose {
+            // It has nothing to lose: what is wanted elsewhere is copied there once it is here.
+            Purpose::Fetch { .. } => true,
+            Purpose::Reserve { object, .. } => object.hints.tier.is_some_and(|hint| hint.or_host),
+            _ => false,
+        };
+        match self.purpose {
+            Purpose::Ahead { .. } => false,
+            _ if self.tier != Tier::Host => {
+                if or_host {
+                    self.tier = Tier::Host;
+                }
+                or_host
+            }
+            // What does not fit into memory granted to the client may fit into the node's own.
+            _ => std::mem::replace(&mut self.owner, Owner::Node) != Owner::Node,
+        }
+    }
+}
+
 enum Outcome {
     Found(Extent),
     Wait,
@@ -110,10 +141,11 @@ enum Outcome {
 
 impl Engine {
     /// Finds an extent now or later; `space_found` or `space_missing` goes on from there.
-    pub(super) fn want_space(&mut self, purpose: Purpose, owner: Owner, len_bytes: u64) {
+    pub(super) fn want_space(&mut self, purpose: Purpose, tier: Tier, owner: Owner, len_bytes: u64) {
         let deadline = self.now.after_ms(WAIT_MS);
         let request = SpaceRequest {
             purpose,
+            tier,
             owner,
             len_bytes,
             deadline,
@@ -126,8 +158,12 @@ impl Engine {
     }
 
     fn try_space(&mut self, mut request: SpaceRequest) {
-        if matches!(request.purpose, Purpose::Fetch { fetch } if !self.fetches.contains(fetch)) {
-            // Nobody waits for it any more.
+        let wanted = match request.purpose {
+            Purpose::Fetch { fetch } => self.fetches.contains(fetch),
+            Purpose::Cross { crossing } => self.is_crossing_wanted(crossing),
+            _ => true,
+        };
+        if !wanted {
             return;
         }
         loop {
@@ -138,11 +174,7 @@ impl Engine {
                     self.waiting_space.push_back(request);
                     return;
                 }
-                // What does not fit into memory granted to the client may fit into the node's own.
-                Outcome::NoSpace
-                    if request.owner != Owner::Node && !matches!(request.purpose, Purpose::Ahead { .. }) =>
-                {
-                    request.owner = Owner::Node;
+                Outcome::NoSpace if request.moves_on() => {
                     request.rounds = 0;
                     request.may_grow = true;
                 }
@@ -155,16 +187,17 @@ impl Engine {
     }
 
     fn look_for_space(&mut self, request: &mut SpaceRequest) -> Outcome {
-        let (owner, len_bytes) = (request.owner, request.len_bytes);
-        if let Some(extent) = self.space.allocate(owner, len_bytes) {
+        let (tier, owner, len_bytes) = (request.tier, request.owner, request.len_bytes);
+        if let Some(extent) = self.space.allocate(tier, owner, len_bytes) {
             return Outcome::Found(extent);
         }
-        let first_len = match request.purpose {
-            Purpose::Ahead { .. } => AHEAD_GRANT_LEN,
-            _ => FIRST_GRANT_LEN,
+        let first_len = match (&request.purpose, tier) {
+            (Purpose::Ahead { .. }, _) => AHEAD_GRANT_LEN,
+            (_, Tier::Host) => FIRST_GRANT_LEN,
+            (_, Tier::Gpu(_)) => FIRST_GPU_GRANT_LEN,
         };
         let growth =
-            if request.may_grow { self.space.grow(owner, len_bytes, first_len) } else { Growth::None };
+            if request.may_grow { self.space.grow(tier, owner, len_bytes, first_len) } else { Growth::None };
         match growth {
             Growth::Create { retire, segment, len_bytes } => {
                 for (segment, len_bytes) in retire {
@@ -174,7 +207,7 @@ impl Engine {
                     Owner::Client(client) => Some(client),
                     Owner::Node | Owner::Left(_) => None,
                 };
-                self.out.push(Action::CreateSegment { segment, len_bytes, owner: client });
+                self.out.push(Action::CreateSegment { segment, tier, len_bytes, owner: client });
                 return Outcome::Wait;
             }
             Growth::UnderWay => return Outcome::Wait,
@@ -188,11 +221,11 @@ impl Engine {
             self.scan_wanted = true;
             return Outcome::Wait;
         }
-        if !request.recalled && self.recall_ahead() {
+        if tier == Tier::Host && !request.recalled && self.recall_ahead() {
             request.recalled = true;
             return Outcome::Wait;
         }
-        if request.rounds < ROUNDS_MAX && self.evict(owner, len_bytes) {
+        if request.rounds < ROUNDS_MAX && self.evict(tier, owner, len_bytes) {
             request.rounds += 1;
             request.scanned = true;
             return Outcome::Wait;
@@ -207,45 +240,53 @@ impl Engine {
                 Some(fetch) => format!("get {:?}", fetch.key),
                 None => "get".to_owned(),
             },
-            Purpose::SealCopy { .. } => "seal".to_owned(),
+            Purpose::SealCopy { generation } => match self.objects.get(*generation) {
+                Some(object) => format!("put {:?}", object.key),
+                None => "seal".to_owned(),
+            },
+            Purpose::Cross { crossing } => match self.key_of_crossing(*crossing) {
+                Some(key) => format!("get {key:?}"),
+                None => "get".to_owned(),
+            },
             Purpose::Ahead { .. } => "ahead".to_owned(),
         };
         StoreError::NoSpace {
             operation: operation.into(),
-            tier: Tier::Host,
+            tier: request.tier,
             requested: request.len_bytes,
-            free: self.space.free_bytes(),
+            free: self.space.free_bytes(request.tier),
         }
     }
 
     /// Withdraws objects that may go, if together they can make the room that is wanted. True if any went.
-    fn evict(&mut self, owner: Owner, len_bytes: u64) -> bool {
-        let evictable = self.eviction.bytes();
+    fn evict(&mut self, tier: Tier, owner: Owner, len_bytes: u64) -> bool {
+        let evictable = self.eviction.bytes(tier);
         // A put that cannot succeed must not cost anything that was stored.
-        if evictable == 0 || self.space.free_bytes().saturating_add(evictable) < len_bytes {
+        if evictable == 0 || self.space.free_bytes(tier).saturating_add(evictable) < len_bytes {
             return false;
         }
         // Thousands may want room in one pass; to ask every object about each of them would hold up everyone.
-        if self.nothing_evictable == Some(owner) {
+        if self.nothing_evictable == Some((tier, owner)) {
             return false;
         }
-        let found = self.evict_where(len_bytes, |object, space| {
+        let found = self.evict_where(tier, len_bytes, |object, space| {
             space.owner(object.extent.segment).is_some_and(|of| of == owner || of == Owner::Node)
         });
         if !found {
-            self.nothing_evictable = Some(owner);
+            self.nothing_evictable = Some((tier, owner));
         }
         found
     }
 
-    /// Withdraws one object that may go, for its slot in the index.
+    /// Withdraws one object that may go, for its slot in the index: of host memory first, of which there is more.
     pub(super) fn evict_for_slot(&mut self) {
-        self.evict_where(1, |_, _| true);
+        let tiers: Vec<Tier> = self.space.tiers().collect();
+        let _ = tiers.into_iter().any(|tier| self.evict_where(tier, 1, |_, _| true));
     }
 
-    fn evict_where(&mut self, len_bytes: u64, useful: impl Fn(&Object, &Space) -> bool) -> bool {
+    fn evict_where(&mut self, tier: Tier, len_bytes: u64, useful: impl Fn(&Object, &Space) -> bool) -> bool {
         let mut queue = std::mem::take(&mut self.eviction);
-        let victims = queue.victims(len_bytes, |generation| {
+        let victims = queue.victims(tier, len_bytes, |generation| {
             self.objects
                 .get(*generation)
                 .is_some_and(|object| self.may_evict(object) && useful(object, &self.space))
@@ -301,6 +342,7 @@ impl Engine {
             }
             Purpose::Fetch { fetch } => self.fetch_into(fetch, extent),
             Purpose::SealCopy { generation } => self.seal_copy_into(generation, extent),
+            Purpose::Cross { crossing } => self.cross_into(crossing, extent),
             Purpose::Ahead { client, request, ring } => self.ahead_into(client, request, ring, extent),
         }
     }
@@ -311,7 +353,8 @@ impl Engine {
                 self.reply(client, request, Err(error));
             }
             Purpose::Fetch { fetch } => self.fetch_failed(fetch, &error),
-            Purpose::SealCopy { generation } => self.seal_failed(generation, error),
+            Purpose::SealCopy { generation } => self.seal_elsewhere(generation, error),
+            Purpose::Cross { crossing } => self.cross_missing(crossing, &error),
             Purpose::Ahead { client, request, .. } => self.ahead_refused(client, request, error),
         }
     }
@@ -322,7 +365,7 @@ impl Engine {
             Purpose::Put { client, .. } | Purpose::Reserve { client, .. } | Purpose::Ahead { client, .. } => {
                 client != gone
             }
-            Purpose::Fetch { .. } | Purpose::SealCopy { .. } => true,
+            Purpose::Fetch { .. } | Purpose::SealCopy { .. } | Purpose::Cross { .. } => true,
         });
     }
 
@@ -351,9 +394,9 @@ impl Engine {
     }
 
     pub(super) fn segment_failed(&mut self, segment: SegmentId, why: &StoreError) {
-        let owner = self.space.failed(segment);
+        let of = self.space.failed(segment);
         for request in &mut self.waiting_space {
-            request.may_grow &= Some(request.owner) != owner;
+            request.may_grow &= Some((request.tier, request.owner)) != of;
         }
         if self.first_segments.remove(&segment) {
             self.first_failure = Some(why.clone());
@@ -403,13 +446,13 @@ impl Engine {
         let Some(object) = self.objects.get(generation) else {
             return false;
         };
-        let was_sealed = object.state == State::Sealed;
+        let (was_sealed, tier) = (object.state == State::Sealed, object.tier);
         let announced = object.announced(self.now);
         if let Some(slot) = self.objects.drain(generation, self.now) {
             self.out.push(Action::Withdraw { slot });
         }
         if was_sealed {
-            self.eviction.remove(&generation);
+            self.eviction.remove(tier, generation);
             self.withdraw_from_directory(announced);
         }
         self.timers.set(self.now.after_ms(DRAIN_MS), Timer::Drain);
@@ -426,8 +469,10 @@ impl Engine {
     /// Frees what nobody reads any more. `pinned` was taken after the last withdrawal.
     pub(super) fn pin_scan(&mut self, pinned: &Pinned, touched: &[SlotId]) {
         for slot in touched {
-            if let Some(generation) = self.objects.generation_of_slot(*slot) {
-                self.eviction.touch(&generation);
+            if let Some(generation) = self.objects.generation_of_slot(*slot)
+                && let Some(object) = self.objects.get(generation)
+            {
+                self.eviction.touch(object.tier, generation);
             }
         }
         let mut pinned = pinned.rising();

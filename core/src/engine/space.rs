@@ -1,18 +1,20 @@
-//! The books of the host tier: segments, who may write to them, and the extents in them. Not the memory.
-//! Invariant: unassigned bytes and all segments together are the capacity; a segment that a client can write to
-//! holds only extents of that client, until its process is gone.
+//! The books of the tiers: segments, who may write to them, and the extents in them. Not the memory.
+//! Invariant: unassigned bytes of a tier and all its segments together are its capacity; a segment that a client can
+//! write to holds only extents of that client, until its process is gone.
 
 use std::collections::BTreeMap;
 
-use super::input::FabricId;
-use crate::alloc::Arena;
+use super::input::{FabricId, GpuUse};
+use crate::alloc::{Arena, PAGE_LEN};
 use crate::error::StoreError;
-use crate::tier::{ClientId, Extent, RemoteKey, SegmentId};
+use crate::tier::{ClientId, Extent, RemoteKey, SegmentId, Tier};
 
 /// Extents start at multiples of this, so that any element type and any vector load is aligned.
 pub(super) const ALIGN: u64 = 64;
 /// Segments of the node's own are at most this long: importers and NICs take segments as a whole.
 const SEGMENT_LEN_MAX: u64 = 4 << 30;
+/// On a GPU they are at least this long: what another process imports costs it by the piece.
+const GPU_SEGMENT_LEN_MIN: u64 = 256 << 20;
 
 /// Who may write to a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +27,7 @@ pub(super) enum Owner {
 
 #[derive(Debug)]
 struct SegmentBooks {
+    tier: Tier,
     len_bytes: u64,
     owner: Owner,
     /// `None` until the segment is there.
@@ -46,43 +49,82 @@ pub(super) enum Growth {
     None,
 }
 
+/// One tier as a whole.
 #[derive(Debug)]
-pub(super) struct Space {
+struct Pool {
     capacity_bytes: u64,
     client_quota_bytes: u64,
     unassigned_bytes: u64,
     granule: u64,
+    /// How long a segment of the node's own is.
+    own_len: u64,
+}
+
+impl Pool {
+    fn host(capacity_bytes: u64, client_quota_bytes: u64) -> Self {
+        let granule = if capacity_bytes >= 32 << 20 { 2 << 20 } else { 64 << 10 };
+        let capacity_bytes = capacity_bytes / granule * granule;
+        let own_len = (capacity_bytes / 8 / granule * granule).clamp(granule, SEGMENT_LEN_MAX);
+        Self::new(capacity_bytes, client_quota_bytes, granule, own_len)
+    }
+
+    fn gpu(gpu: &GpuUse) -> Self {
+        let granule = gpu.granule_bytes.max(PAGE_LEN);
+        let capacity_bytes = gpu.capacity_bytes / granule * granule;
+        let eighth = (capacity_bytes / 8).clamp(GPU_SEGMENT_LEN_MIN, SEGMENT_LEN_MAX);
+        let own_len = (eighth.min(capacity_bytes) / granule * granule).max(granule);
+        Self::new(capacity_bytes, gpu.client_quota_bytes, granule, own_len)
+    }
+
+    fn new(capacity_bytes: u64, client_quota_bytes: u64, granule: u64, own_len: u64) -> Self {
+        let client_quota_bytes = client_quota_bytes.min(capacity_bytes);
+        Self { capacity_bytes, client_quota_bytes, unassigned_bytes: capacity_bytes, granule, own_len }
+    }
+
+    fn round(&self, len_bytes: u64) -> u64 {
+        len_bytes.max(1).div_ceil(self.granule).saturating_mul(self.granule)
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Space {
+    pools: BTreeMap<Tier, Pool>,
     next_segment: u32,
     segments: BTreeMap<SegmentId, SegmentBooks>,
 }
 
 impl Space {
-    pub(super) fn new(capacity_bytes: u64, client_quota_bytes: u64) -> Self {
-        let granule = if capacity_bytes >= 32 << 20 { 2 << 20 } else { 64 << 10 };
-        let capacity_bytes = capacity_bytes / granule * granule;
+    pub(super) fn new(capacity_bytes: u64, client_quota_bytes: u64, gpus: &[GpuUse]) -> Self {
+        let host = (Tier::Host, Pool::host(capacity_bytes, client_quota_bytes));
+        let gpus = gpus.iter().map(|gpu| (Tier::Gpu(gpu.ordinal), Pool::gpu(gpu)));
         Self {
-            capacity_bytes,
-            client_quota_bytes: client_quota_bytes.min(capacity_bytes),
-            unassigned_bytes: capacity_bytes,
-            granule,
+            pools: std::iter::once(host).chain(gpus).collect(),
             next_segment: 1,
             segments: BTreeMap::new(),
         }
     }
 
-    fn round(&self, len_bytes: u64) -> u64 {
-        len_bytes.max(1).div_ceil(self.granule) * self.granule
+    /// The tiers of this node, host first.
+    pub(super) fn tiers(&self) -> impl Iterator<Item = Tier> + '_ {
+        self.pools.keys().copied()
     }
 
-    fn own_len(&self) -> u64 {
-        (self.capacity_bytes / 8 / self.granule * self.granule).clamp(self.granule, SEGMENT_LEN_MAX)
+    pub(super) fn has_tier(&self, tier: Tier) -> bool {
+        self.pools.contains_key(&tier)
     }
 
-    fn new_segment(&mut self, len_bytes: u64, owner: Owner) -> SegmentId {
+    fn segments_of(&self, tier: Tier) -> impl Iterator<Item = &SegmentBooks> {
+        self.segments.values().filter(move |books| books.tier == tier)
+    }
+
+    fn new_segment(&mut self, tier: Tier, len_bytes: u64, owner: Owner) -> SegmentId {
         let segment = SegmentId(self.next_segment);
         self.next_segment += 1;
-        self.unassigned_bytes -= len_bytes;
+        if let Some(pool) = self.pools.get_mut(&tier) {
+            pool.unassigned_bytes = pool.unassigned_bytes.saturating_sub(len_bytes);
+        }
         let books = SegmentBooks {
+            tier,
             len_bytes,
             owner,
             arena: None,
@@ -94,12 +136,16 @@ impl Space {
         segment
     }
 
-    /// The node's own segments at start: half of the tier; the rest is for grants and for what turns up.
+    /// The node's own segments at start: half of the host tier; the rest is for grants and for what turns up. None on a
+    /// GPU: its memory is the training job's, and is taken when objects come to it.
     pub(super) fn first_segments(&mut self) -> Vec<(SegmentId, u64)> {
-        let len_bytes = self.own_len();
         let mut made = Vec::new();
-        while self.unassigned_bytes >= len_bytes && self.unassigned_bytes * 2 > self.capacity_bytes {
-            made.push((self.new_segment(len_bytes, Owner::Node), len_bytes));
+        while let Some(pool) = self.pools.get(&Tier::Host)
+            && pool.unassigned_bytes >= pool.own_len
+            && pool.unassigned_bytes.saturating_mul(2) > pool.capacity_bytes
+        {
+            let len_bytes = pool.own_len;
+            made.push((self.new_segment(Tier::Host, len_bytes, Owner::Node), len_bytes));
         }
         made
     }
@@ -115,15 +161,24 @@ impl Space {
 
     /// A segment could not be made. Whoever makes segments keeps its bytes for a later attempt. Returns for whom it
     /// was.
-    pub(super) fn failed(&mut self, segment: SegmentId) -> Option<Owner> {
+    pub(super) fn failed(&mut self, segment: SegmentId) -> Option<(Tier, Owner)> {
         let books = self.segments.remove(&segment)?;
-        self.unassigned_bytes += books.len_bytes;
-        Some(books.owner)
+        self.give_back(books.tier, books.len_bytes);
+        Some((books.tier, books.owner))
+    }
+
+    fn give_back(&mut self, tier: Tier, len_bytes: u64) {
+        if let Some(pool) = self.pools.get_mut(&tier) {
+            pool.unassigned_bytes += len_bytes;
+        }
     }
 
     /// An extent in a segment of this owner, if one has room.
-    pub(super) fn allocate(&mut self, owner: Owner, len_bytes: u64) -> Option<Extent> {
-        let usable = self.segments.iter_mut().filter(|(_, books)| books.owner == owner && !books.returned);
+    pub(super) fn allocate(&mut self, tier: Tier, owner: Owner, len_bytes: u64) -> Option<Extent> {
+        let usable = self
+            .segments
+            .iter_mut()
+            .filter(|(_, books)| books.tier == tier && books.owner == owner && !books.returned);
         for (&segment, books) in usable {
             if let Some(arena) = &mut books.arena
                 && let Some(offset) = arena.allocate(len_bytes.max(1))
@@ -159,27 +214,29 @@ impl Space {
     }
 
     /// `first_len`: the shortest segment that is granted to a client, in bytes, where it may have that much.
-    pub(super) fn grow(&mut self, owner: Owner, len_bytes: u64, first_len: u64) -> Growth {
-        let least = self.round(len_bytes);
-        if least > self.capacity_bytes {
+    pub(super) fn grow(&mut self, tier: Tier, owner: Owner, len_bytes: u64, first_len: u64) -> Growth {
+        let Some(pool) = self.pools.get(&tier) else {
+            return Growth::None;
+        };
+        let (least, granule) = (pool.round(len_bytes), pool.granule);
+        if least > pool.capacity_bytes {
             return Growth::None;
         }
         let under_way = self
-            .segments
-            .values()
+            .segments_of(tier)
             .any(|books| books.owner == owner && books.arena.is_none() && books.len_bytes >= least);
         if under_way {
             return Growth::UnderWay;
         }
-        let Some(wanted) = self.wanted_len(owner, least, first_len) else {
+        let Some(wanted) = self.wanted_len(tier, pool, owner, least, first_len) else {
             return Growth::None;
         };
         let mut retire = Vec::new();
-        let mut free = self.unassigned_bytes;
+        let mut free = pool.unassigned_bytes;
         // The node's own empty segments go first, then those of clients that keep nothing in them: they get others when
         // they need them, and what they still map is never handed out again.
         for owned in [true, false] {
-            for (&segment, books) in &self.segments {
+            for (&segment, books) in self.segments.iter().filter(|(_, books)| books.tier == tier) {
                 if free >= least {
                     break;
                 }
@@ -201,33 +258,30 @@ impl Space {
         for (segment, _) in &retire {
             self.retire(*segment);
         }
-        let len_bytes = wanted.min(free / self.granule * self.granule);
-        let segment = self.new_segment(len_bytes, owner);
+        let len_bytes = wanted.min(free / granule * granule);
+        let segment = self.new_segment(tier, len_bytes, owner);
         Growth::Create { retire, segment, len_bytes }
     }
 
     /// How long a new segment should be, at least `least`; none if the owner may not have that much.
-    fn wanted_len(&self, owner: Owner, least: u64, first_len: u64) -> Option<u64> {
+    fn wanted_len(&self, tier: Tier, pool: &Pool, owner: Owner, least: u64, first_len: u64) -> Option<u64> {
         let Owner::Client(client) = owner else {
-            return Some(least.max(self.own_len()));
+            return Some(least.max(pool.own_len));
         };
-        let granted = self.granted_to(client);
-        let left = self.client_quota_bytes.saturating_sub(granted) / self.granule * self.granule;
+        let granted = self.granted_to(tier, client);
+        let left = pool.client_quota_bytes.saturating_sub(granted) / pool.granule * pool.granule;
         if left < least {
             return None;
         }
         // Doubling what a client has keeps the number of descriptors small without taking the tier at once.
-        let wanted = granted.max(self.round(first_len)).min(self.own_len());
+        let wanted = granted.max(pool.round(first_len)).min(pool.own_len);
         Some(wanted.max(least).min(left))
     }
 
-    fn granted_to(&self, client: ClientId) -> u64 {
+    fn granted_to(&self, tier: Tier, client: ClientId) -> u64 {
         let owners = [Owner::Client(client), Owner::Left(client)];
-        self.segments
-            .values()
-            .filter(|books| owners.contains(&books.owner))
-            .map(|books| books.len_bytes)
-            .sum()
+        let granted = self.segments_of(tier).filter(|books| owners.contains(&books.owner));
+        granted.map(|books| books.len_bytes).sum()
     }
 
     /// Takes a segment out of the books; nothing is in it. Returns its length.
@@ -236,8 +290,8 @@ impl Space {
         if books.arena.as_ref().is_some_and(|arena| !arena.is_empty()) {
             return None;
         }
-        let len_bytes = self.segments.remove(&segment)?.len_bytes;
-        self.unassigned_bytes += len_bytes;
+        let SegmentBooks { tier, len_bytes, .. } = self.segments.remove(&segment)?;
+        self.give_back(tier, len_bytes);
         Some(len_bytes)
     }
 
@@ -290,6 +344,11 @@ impl Space {
         open
     }
 
+    /// The tier of a segment; host for one that is not in the books any more, in which nothing can be.
+    pub(super) fn tier(&self, segment: SegmentId) -> Tier {
+        self.segments.get(&segment).map_or(Tier::Host, |books| books.tier)
+    }
+
     pub(super) fn owner(&self, segment: SegmentId) -> Option<Owner> {
         self.segments.get(&segment).map(|books| books.owner)
     }
@@ -314,31 +373,33 @@ impl Space {
         books.keys.iter().find(|(id, _)| *id == fabric).map(|(_, key)| *key)
     }
 
-    pub(super) const fn capacity_bytes(&self) -> u64 {
-        self.capacity_bytes
+    pub(super) fn capacity_bytes(&self, tier: Tier) -> u64 {
+        self.pools.get(&tier).map_or(0, |pool| pool.capacity_bytes)
     }
 
-    pub(super) fn used_bytes(&self) -> u64 {
-        self.segments.values().filter_map(|books| books.arena.as_ref()).map(Arena::used_bytes).sum()
+    pub(super) fn used_bytes(&self, tier: Tier) -> u64 {
+        self.segments_of(tier).filter_map(|books| books.arena.as_ref()).map(Arena::used_bytes).sum()
     }
 
-    pub(super) fn free_bytes(&self) -> u64 {
-        self.capacity_bytes.saturating_sub(self.used_bytes())
+    pub(super) fn free_bytes(&self, tier: Tier) -> u64 {
+        self.capacity_bytes(tier).saturating_sub(self.used_bytes(tier))
     }
 
-    pub(super) fn granted_bytes(&self) -> u64 {
-        self.segments.values().filter(|books| books.owner != Owner::Node).map(|books| books.len_bytes).sum()
+    pub(super) fn granted_bytes(&self, tier: Tier) -> u64 {
+        let granted = self.segments_of(tier).filter(|books| books.owner != Owner::Node);
+        granted.map(|books| books.len_bytes).sum()
     }
 
-    pub(super) fn segment_count(&self) -> usize {
-        self.segments.len()
+    pub(super) fn segment_count(&self, tier: Tier) -> usize {
+        self.segments_of(tier).count()
     }
 
     /// One minus the largest piece that can be had at once over all free bytes, in percent.
-    pub(super) fn fragmentation_percent(&self) -> u32 {
-        let arenas = self.segments.values().filter_map(|books| books.arena.as_ref());
-        let largest = arenas.map(Arena::largest_free_bytes).max().unwrap_or(0).max(self.unassigned_bytes);
-        let free = self.free_bytes().max(1);
+    pub(super) fn fragmentation_percent(&self, tier: Tier) -> u32 {
+        let arenas = self.segments_of(tier).filter_map(|books| books.arena.as_ref());
+        let unassigned = self.pools.get(&tier).map_or(0, |pool| pool.unassigned_bytes);
+        let largest = arenas.map(Arena::largest_free_bytes).max().unwrap_or(0).max(unassigned);
+        let free = self.free_bytes(tier).max(1);
         let percent = 100 - (u128::from(largest.min(free)) * 100 / u128::from(free));
         u32::try_from(percent).unwrap_or(100)
     }

@@ -14,15 +14,19 @@ impl Engine {
     #[must_use]
     pub fn status(&self) -> Status {
         let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
-        let host = TierStatus {
-            tier: Tier::Host,
-            capacity_bytes: self.space.capacity_bytes(),
-            used_bytes: self.space.used_bytes().saturating_sub(self.ahead_bytes()),
-            ahead_bytes: self.ahead_bytes(),
-            granted_bytes: self.space.granted_bytes(),
-            segments: count(self.space.segment_count()),
-            fragmentation_percent: self.space.fragmentation_percent(),
-            pages: String::new(),
+        let tier = |tier: Tier| {
+            // Only host memory is granted ahead.
+            let ahead_bytes = if tier == Tier::Host { self.ahead_bytes() } else { 0 };
+            TierStatus {
+                tier,
+                capacity_bytes: self.space.capacity_bytes(tier),
+                used_bytes: self.space.used_bytes(tier).saturating_sub(ahead_bytes),
+                ahead_bytes,
+                granted_bytes: self.space.granted_bytes(tier),
+                segments: count(self.space.segment_count(tier)),
+                fragmentation_percent: self.space.fragmentation_percent(tier),
+                pages: String::new(),
+            }
         };
         let peer = |peer: &super::Peer| {
             let [answers, places] = self.thresholds_in_words(peer.member.node);
@@ -58,7 +62,7 @@ impl Engine {
             reservations: self.objects.unsealed_count() as u64,
             leases: self.leases.len() as u64,
             clients: count(self.clients.len()),
-            tiers: vec![host],
+            tiers: self.space.tiers().map(tier).collect(),
             peers: self.peers.values().map(peer).collect(),
             counters: self.counters,
         }

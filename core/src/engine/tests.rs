@@ -14,5 +14,6 @@ mod requests;
 mod ring;
 mod room;
 mod succession;
+mod tiers;
 mod topology;
 mod world;

@@ -74,7 +74,11 @@ mod tests {
     fn data(payload_len: u64) -> Batched {
         let object = ObjectId { origin: NodeId(1), epoch: Epoch(2), number: 3 };
         let meta = ObjectMeta::bytes(payload_len).expect("a length");
-        Batched { request: 7, payload_len, message: PeerMessage::Data { object, meta } }
+        Batched {
+            request: 7,
+            payload_len,
+            message: PeerMessage::Data { object, meta, origin: crate::wire::Origin::HOST },
+        }
     }
 
     fn plain(payload_len: u64) -> Batched {

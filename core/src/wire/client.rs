@@ -8,7 +8,7 @@ use crate::error::StoreError;
 use crate::key::Key;
 use crate::meta::ObjectMeta;
 use crate::receipt::{Carried, Path};
-use crate::tier::{ClientId, Epoch, Extent, Generation, NodeId, ObjectId, SegmentId, SlotId, Tier};
+use crate::tier::{ClientId, Epoch, Extent, Generation, NodeId, ObjectId, SegmentId, SlotId, Tier, TierHint};
 use crate::wire::list::at_most;
 use crate::wire::{KEYS_PER_MESSAGE_MAX, LocatedMany, Range};
 
@@ -40,11 +40,13 @@ pub struct PutHints {
     pub seal_copy: bool,
     /// On how many nodes it is to be, from 1 (this one) to [`REPLICAS_MAX`].
     pub replicas: u8,
+    /// Where it is to be on this node; none: where its bytes are written.
+    pub tier: Option<TierHint>,
 }
 
 impl Default for PutHints {
     fn default() -> Self {
-        Self { pin: false, cache: false, ttl_ms: None, seal_copy: false, replicas: 1 }
+        Self { pin: false, cache: false, ttl_ms: None, seal_copy: false, replicas: 1, tier: None }
     }
 }
 
@@ -99,6 +101,9 @@ pub enum ClientMessage {
         hints: PutHints,
         /// What if the key exists.
         if_exists: IfExists,
+        /// The tier of the memory that the client wants to write it into. Elsewhere than `hints.tier`, it is moved at
+        /// seal.
+        writes: Tier,
     },
     /// The client has mapped a granted segment writable; the node may close it to other writers. Answered by `Done`.
     Mapped {
@@ -136,6 +141,8 @@ pub enum ClientMessage {
         keep: bool,
         /// Objects up to this many bytes may come inside the peer's answer; none: as the node thinks best.
         threshold_bytes: Option<u64>,
+        /// Where the bytes are wanted on this node; none: where they are, or come to.
+        tier: Option<TierHint>,
     },
     /// Asks for the descriptor of a segment, read-only. Answered by `Segment`.
     Segment {
@@ -210,6 +217,8 @@ pub enum ClientMessage {
         keep: bool,
         /// As of `Get`.
         threshold_bytes: Option<u64>,
+        /// As of `Get`.
+        tier: Option<TierHint>,
     },
 }
 
@@ -259,6 +268,8 @@ pub struct Located {
     pub pin: u32,
     /// How the bytes came here.
     pub path: Path,
+    /// The tier of this node that they were copied from, for this get; none if they are where they have been or came to.
+    pub copied_from: Option<Tier>,
     /// More about that, if they came from a peer for this get.
     pub carried: Option<Box<Carried>>,
 }
@@ -417,6 +428,8 @@ pub enum ClientReply {
         reservation: Generation,
         /// Where to write.
         extent: Extent,
+        /// The tier of that: host memory, if there was no room in the one that was asked for and that was allowed.
+        tier: Tier,
         /// Bytes of the extent's segment if the client may map it writable; with its descriptor the first time,
         /// after which the client must answer `Mapped` before it seals. `None`: use `Write`.
         map: Option<u64>,

@@ -159,6 +159,7 @@ mod tests {
             generation: Generation(number + 1),
             pin: 5,
             path: Path::Eager,
+            copied_from: None,
             carried,
         }
     }
@@ -223,6 +224,7 @@ mod tests {
             generation: Generation(most),
             pin: u32::MAX,
             path: Path::Kept,
+            copied_from: Some(Tier::Gpu(u16::MAX)),
             carried: None,
         };
         let item: Result<PlacedItem, StoreError> = Ok(PlacedItem { located, carried });

@@ -20,6 +20,6 @@ pub use frame::{
 };
 pub use many::{CarriedBy, Carrier, LocatedMany, PlacedItem};
 pub use peer::{
-    Announced, Granted, Holder, KEYS_PER_MESSAGE_MAX, Member, NODE_TEXT_LEN_MAX, PeerMessage, Present, Range,
-    Role,
+    Announced, Granted, Holder, KEYS_PER_MESSAGE_MAX, Member, NODE_TEXT_LEN_MAX, Origin, PeerMessage,
+    Present, Range, Role,
 };

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::StoreError;
 use crate::key::Key;
 use crate::meta::ObjectMeta;
-use crate::tier::{Epoch, Generation, LeaseId, NodeId, ObjectId, RemoteExtent};
+use crate::tier::{Epoch, Generation, LeaseId, NodeId, ObjectId, RemoteExtent, Tier};
 use crate::wire::REPLICAS_MAX;
 
 /// Bytes of a number in a body at most.
@@ -161,6 +161,20 @@ pub struct Granted {
     pub lease_ms: u32,
 }
 
+/// What an owner says of the bytes that it gives, for receipts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// The tier that its object is in.
+    pub tier: Tier,
+    /// Whether it copied the bytes to host memory for this answer, because the link cannot reach that tier.
+    pub staged: bool,
+}
+
+impl Origin {
+    /// An object of host memory.
+    pub const HOST: Self = Self { tier: Tier::Host, staged: false };
+}
+
 /// A message between two engines. The frame's request number ties an answer to its question.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PeerMessage {
@@ -203,6 +217,8 @@ pub enum PeerMessage {
         object: ObjectId,
         /// What the bytes mean; of the whole object, whatever range was asked.
         meta: ObjectMeta,
+        /// Where they come from.
+        origin: Origin,
     },
     /// Permission to read the object (rendezvous).
     Grant {
@@ -210,6 +226,8 @@ pub enum PeerMessage {
         object: ObjectId,
         /// What the bytes mean; of the whole object, whatever range was asked.
         meta: ObjectMeta,
+        /// Where its bytes come from.
+        origin: Origin,
         /// What may be read, and until when. Boxed: else every message had its length.
         granted: Box<Granted>,
     },
@@ -405,15 +423,17 @@ impl PeerMessage {
     /// thousand.
     #[must_use]
     pub fn len_max(&self) -> Option<usize> {
-        // The variant, an object's three numbers, and of metadata type, number of dimensions, length and checksum.
+        // The variant, an object's three numbers, of metadata type, number of dimensions, length and checksum, and of the
+        // origin a tier with its number and a truth value.
         const VARIANT: usize = 1;
+        const ORIGIN: usize = 1 + 3 + 1;
         const OBJECT: usize = 3 * NUMBER_LEN_MAX;
         const META: usize = 2 + NUMBER_LEN_MAX + 1 + NUMBER_LEN_MAX;
         match self {
             // A length before the key, whether there is a range, and three numbers.
             Self::Get { key, .. } => Some(VARIANT + 2 + key.as_str().len() + 1 + 3 * NUMBER_LEN_MAX),
             Self::Data { meta, .. } => {
-                Some(VARIANT + OBJECT + META + meta.shape.dims().len() * NUMBER_LEN_MAX)
+                Some(VARIANT + OBJECT + META + ORIGIN + meta.shape.dims().len() * NUMBER_LEN_MAX)
             }
             Self::Release { .. } => Some(VARIANT + NUMBER_LEN_MAX),
             _ => None,

@@ -6,12 +6,12 @@ use std::borrow::Cow;
 use hetmem_core::receipt::{Carried, Moved, Path};
 use hetmem_core::wire::{
     Announced, Batch, Batched, CarriedBy, Carrier, ClientMessage, ClientReply, Granted, Holder, IfExists,
-    Listed, Located, LocatedMany, Member, NodeStatus, PeerMessage, PeerStatus, PlacedItem, Present, PutHints,
-    REPLICAS_MAX, Range, Role, Status, TierStatus,
+    Listed, Located, LocatedMany, Member, NodeStatus, Origin, PeerMessage, PeerStatus, PlacedItem, Present,
+    PutHints, REPLICAS_MAX, Range, Role, Status, TierStatus,
 };
 use hetmem_core::{
     Checksum, ClientId, DType, Epoch, Extent, Generation, KEY_LEN_MAX, Key, LeaseId, NodeId, ObjectId,
-    ObjectMeta, RemoteExtent, RemoteKey, SegmentId, Shape, SlotId, StoreError, Tier,
+    ObjectMeta, RemoteExtent, RemoteKey, SegmentId, Shape, SlotId, StoreError, Tier, TierHint,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -71,9 +71,24 @@ fn range() -> impl Strategy<Value = Option<Range>> {
 }
 
 fn hints() -> impl Strategy<Value = PutHints> {
-    (any::<bool>(), any::<bool>(), prop::option::of(number()), any::<bool>(), any::<u8>()).prop_map(
-        |(pin, cache, ttl_ms, seal_copy, replicas)| PutHints { pin, cache, ttl_ms, seal_copy, replicas },
+    (any::<[bool; 3]>(), prop::option::of(number()), any::<u8>(), wanted()).prop_map(
+        |([pin, cache, seal_copy], ttl_ms, replicas, tier)| PutHints {
+            pin,
+            cache,
+            ttl_ms,
+            seal_copy,
+            replicas,
+            tier,
+        },
     )
+}
+
+fn wanted() -> impl Strategy<Value = Option<TierHint>> {
+    prop::option::of((tier(), any::<bool>()).prop_map(|(tier, or_host)| TierHint { tier, or_host }))
+}
+
+fn origin() -> impl Strategy<Value = Origin> {
+    (tier(), any::<bool>()).prop_map(|(tier, staged)| Origin { tier, staged })
 }
 
 fn if_exists() -> impl Strategy<Value = IfExists> {
@@ -141,8 +156,9 @@ fn granted() -> impl Strategy<Value = Granted> {
 
 fn located() -> impl Strategy<Value = Located> {
     let carried = prop::option::of(carried().prop_map(Box::new));
-    (object(), meta(), extent(), tier(), number(), any::<u32>(), path(), carried).prop_map(
-        |(object, meta, extent, tier, generation, pin, path, carried)| Located {
+    let tiers = (tier(), prop::option::of(tier()));
+    (object(), meta(), extent(), tiers, number(), any::<u32>(), path(), carried).prop_map(
+        |(object, meta, extent, (tier, copied_from), generation, pin, path, carried)| Located {
             object,
             meta,
             extent,
@@ -150,14 +166,15 @@ fn located() -> impl Strategy<Value = Located> {
             generation: Generation(generation),
             pin,
             path,
+            copied_from,
             carried,
         },
     )
 }
 
 fn path() -> impl Strategy<Value = Path> {
-    use Path::{Copied, Eager, InPlace, Inline, Kept, Local, Read, Written};
-    select(vec![Local, Eager, Read, Inline, InPlace, Written, Copied, Kept])
+    use Path::{Ahead, Copied, Eager, InPlace, Inline, Kept, Local, LocalCopy, Push, Read, Written};
+    select(vec![Local, Eager, Read, Inline, InPlace, Ahead, Written, Copied, Kept, Push, LocalCopy])
 }
 
 fn carried() -> impl Strategy<Value = Carried> {
@@ -317,10 +334,11 @@ pub(crate) fn peer_message() -> BoxedStrategy<PeerMessage> {
         (number(), number())
             .prop_map(|(room_bytes, under_replicated)| M::Heartbeat { room_bytes, under_replicated }),
         (key(), range(), number()).prop_map(|(key, range, inline_max)| M::Get { key, range, inline_max }),
-        (object(), meta()).prop_map(|(object, meta)| M::Data { object, meta }),
-        (object(), meta(), granted()).prop_map(|(object, meta, granted)| M::Grant {
+        (object(), meta(), origin()).prop_map(|(object, meta, origin)| M::Data { object, meta, origin }),
+        (object(), meta(), origin(), granted()).prop_map(|(object, meta, origin, granted)| M::Grant {
             object,
             meta,
+            origin,
             granted: Box::new(granted)
         }),
         holders().prop_map(|holders| M::Located { holders }),
@@ -408,23 +426,21 @@ pub(crate) fn client_message() -> BoxedStrategy<ClientMessage> {
             hints,
             if_exists
         }),
-        (key(), meta(), hints(), if_exists()).prop_map(|(key, meta, hints, if_exists)| M::Reserve {
-            key,
-            meta,
-            hints,
-            if_exists
+        (key(), meta(), hints(), if_exists(), tier()).prop_map(|(key, meta, hints, if_exists, writes)| {
+            M::Reserve { key, meta, hints, if_exists, writes }
         }),
         segment().prop_map(|segment| M::Mapped { segment }),
         (generation(), number()).prop_map(|(reservation, offset)| M::Write { reservation, offset }),
         (generation(), checksum()).prop_map(|(reservation, checksum)| M::Seal { reservation, checksum }),
         generation().prop_map(|reservation| M::Abort { reservation }),
-        (key(), range(), number(), any::<bool>(), prop::option::of(number())).prop_map(
-            |(key, range, timeout_ms, keep, threshold_bytes)| M::Get {
+        (key(), range(), number(), any::<bool>(), prop::option::of(number()), wanted()).prop_map(
+            |(key, range, timeout_ms, keep, threshold_bytes, tier)| M::Get {
                 key,
                 range,
                 timeout_ms,
                 keep,
-                threshold_bytes
+                threshold_bytes,
+                tier
             }
         ),
         segment().prop_map(|segment| M::Segment { segment }),
@@ -442,12 +458,13 @@ pub(crate) fn client_message() -> BoxedStrategy<ClientMessage> {
         Just(M::Status),
         any::<bool>().prop_map(|ring| M::Ahead { ring }),
         Just(M::Drain),
-        (vec(key(), 0..5), number(), any::<bool>(), prop::option::of(number())).prop_map(
-            |(keys, timeout_ms, keep, threshold_bytes)| M::GetMany {
+        (vec(key(), 0..5), number(), any::<bool>(), prop::option::of(number()), wanted()).prop_map(
+            |(keys, timeout_ms, keep, threshold_bytes, tier)| M::GetMany {
                 keys,
                 timeout_ms,
                 keep,
-                threshold_bytes
+                threshold_bytes,
+                tier
             }
         ),
     ]
@@ -491,11 +508,14 @@ pub(crate) fn client_reply() -> BoxedStrategy<ClientReply> {
             objects_max: n[1],
             inline_put_max: n[2],
         }),
-        (number(), extent(), prop::option::of(number())).prop_map(|(reservation, extent, map)| R::Reserved {
-            reservation: Generation(reservation),
-            extent,
-            map
-        }),
+        (number(), extent(), tier(), prop::option::of(number())).prop_map(
+            |(reservation, extent, tier, map)| R::Reserved {
+                reservation: Generation(reservation),
+                extent,
+                tier,
+                map
+            }
+        ),
         (object(), any::<bool>(), prop::option::of(any::<u32>()), path(), number(), any::<u32>()).prop_map(
             |(object, kept, slot, path, staged_bytes, replicas)| R::Sealed {
                 object,

@@ -75,6 +75,8 @@ impl World {
             }
             (Kind::Seal { .. }, Os) => self.plan.copy_failures > 0,
             (Kind::Get { .. }, NotFound | NoSpace | Busy | TimedOut) => true,
+            // A copy from one tier to another, here or at the owner.
+            (Kind::Get { .. }, Os) => self.plan.copy_failures > 0 && self.plan.gpus > 0,
             (Kind::Get { range: Some(_), .. }, Invalid) => true,
             (Kind::Stat { .. }, NotFound | TimedOut) | (Kind::Wait { .. }, TimedOut) => true,
             (Kind::Get { .. } | Kind::Stat { .. } | Kind::Wait { .. }, PeerLost | Unavailable) => {
@@ -140,7 +142,7 @@ impl World {
                 }
                 return self.put_over(attempt, result, now);
             }
-            (Kind::Reserve { .. }, Ok(ClientReply::Reserved { reservation, extent, map })) => {
+            (Kind::Reserve { .. }, Ok(ClientReply::Reserved { reservation, extent, map, .. })) => {
                 self.hold(at, *extent, Hold::Reserved(id, *reservation));
                 if map.is_none() && descriptor.is_some() {
                     return Err("a descriptor came without a mapping".to_owned());

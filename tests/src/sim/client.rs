@@ -9,7 +9,7 @@ use hetmem_core::engine::{INLINE_PUT_MAX, Input};
 use hetmem_core::wire::{
     ClientMessage, ClientReply, IfExists, Located, PROTOCOL_MAX, PROTOCOL_MIN, PutHints, Range,
 };
-use hetmem_core::{Checksum, ClientId, Extent, Generation, ObjectMeta, SegmentId, SlotId};
+use hetmem_core::{Checksum, ClientId, Extent, Generation, ObjectMeta, SegmentId, SlotId, Tier, TierHint};
 
 use super::guards::Hold;
 use super::history::{History, Seen};
@@ -364,6 +364,17 @@ impl World {
         }
     }
 
+    /// A tier that there is, if there is more than one.
+    fn wanted_tier(&mut self) -> Option<TierHint> {
+        let gpus = self.plan.gpus;
+        if gpus == 0 || self.rng.percent(40) {
+            return None;
+        }
+        let gpu = u16::try_from(self.rng.index(usize::from(gpus) + 1)).unwrap_or_default();
+        let tier = if gpu == gpus { Tier::Host } else { Tier::Gpu(gpu) };
+        Some(TierHint { tier, or_host: self.rng.percent(50) })
+    }
+
     // Puts.
 
     fn put(&mut self, id: ClientId, key: usize) {
@@ -379,9 +390,10 @@ impl World {
             ttl_ms: self.rng.percent(10).then(|| self.rng.between(20, 800)),
             seal_copy: self.rng.percent(20),
             replicas: if replicated { self.rng.pick(&[2, 2, 3, 5]) } else { 1 },
+            tier: self.wanted_tier(),
         };
         if self.rng.percent(40) {
-            let hints = PutHints { seal_copy: false, ..hints };
+            let hints = PutHints { seal_copy: false, tier: None, ..hints };
             if len <= u64::from(INLINE_PUT_MAX) && self.begin_ahead(id, key, len, hints) {
                 return;
             }
@@ -402,7 +414,8 @@ impl World {
             let message = ClientMessage::Put { key, meta, hints, if_exists };
             self.ask(id, Kind::Put { attempt }, 0, message, payload);
         } else {
-            let message = ClientMessage::Reserve { key, meta, hints, if_exists };
+            let writes = self.wanted_tier().map_or(Tier::Host, |hint| hint.tier);
+            let message = ClientMessage::Reserve { key, meta, hints, if_exists, writes };
             self.ask_plain(id, Kind::Reserve { attempt }, 0, message);
         }
     }
@@ -493,6 +506,7 @@ impl World {
             timeout_ms,
             keep: self.rng.percent(50),
             threshold_bytes: self.rng.percent(30).then_some(u64::MAX),
+            tier: self.wanted_tier(),
         };
         self.ask_plain(id, Kind::GetMany { keys, timeout_ms, began }, timeout_ms, message);
     }
@@ -508,6 +522,7 @@ impl World {
             timeout_ms,
             keep,
             threshold_bytes: self.rng.percent(20).then_some(len_threshold),
+            tier: self.wanted_tier(),
         };
         self.ask_plain(id, Kind::Get { key, range, timeout_ms, began }, timeout_ms, message);
     }
@@ -630,7 +645,7 @@ impl World {
         let Some(client) = self.clients.get_mut(&id).filter(|client| client.alive) else { return };
         let Some(asked) = client.asked.take_if(|asked| asked.request == request) else { return };
         match (asked.kind, reply) {
-            (Kind::Reserve { attempt }, Some(ClientReply::Reserved { reservation, extent, map })) => {
+            (Kind::Reserve { attempt }, Some(ClientReply::Reserved { reservation, extent, map, .. })) => {
                 let in_place = map.is_some();
                 client.doing = Doing::Writing(Writing { attempt, reservation, extent, in_place, done: 0 });
                 self.step_later(id, 1_000, 200_000);

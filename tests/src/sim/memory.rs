@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use hetmem_core::engine::{Input, PublishedObject};
-use hetmem_core::{Epoch, Generation, NodeId, SegmentId, SlotId, StoreError};
+use hetmem_core::{Epoch, Generation, NodeId, SegmentId, SlotId, StoreError, Tier};
 use hetmem_transport::{Access, Fabric, HeapRegion, RegionMemory};
 
 use super::guards::Hold;
@@ -73,6 +73,7 @@ impl World {
         let node = &mut self.nodes[at];
         node.fabric.deregister(segment);
         node.keys.retain(|_, of| *of != segment);
+        node.tiers.remove(&segment);
         // Who has left may still write to what it maps; that memory is not the node's any more.
         let clients = &self.clients;
         let held = node.guards.retire(segment, now, |hold| {
@@ -90,7 +91,7 @@ impl World {
     }
 
     /// A segment is there, or could not be made.
-    pub(super) fn segment_made(&mut self, at: usize, segment: SegmentId, len_bytes: u64) {
+    pub(super) fn segment_made(&mut self, at: usize, segment: SegmentId, tier: Tier, len_bytes: u64) {
         if self.rng.percent(self.plan.segment_failures) && !self.is_ending() {
             self.tally.faults += 1;
             self.nodes[at].segment_failed = Some(self.now());
@@ -99,12 +100,17 @@ impl World {
             return;
         }
         let memory = Arc::new(HeapRegion::new(usize::try_from(len_bytes).expect("a small segment")));
+        let reached = tier == Tier::Host || self.plan.gpus_reached;
         let node = &mut self.nodes[at];
-        let registered = node.fabric.register(segment, Arc::clone(&memory) as _, Access::RemoteRead);
-        let key = registered.expect("a segment is registered once");
+        let mut keys = Vec::new();
+        if reached {
+            let registered = node.fabric.register(segment, Arc::clone(&memory) as _, Access::RemoteRead);
+            let key = registered.expect("a segment is registered once");
+            node.keys.insert(key, segment);
+            keys.push((FABRIC, key));
+        }
         node.segments.insert(segment, memory);
-        node.keys.insert(key, segment);
-        let keys = vec![(FABRIC, key)];
+        node.tiers.insert(segment, tier);
         self.feed(at, Input::SegmentReady { segment, keys });
     }
 

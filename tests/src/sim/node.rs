@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, Weak};
 
 use hetmem_core::engine::{
-    Action, Attachment, Engine, EngineConfig, Event, FabricId, FabricUse, Input, Payload, Pinned,
+    Action, Attachment, Engine, EngineConfig, Event, FabricId, FabricUse, GpuUse, Input, Payload, Pinned,
     PublishedObject, ReadEnd, RingState, Time,
 };
 use hetmem_core::receipt::Path;
@@ -15,7 +15,7 @@ use hetmem_core::wire::{
 };
 use hetmem_core::{
     ClientId, Epoch, Extent, Generation, Key, LandingId, LeaseId, LinkId, NodeId, ObjectId, RemoteExtent,
-    RemoteKey, SegmentId, SlotId, StoreError, TransferId,
+    RemoteKey, SegmentId, SlotId, StoreError, Tier, TransferId,
 };
 use hetmem_transport::{
     Access, Fabric, FabricEvent, FabricSink, HeapRegion, Landing, LandingToken, RegionMemory, SimFabric,
@@ -89,6 +89,7 @@ pub(super) struct Node {
     pub(super) fabric: Arc<SimFabric>,
     pub(super) segments: BTreeMap<SegmentId, Arc<HeapRegion>>,
     pub(super) keys: BTreeMap<RemoteKey, SegmentId>,
+    pub(super) tiers: BTreeMap<SegmentId, Tier>,
     pub(super) index: BTreeMap<SlotId, Shown>,
     pub(super) by_key: BTreeMap<Key, SlotId>,
     /// What it has announced to hold for good.
@@ -184,6 +185,7 @@ impl Node {
             fabric,
             segments: BTreeMap::new(),
             keys: BTreeMap::new(),
+            tiers: BTreeMap::new(),
             index: BTreeMap::new(),
             by_key: BTreeMap::new(),
             promised: BTreeSet::new(),
@@ -248,12 +250,22 @@ fn config(plan: &Plan, number: usize, epoch: u64, key: RemoteKey) -> EngineConfi
             name: "sim".into(),
             index_key: key,
             gather_max: plan.network.gather_max,
+            tiers: plan.reached(),
         }],
         generation_base: 0,
         generation_stride: SLOT_LEN,
         threshold_bytes: plan.threshold_bytes,
         lease_ms: plan.lease_ms,
         heartbeat_ms: HEARTBEAT_MS,
+        gpus: (0..plan.gpus)
+            .map(|ordinal| GpuUse {
+                ordinal,
+                capacity_bytes: plan.gpu_bytes,
+                client_quota_bytes: plan.gpu_bytes / 2,
+                granule_bytes: 16 << 10,
+            })
+            .collect(),
+        why_no_gpu: "none was configured".into(),
     }
 }
 
@@ -484,13 +496,14 @@ impl World {
                 return Some(Input::PinScan { pinned, touched });
             }
             Action::CloseToWriters { .. } => {}
-            Action::CreateSegment { segment, len_bytes, .. } => {
+            Action::CreateSegment { segment, tier, len_bytes, .. } => {
                 let epoch = self.nodes[at].epoch;
                 let delay = self.rng.between(10_000, 8 * MS);
-                self.later(delay, Due::Segment { at, epoch, segment, len_bytes });
+                self.later(delay, Due::Segment { at, epoch, segment, tier, len_bytes });
             }
             Action::RetireSegment { segment, len_bytes } => self.retire(at, segment, len_bytes),
             Action::Land { landing: number, start, extent } => {
+                self.fabric_reaches(at, extent);
                 self.hold(at, extent, Hold::Landing(number.0));
                 landing.get_or_insert_with(|| (number, Vec::new())).1.push((start, extent));
             }
@@ -531,6 +544,7 @@ impl World {
                 let read = match bytes {
                     None => Read { local: None, lease: None, generation: None, word_of },
                     Some((remote, local)) => {
+                        self.fabric_reaches(at, *local);
                         self.hold(at, *local, Hold::Reading(*transfer));
                         let lease = self.lease_of(at, *remote);
                         Read { local: Some(*local), lease, generation: self.generation_at(*remote), word_of }
@@ -550,9 +564,18 @@ impl World {
         }
     }
 
+    /// The fabric is handed memory that it knows, whatever tier that is of.
+    fn fabric_reaches(&mut self, at: usize, extent: Extent) {
+        let known = self.nodes[at].keys.values().any(|segment| *segment == extent.segment);
+        if !known && extent.len_bytes > 0 {
+            self.fail(format!("node {at}: the fabric is handed {extent:?}, which is not registered with it"));
+        }
+    }
+
     fn hold_for_send(&mut self, at: usize, payload: Option<&Payload>) {
         let Some(Payload { send, extents }) = payload else { return };
         for extent in extents {
+            self.fabric_reaches(at, *extent);
             self.hold(at, *extent, Hold::Sending(*send));
         }
         self.nodes[at].sends.insert(*send, extents.clone());

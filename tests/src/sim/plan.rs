@@ -1,6 +1,7 @@
 //! What a seed means: the cluster's shape, the network's manners, and which faults come. Not when: that is drawn on
 //! the way. Invariant: a plan is a function of its seed alone.
 
+use hetmem_core::Tier;
 use hetmem_transport::SimFaults;
 
 use super::rng::Rng;
@@ -57,6 +58,10 @@ pub(super) struct Plan {
     pub(super) client_deaths: u64,
     /// Pins of one client's page.
     pub(super) pins: usize,
+    /// GPU tiers of each node, the bytes of each, and whether the fabric reaches them.
+    pub(super) gpus: u16,
+    pub(super) gpu_bytes: u64,
+    pub(super) gpus_reached: bool,
     /// How often deletes and puts come, which decides how full nodes are.
     pub(super) deletes: u64,
     pub(super) puts: u64,
@@ -89,6 +94,8 @@ impl Plan {
         let capacity_bytes = rng.pick(&[512_u64, 768, 1_024, 2_048, 4_096]) << 10;
         let losses = weather == Weather::Losses;
         let nodes = rng.weighted(&[(45, 3), (25, 4), (15, 5), (10, 6), (5, 7)]) + if losses { 1 } else { 0 };
+        // Drawn apart: what else a seed means does not depend on it.
+        let mut gpus = Rng::new(seed ^ 0x9b0c_0a11_7135_5eed);
         let objects_max = rng.weighted(if losses {
             &[(35, 6), (10, 16), (5, FEW_AHEAD), (50, 256)]
         } else {
@@ -128,10 +135,18 @@ impl Plan {
             pins: rng.pick(&[2, 8]),
             deletes: if objects_max == FEW_AHEAD { 0 } else { rng.pick(&[0, 2, 8, 15]) },
             puts: if objects_max == FEW_AHEAD { 60 } else { rng.pick(&[20, 35, 60]) },
+            gpus: gpus.weighted(&[(60, 0), (20, 1), (20, 2)]),
+            gpu_bytes: gpus.pick(&[64_u64, 256, 1_024]) << 10,
+            gpus_reached: gpus.percent(50),
             network,
             clock_ppm: rng.pick(&[0, 20_000, 50_000]),
             repeats: if weather == Weather::Calm { 0 } else { rng.pick(&[0, 5, 30]) },
         }
+    }
+
+    /// The GPU tiers that the fabric reaches.
+    pub(super) fn reached(&self) -> Vec<Tier> {
+        (0..self.gpus).filter(|_| self.gpus_reached).map(Tier::Gpu).collect()
     }
 
     /// Whether a lost link is the weather's doing.

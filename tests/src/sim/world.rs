@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, Weak};
 use bytes::Bytes;
 use hetmem_core::engine::{Action, Input};
 use hetmem_core::wire::{ClientMessage, ClientReply, PeerMessage};
-use hetmem_core::{ClientId, Extent, Generation, Key, LinkId, NodeId, SegmentId};
+use hetmem_core::{ClientId, Extent, Generation, Key, LinkId, NodeId, SegmentId, Tier};
 use hetmem_transport::SimNet;
 
 use super::Tally;
@@ -73,6 +73,7 @@ pub(super) enum Due {
         at: usize,
         epoch: u64,
         segment: SegmentId,
+        tier: Tier,
         len_bytes: u64,
     },
     CopyPart {
@@ -580,8 +581,8 @@ impl World {
             Due::Left { at, epoch, client } if self.is_there(at, epoch) => self.session_over(at, client),
             Due::Gone { at, epoch, client } if self.is_there(at, epoch) => self.process_over(at, client),
             Due::Join { at, epoch } if self.is_there(at, epoch) && !self.is_ending() => self.join(at, None),
-            Due::Segment { at, epoch, segment, len_bytes } if self.is_there(at, epoch) => {
-                self.segment_made(at, segment, len_bytes);
+            Due::Segment { at, epoch, segment, tier, len_bytes } if self.is_there(at, epoch) => {
+                self.segment_made(at, segment, tier, len_bytes);
             }
             Due::CopyPart { at, epoch, generation, last } if self.is_there(at, epoch) => {
                 self.copy_part(at, generation, last);

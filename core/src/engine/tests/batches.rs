@@ -295,7 +295,7 @@ fn frames_end_where_their_bounds_are() {
                 world.put(0, home, name, &bytes);
                 continue;
             }
-            let Ok(crate::wire::ClientReply::Reserved { reservation, extent, map }) =
+            let Ok(crate::wire::ClientReply::Reserved { reservation, extent, map, .. }) =
                 world.reserve(0, home, name, len_bytes as u64)
             else {
                 panic!("room")
@@ -389,7 +389,13 @@ fn questions_that_cannot_be_are_refused() {
         world.call(
             0,
             client,
-            ClientMessage::GetMany { keys: vec![], timeout_ms: 1, keep: true, threshold_bytes: None },
+            ClientMessage::GetMany {
+                keys: vec![],
+                timeout_ms: 1,
+                keep: true,
+                threshold_bytes: None,
+                tier: None,
+            },
         ),
         ErrorKind::Invalid,
     );
@@ -398,6 +404,7 @@ fn questions_that_cannot_be_are_refused() {
         timeout_ms,
         keep: true,
         threshold_bytes: None,
+        tier: None,
     };
     World::assert_kind(world.call(0, client, many(KEYS_PER_MESSAGE_MAX + 1, 1)), ErrorKind::Invalid);
     // A peer that never answers keeps what is asked of it waiting.
@@ -473,7 +480,8 @@ impl Liar {
     /// DATA of 100 bytes in answer to this request.
     fn data(request: u64) -> Batched {
         let meta = ObjectMeta::bytes(100).expect("a length");
-        let message = PeerMessage::Data { object: Self::object(request), meta };
+        let message =
+            PeerMessage::Data { object: Self::object(request), meta, origin: crate::wire::Origin::HOST };
         Batched { request, payload_len: 100, message }
     }
 

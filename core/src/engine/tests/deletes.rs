@@ -179,7 +179,13 @@ fn an_exclusive_put_is_refused_by_a_copy_that_came_meanwhile() {
     let (home, away) = (world.client(0, 1), world.client(1, 1));
     let meta = crate::ObjectMeta::bytes(8).expect("a length");
     let hints = PutHints::default();
-    let reserve = ClientMessage::Reserve { key: key("k"), meta, hints, if_exists: IfExists::Error };
+    let reserve = ClientMessage::Reserve {
+        key: key("k"),
+        meta,
+        hints,
+        if_exists: IfExists::Error,
+        writes: crate::Tier::Host,
+    };
     let Ok(ClientReply::Reserved { reservation, extent, .. }) = world.call(1, away, reserve) else {
         panic!("a reservation");
     };

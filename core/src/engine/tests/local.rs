@@ -40,6 +40,7 @@ fn put_get_delete() {
         timeout_ms: 100,
         keep: true,
         threshold_bytes: None,
+        tier: None,
     };
     let Ok(ClientReply::Located(located)) = world.call(0, client, part) else { panic!("a part") };
     assert_eq!(world.nodes[0].bytes(located.extent), &bytes[10..30]);
@@ -50,6 +51,7 @@ fn put_get_delete() {
         timeout_ms: 100,
         keep: true,
         threshold_bytes: None,
+        tier: None,
     };
     World::assert_kind(world.call(0, client, outside), ErrorKind::Invalid);
     let delete = || ClientMessage::Delete { key: key("a") };
@@ -65,7 +67,7 @@ fn reserve_map_seal() {
     let mut world = World::new(1);
     let client = world.client(0, 1);
     let answer = world.reserve(0, client, "big", 300_000);
-    let Ok(ClientReply::Reserved { reservation, extent, map: Some(map) }) = answer else {
+    let Ok(ClientReply::Reserved { reservation, extent, map: Some(map), .. }) = answer else {
         panic!("{answer:?}");
     };
     let memory = &world.nodes[0].segments[&extent.segment];
@@ -186,7 +188,13 @@ fn if_exists_keep_and_error() {
     // Both reserve before either seals: the second gives way as its caller wished.
     for (name, if_exists) in [("r1", IfExists::Keep), ("r2", IfExists::Error)] {
         let meta = ObjectMeta::bytes(8).expect("a length");
-        let reserve = ClientMessage::Reserve { key: key(name), meta, hints: PutHints::default(), if_exists };
+        let reserve = ClientMessage::Reserve {
+            key: key(name),
+            meta,
+            hints: PutHints::default(),
+            if_exists,
+            writes: crate::Tier::Host,
+        };
         let Ok(ClientReply::Reserved { reservation, extent, .. }) = world.call(0, client, reserve) else {
             panic!("a reservation");
         };
@@ -220,8 +228,13 @@ fn what_cannot_be_put_is_refused_with_the_values() {
     World::assert_kind(world.reserve(0, client, "k", 9 << 20), ErrorKind::TooLarge);
     let mut meta = ObjectMeta::bytes(4).expect("a length");
     meta.len_bytes = 5;
-    let reserve =
-        ClientMessage::Reserve { key: key("k"), meta, hints: PutHints::default(), if_exists: IfExists::Keep };
+    let reserve = ClientMessage::Reserve {
+        key: key("k"),
+        meta,
+        hints: PutHints::default(),
+        if_exists: IfExists::Keep,
+        writes: crate::Tier::Host,
+    };
     World::assert_kind(world.call(0, client, reserve), ErrorKind::Invalid);
     let request = world.ask_with(0, client, ClientMessage::Status, &[1]);
     World::assert_kind(world.answer(0, client, request).expect("an answer"), ErrorKind::Protocol);

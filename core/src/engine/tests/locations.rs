@@ -76,6 +76,7 @@ fn a_part_is_sliced_from_the_whole_and_a_grant_of_a_part_names_the_whole() {
         timeout_ms: 1_000,
         keep: true,
         threshold_bytes: None,
+        tier: None,
     };
     for forgotten in [false, true] {
         for (start, len_bytes) in [(700, 300), (0, 1), (1, 998)] {
@@ -111,6 +112,7 @@ fn a_short_part_comes_inside_an_answer_as_ever() {
             timeout_ms: 1_000,
             keep: false,
             threshold_bytes: None,
+            tier: None,
         };
         let Ok(ClientReply::Located(located)) = world.call(1, away, get) else { panic!("located") };
         assert_eq!(located.path, path, "{len_bytes} bytes");
@@ -302,6 +304,7 @@ fn the_word_changes_first_then_readers_go_then_the_extent_is_used_again() {
             timeout_ms: 3_000,
             keep: false,
             threshold_bytes: None,
+            tier: None,
         };
         let sent = world.ask(2, third, part);
         world.settle();

@@ -16,6 +16,7 @@ fn part(start: u64, len_bytes: u64) -> ClientMessage {
         timeout_ms: 3_000,
         keep: false,
         threshold_bytes: None,
+        tier: None,
     }
 }
 

@@ -80,6 +80,7 @@ fn parts_travel_alone() {
             timeout_ms: 1_000,
             keep: true,
             threshold_bytes: None,
+            tier: None,
         };
         let Ok(ClientReply::Located(located)) = world.call(1, away, part(100, 500)) else {
             panic!("located")
@@ -354,7 +355,7 @@ fn answers_that_do_not_fit_the_question_are_errors() {
     let meta = ObjectMeta::bytes(10).expect("a length");
     let object = crate::ObjectId { origin: crate::NodeId(1), epoch: crate::Epoch(1), number: 1 };
     for guess in 1..asked + 1 {
-        let message = PeerMessage::Data { object, meta };
+        let message = PeerMessage::Data { object, meta, origin: crate::wire::Origin::HOST };
         world.feed(1, Input::PeerMessage { link, request: guess, message, payload_len: 9 });
     }
     World::assert_kind(world.answer(1, away, request).expect("an answer"), ErrorKind::Protocol);

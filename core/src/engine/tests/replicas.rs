@@ -621,8 +621,14 @@ fn a_read_whose_holder_is_lost_goes_on_at_another_at_once() {
         let (mut world, clients, bytes) = reader_of_two();
         let reader = (0..4).find(|node| !world.holders("k").contains(node)).expect("one has it not");
         world.hold_reads = true;
-        let get =
-            ClientMessage::Get { key: key("k"), range, timeout_ms: 3_000, keep: true, threshold_bytes: None };
+        let get = ClientMessage::Get {
+            key: key("k"),
+            range,
+            timeout_ms: 3_000,
+            keep: true,
+            threshold_bytes: None,
+            tier: None,
+        };
         let request = world.ask(reader, clients[reader], get);
         world.settle();
         let mut tried = Vec::new();

@@ -88,7 +88,13 @@ impl World {
         hints: PutHints,
     ) -> Answer {
         let meta = ObjectMeta::bytes(len_bytes).expect("a length");
-        let message = ClientMessage::Reserve { key: key(name), meta, hints, if_exists: IfExists::Keep };
+        let message = ClientMessage::Reserve {
+            key: key(name),
+            meta,
+            hints,
+            if_exists: IfExists::Keep,
+            writes: crate::Tier::Host,
+        };
         self.call(node, client, message)
     }
 
@@ -104,6 +110,7 @@ impl World {
             timeout_ms: 3_000,
             keep,
             threshold_bytes: None,
+            tier: None,
         };
         self.ask(node, client, message)
     }
@@ -120,7 +127,8 @@ impl World {
 
     pub(super) fn ask_many(&mut self, node: usize, client: ClientId, names: &[String], keep: bool) -> u64 {
         let keys = names.iter().map(|name| key(name)).collect();
-        let message = ClientMessage::GetMany { keys, timeout_ms: 3_000, keep, threshold_bytes: None };
+        let message =
+            ClientMessage::GetMany { keys, timeout_ms: 3_000, keep, threshold_bytes: None, tier: None };
         self.ask(node, client, message)
     }
 
@@ -169,7 +177,7 @@ impl World {
     }
 
     pub(super) fn used(&self, node: usize) -> u64 {
-        self.status(node).tiers[0].used_bytes
+        self.status(node).tiers.iter().map(|tier| tier.used_bytes).sum()
     }
 
     /// Live nodes that have an object of this key, in order.

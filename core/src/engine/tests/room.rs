@@ -157,7 +157,9 @@ fn segments_are_made_for_what_is_longer_than_those_that_are_there() {
     let mut world = World::shaped(1, &small());
     let client = world.client(0, 1);
     let answer = world.reserve(0, client, "long", 300 << 10);
-    let Ok(ClientReply::Reserved { map: None, reservation, extent }) = answer else { panic!("{answer:?}") };
+    let Ok(ClientReply::Reserved { map: None, reservation, extent, .. }) = answer else {
+        panic!("{answer:?}")
+    };
     world.write(0, extent, &pattern(1, 300 << 10));
     assert!(world.seal(0, client, reservation).is_ok());
     assert_eq!(world.fetch(0, client, "long", &pattern(1, 300 << 10)), Path::Local);
@@ -189,8 +191,13 @@ fn who_leaves_while_waiting_for_room_gets_none() {
     let mut world = World::shaped(1, &small());
     let client = world.client(0, 1);
     let meta = crate::ObjectMeta::bytes(1_000).expect("a length");
-    let reserve =
-        ClientMessage::Reserve { key: key("k"), meta, hints: PutHints::default(), if_exists: IfExists::Keep };
+    let reserve = ClientMessage::Reserve {
+        key: key("k"),
+        meta,
+        hints: PutHints::default(),
+        if_exists: IfExists::Keep,
+        writes: crate::Tier::Host,
+    };
     // Its segment is still being made when the session ends.
     let request = world.ask(0, client, reserve);
     world.feed(0, Input::ClientLeft { client });

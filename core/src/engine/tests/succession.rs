@@ -133,6 +133,7 @@ fn without_a_directory_what_is_known_goes_on_and_the_rest_waits() {
             timeout_ms: 20_000,
             keep: false,
             threshold_bytes: if name == "hinted" { Some(u64::MAX) } else { Some(0) },
+            tier: None,
         };
         world.ask(3, clients[3], get)
     };
@@ -483,6 +484,7 @@ fn absence_is_not_claimed_before_everyone_has_announced() {
         timeout_ms: 10_000,
         keep: true,
         threshold_bytes: None,
+        tier: None,
     };
     let requests = [world.ask(1, clients[1], get.clone()), world.ask(2, clients[2], get)];
     world.advance(200);

@@ -5,13 +5,14 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::ObjectId;
 use crate::engine::{
-    Action, Attachment, Engine, EngineConfig, Event, FabricId, FabricUse, Input, Payload, Pinned,
+    Action, Attachment, Engine, EngineConfig, Event, FabricId, FabricUse, GpuUse, Input, Payload, Pinned,
     PublishedObject, ReadEnd, Time,
 };
 use crate::error::StoreError;
 use crate::key::Key;
+use crate::receipt::Moved;
 use crate::tier::{
-    ClientId, Epoch, Extent, Generation, LinkId, NodeId, RemoteExtent, RemoteKey, SegmentId, SlotId,
+    ClientId, Epoch, Extent, Generation, LinkId, NodeId, RemoteExtent, RemoteKey, SegmentId, SlotId, Tier,
     TransferId,
 };
 use crate::wire::{Announced, Batched, ClientReply, Located, LocatedMany, Member, PeerMessage, Role};
@@ -63,6 +64,9 @@ pub(super) struct Held {
 pub(super) struct Node {
     pub(super) engine: Engine,
     pub(super) address: String,
+    reached: Vec<Tier>,
+    /// The tiers of segments.
+    pub(super) tiers: BTreeMap<SegmentId, Tier>,
     pub(super) segments: BTreeMap<SegmentId, Vec<u8>>,
     pub(super) index: BTreeMap<SlotId, PublishedObject>,
     pub(super) pins: BTreeMap<ClientId, Vec<Generation>>,
@@ -122,11 +126,21 @@ pub(super) struct Shape {
     pub(super) quota_bytes: u64,
     pub(super) objects_max: u32,
     pub(super) threshold_bytes: Option<u64>,
+    pub(super) gpus: Vec<GpuUse>,
+    /// The GPU tiers whose segments the fabric knows.
+    pub(super) reached: Vec<Tier>,
 }
 
 impl Default for Shape {
     fn default() -> Self {
-        Self { capacity_bytes: 8 << 20, quota_bytes: 4 << 20, objects_max: 1_000, threshold_bytes: None }
+        Self {
+            capacity_bytes: 8 << 20,
+            quota_bytes: 4 << 20,
+            objects_max: 1_000,
+            threshold_bytes: None,
+            gpus: Vec::new(),
+            reached: Vec::new(),
+        }
     }
 }
 
@@ -147,12 +161,15 @@ pub(super) fn config(name: usize, epoch: u64, join: Vec<String>, shape: &Shape) 
             name: "test".into(),
             index_key: RemoteKey(1),
             gather_max: GATHER_MAX,
+            tiers: shape.reached.clone(),
         }],
         generation_base: 0,
         generation_stride: 64,
         threshold_bytes: shape.threshold_bytes,
         lease_ms: LEASE_MS,
         heartbeat_ms: HEARTBEAT_MS,
+        gpus: shape.gpus.clone(),
+        why_no_gpu: "none was configured".into(),
     }
 }
 
@@ -160,6 +177,8 @@ impl Node {
     fn new(config: EngineConfig) -> Self {
         Self {
             address: config.member.address.clone(),
+            reached: config.fabrics.iter().flat_map(|fabric| fabric.tiers.clone()).collect(),
+            tiers: BTreeMap::new(),
             engine: Engine::new(config),
             segments: BTreeMap::new(),
             index: BTreeMap::new(),
@@ -188,6 +207,12 @@ impl Node {
         located.pin = u32::try_from(pins.len()).expect("few pins");
         pins.push(located.generation);
         located
+    }
+
+    /// The fabric is handed what it knows.
+    fn assert_reached(&self, extent: Extent) {
+        let tier = self.tiers[&extent.segment];
+        assert!(tier == Tier::Host || self.reached.contains(&tier), "{extent:?} of {tier} is not registered");
     }
 
     pub(super) fn bytes(&self, extent: Extent) -> &[u8] {
@@ -411,7 +436,10 @@ impl World {
                 self.answered(node, client, request, Ok(ClientReply::LocatedMany(many)));
             }
             Action::CloseClient { client, .. } => at.closed_clients.push(client),
-            Action::Fill { extent, bytes } => self.write(node, extent, &bytes),
+            Action::Fill { extent, bytes } => {
+                assert_eq!(at.tiers[&extent.segment], Tier::Host, "no processor writes to a GPU");
+                self.write(node, extent, &bytes);
+            }
             Action::Copy { generation, from, to } => {
                 let bytes = at.bytes(from).to_vec();
                 self.write(node, to, &bytes);
@@ -427,7 +455,7 @@ impl World {
                 let pinned: Pinned = at.pins.values().flatten().copied().collect();
                 return Some(Input::PinScan { pinned, touched: Vec::new() });
             }
-            Action::CreateSegment { segment, len_bytes, owner } => {
+            Action::CreateSegment { segment, tier, len_bytes, owner } => {
                 if self.fail_segments > 0 {
                     self.fail_segments -= 1;
                     let why = StoreError::os("memfd_create", "no descriptor is left");
@@ -436,7 +464,10 @@ impl World {
                 }
                 at.segments.insert(segment, vec![0; span(0, len_bytes).end]);
                 at.owners.insert(segment, owner);
-                let keys = vec![(FABRIC, RemoteKey(u64::from(segment.0) + 100))];
+                at.tiers.insert(segment, tier);
+                let key = (FABRIC, RemoteKey(u64::from(segment.0) + 100));
+                let reached = tier == Tier::Host || at.reached.contains(&tier);
+                let keys = reached.then_some(key).into_iter().collect();
                 self.push(node, Input::SegmentReady { segment, keys });
             }
             Action::CloseToWriters { segment } => {
@@ -482,6 +513,7 @@ impl World {
             }
             Action::Read { link, transfer, bytes, word } => {
                 let read = Held { node, link, transfer, bytes, word };
+                bytes.iter().for_each(|(_, local)| self.nodes[node].assert_reached(*local));
                 self.reads += 1;
                 if self.fail_reads_of == Some(node) {
                     self.push(node, Input::ReadDone { transfer, result: Err(lost()) });
@@ -514,6 +546,7 @@ impl World {
     ) {
         let at = &mut self.nodes[node];
         let extents = payload.iter().flat_map(|payload| &payload.extents);
+        extents.clone().for_each(|extent| at.assert_reached(*extent));
         let bytes: Vec<u8> = extents.flat_map(|extent| at.bytes(*extent)).copied().collect();
         let end = at.links.get(&link).copied();
         if let Some(Payload { send, extents }) = payload {
@@ -561,7 +594,9 @@ impl World {
 
     /// Lets a word that was held back be read now.
     pub(super) fn finish_word(&mut self, read: Held) {
-        let result = self.load_word(read).map(|word| ReadEnd { word, round_trips: 1, ..ReadEnd::default() });
+        let bytes = read.bytes.map_or(0, |(_, local)| local.len_bytes);
+        let moved = Moved { bytes, staged_bytes: 0 };
+        let result = self.load_word(read).map(|word| ReadEnd { moved, word, round_trips: 1, pushed: false });
         self.push(read.node, Input::ReadDone { transfer: read.transfer, result });
     }
 
