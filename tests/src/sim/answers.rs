@@ -2,7 +2,7 @@
 //! whether it can be true. Not what clients then do (`client`). Invariant: every answer passes here once, when it is
 //! given.
 
-use hetmem_core::wire::ClientReply;
+use hetmem_core::wire::{ClientReply, TierStatus};
 use hetmem_core::{ClientId, ErrorKind, SegmentId, StoreError};
 
 use super::client::{Asked, Kind};
@@ -74,6 +74,7 @@ impl World {
                 apart && exclusive(attempt)
             }
             (Kind::Seal { .. }, Os) => self.plan.copy_failures > 0,
+            (Kind::Put { .. }, Os) => self.plan.copy_failures > 0 && self.plan.gpus > 0,
             (Kind::Get { .. }, NotFound | NoSpace | Busy | TimedOut) => true,
             // A copy from one tier to another, here or at the owner.
             (Kind::Get { .. }, Os) => self.plan.copy_failures > 0 && self.plan.gpus > 0,
@@ -196,8 +197,8 @@ impl World {
                 }
             }
             (Kind::Status, Ok(ClientReply::Status(status))) => {
-                let tier = &status.tiers[0];
-                if tier.used_bytes > tier.capacity_bytes {
+                let full = |tier: &&TierStatus| tier.used_bytes > tier.capacity_bytes;
+                if let Some(tier) = status.tiers.iter().find(full) {
                     return Err(format!("more is used than there is: {tier:?}"));
                 }
             }

@@ -444,7 +444,8 @@ impl World {
             let held = (status.draining, status.reservations, status.leases, status.clients);
             let granules = |extent: &Extent| extent.len_bytes.max(1).div_ceil(64) * 64;
             let sealed: u64 = self.nodes[at].index.values().map(|shown| granules(&shown.object.extent)).sum();
-            let (used, shown) = (status.tiers[0].used_bytes, self.nodes[at].index.len() as u64);
+            let used: u64 = status.tiers.iter().map(|tier| tier.used_bytes).sum();
+            let shown = self.nodes[at].index.len() as u64;
             if status.tiers[0].ahead_bytes != 0 {
                 self.fail(format!(
                     "node {at} at rest: {} bytes are granted ahead",
