@@ -187,7 +187,8 @@ impl State {
         let held = Held { meta, extent, generation, slot };
         self.objects.insert(key.clone(), held);
         let path = if extent.segment == GRANTED { Path::InPlace } else { Path::Inline };
-        ClientReply::Sealed { object, kept: false, slot: Some(slot), path, staged_bytes: 0, replicas: 1 }
+        let (slot, tier) = (Some(slot), Tier::Host);
+        ClientReply::Sealed { object, kept: false, slot, tier, path, staged_bytes: 0, replicas: 1 }
     }
 
     fn kept(&self, key: &Key, if_exists: IfExists) -> Result<Option<ClientReply>, StoreError> {
@@ -198,6 +199,7 @@ impl State {
             return Err(StoreError::AlreadyExists { key: key.to_string() });
         }
         Ok(Some(ClientReply::Sealed {
+            tier: Tier::Host,
             object: object_id(held.generation),
             kept: true,
             slot: None,

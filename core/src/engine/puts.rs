@@ -17,8 +17,8 @@ use crate::tier::{ClientId, Extent, Generation, ObjectId, SegmentId, SlotId, Tie
 use crate::wire::{ClientReply, IfExists, PutHints, Role};
 
 /// An object that was there is the answer to a put.
-fn kept(object: ObjectId, slot: Option<SlotId>) -> ClientReply {
-    ClientReply::Sealed { object, kept: true, slot, path: Path::Kept, staged_bytes: 0, replicas: 1 }
+fn kept((object, slot, tier): (ObjectId, Option<SlotId>, Tier)) -> ClientReply {
+    ClientReply::Sealed { object, kept: true, slot, tier, path: Path::Kept, staged_bytes: 0, replicas: 1 }
 }
 
 impl Engine {
@@ -49,7 +49,7 @@ impl Engine {
             Some(_) if object.if_exists == IfExists::Error => {
                 Err(StoreError::AlreadyExists { key: object.key.to_string() })
             }
-            Some((_, there)) => Ok(Some(kept(there.id, there.slot))),
+            Some((_, there)) => Ok(Some(kept((there.id, there.slot, there.tier)))),
         }
     }
 
@@ -395,12 +395,9 @@ impl Engine {
                 self.free_object(generation);
                 let there = gone.and_then(|(key, if_exists)| {
                     let (_, there) = self.objects.sealed(&key)?;
-                    (if_exists == IfExists::Keep).then_some((there.id, there.slot))
+                    (if_exists == IfExists::Keep).then_some((there.id, there.slot, there.tier))
                 });
-                let Some((object, slot)) = there else {
-                    return Err(error);
-                };
-                return Ok(kept(object, slot));
+                return there.map(kept).ok_or(error);
             }
         };
         let Some(object) = self.objects.get_mut(generation) else {
@@ -424,7 +421,8 @@ impl Engine {
         }
         self.announce(announced);
         self.key_exists(&key);
-        Ok(ClientReply::Sealed { object: id, kept: false, slot: Some(slot), path, staged_bytes, replicas: 1 })
+        let slot = Some(slot);
+        Ok(ClientReply::Sealed { object: id, kept: false, slot, tier, path, staged_bytes, replicas: 1 })
     }
 
     /// Sees to it that the index has a free slot for an object, if another may go for that. Not the one of its own key:

@@ -442,6 +442,8 @@ pub enum ClientReply {
         kept: bool,
         /// Where it is in the index of this node, if it is here.
         slot: Option<SlotId>,
+        /// The tier that it is in on this node.
+        tier: Tier,
         /// How the bytes came to their place.
         path: Path,
         /// Bytes of it that passed through a buffer that is neither source nor target.

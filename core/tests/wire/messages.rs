@@ -516,16 +516,16 @@ pub(crate) fn client_reply() -> BoxedStrategy<ClientReply> {
                 map
             }
         ),
-        (object(), any::<bool>(), prop::option::of(any::<u32>()), path(), number(), any::<u32>()).prop_map(
-            |(object, kept, slot, path, staged_bytes, replicas)| R::Sealed {
+        (object(), any::<bool>(), prop::option::of(any::<u32>()), tier(), path(), number(), any::<u32>())
+            .prop_map(|(object, kept, slot, tier, path, staged_bytes, replicas)| R::Sealed {
+                tier,
                 object,
                 kept,
                 slot: slot.map(SlotId),
                 path,
                 staged_bytes,
                 replicas
-            }
-        ),
+            }),
         Just(R::Done),
         located().prop_map(R::Located),
         (number(), tier(), vec(any::<u32>().prop_map(SegmentId), 0..5))
