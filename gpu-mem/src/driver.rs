@@ -3,26 +3,20 @@
 //! found, and no result of C becomes a Rust enum (a driver newer than the bindings returns codes they lack).
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, c_char, c_int, c_uint};
+use std::ffi::{c_char, c_int, c_uint};
 use std::fmt::Write as _;
 
-use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
+use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
+use crate::failure::{
+    COMPAT_NOT_SUPPORTED_ON_DEVICE, Failed, INSUFFICIENT_DRIVER, INVALID_VALUE, NO_DEVICE, OPERATING_SYSTEM,
+    STUB_LIBRARY, SUCCESS, SYSTEM_DRIVER_MISMATCH, SYSTEM_NOT_READY,
+};
 use crate::system::System;
+use crate::table::{error_text, is_library_present, missing_function, symbol};
 use crate::{
     DRIVER_VERSION_MIN, DriverInfo, GpuAttributes, GpuDevice, Unavailable, sysfs_pci_id, write_cuda_version,
 };
-
-/// Codes of `CUresult`; the value is the driver's ABI.
-const SUCCESS: c_int = 0;
-const INVALID_VALUE: c_int = 1;
-const STUB_LIBRARY: c_int = 34;
-const NO_DEVICE: c_int = 100;
-const INSUFFICIENT_DRIVER: c_int = 35;
-const OPERATING_SYSTEM: c_int = 304;
-const SYSTEM_NOT_READY: c_int = 802;
-const SYSTEM_DRIVER_MISMATCH: c_int = 803;
-const COMPAT_NOT_SUPPORTED_ON_DEVICE: c_int = 804;
 
 const NAME_LEN: usize = 256;
 const PCI_ID_LEN: usize = 32;
@@ -35,6 +29,7 @@ type TextFn = unsafe extern "C" fn(text: *mut c_char, len: c_int, device: c_int)
 type PciIdFn = TextFn;
 type UuidFn = unsafe extern "C" fn(uuid: *mut [u8; 16], device: c_int) -> c_int;
 type MemoryFn = unsafe extern "C" fn(bytes: *mut usize, device: c_int) -> c_int;
+type PeerFn = unsafe extern "C" fn(can: *mut c_int, device: c_int, peer: c_int) -> c_int;
 type AttributeFn = unsafe extern "C" fn(value: *mut c_int, attribute: c_int, device: c_int) -> c_int;
 type ErrorTextFn = unsafe extern "C" fn(code: c_int, text: *mut *const c_char) -> c_int;
 
@@ -56,15 +51,9 @@ struct Driver {
     memory: MemoryFn,
     attribute: AttributeFn,
     pci_id: PciIdFn,
-    /// Absent from nothing in use, but a reason must not depend on it.
+    /// Absent from nothing in use, but a reason must not depend on these two.
+    can_access_peer: Option<PeerFn>,
     error_text: Option<ErrorTextFn>,
-}
-
-/// A call that did not succeed.
-struct Failed {
-    call: &'static str,
-    code: c_int,
-    text: String,
 }
 
 /// Asks libcuda, if there is one.
@@ -79,7 +68,7 @@ pub(crate) fn probe() -> Result<Found, Unavailable> {
     }
     let (mut devices, mut unusable) = (Vec::new(), Vec::new());
     for ordinal in 0..count {
-        match driver.describe(ordinal) {
+        match driver.describe(ordinal, count) {
             Ok(device) => devices.push(device),
             Err(failed) => unusable.push(Unavailable {
                 what: format!("gpu:{ordinal}").into(),
@@ -92,33 +81,15 @@ pub(crate) fn probe() -> Result<Found, Unavailable> {
     Ok(Found { info, devices, unusable })
 }
 
-/// Looks up one symbol. `None` if the library has no such function.
-///
-/// # Safety
-/// A libcuda is present, and `F` is the C prototype of `name`, a NUL-terminated name.
-unsafe fn symbol<F: Copy>(name: &CStr) -> Option<F> {
-    // SAFETY: the caller vouches for the library's presence (cudarc panics otherwise) and for the type. The
-    // library stays loaded for the life of the process, so a function pointer copied out of it stays good.
-    unsafe { sys::culib().get::<F>(name.to_bytes_with_nul()) }.ok().map(|symbol| *symbol)
-}
-
 impl Driver {
     fn load() -> Result<Self, Unavailable> {
-        // SAFETY: opens libcuda by its name, which runs its initialisers; whoever installs a library of that name
-        // on the loader's path vouches for it.
-        if !unsafe { sys::is_culib_present() } {
+        if !is_library_present() {
             return Err(System::look().missing_libcuda());
         }
         macro_rules! need {
             ($name:literal) => {
                 // SAFETY: the library is present, and each field's type is the prototype of cuda.h for this name.
-                unsafe { symbol($name) }.ok_or_else(|| Unavailable {
-                    what: "GPU".into(),
-                    why: format!("the libcuda found has no function {}", $name.to_string_lossy()),
-                    remedy: "install a complete NVIDIA driver (570 or newer); a libcuda.so of another origin may \
-                             be first on LD_LIBRARY_PATH"
-                        .into(),
-                })?
+                unsafe { symbol($name) }.ok_or_else(|| missing_function(&$name.to_string_lossy()))?
             };
         }
         Ok(Self {
@@ -131,6 +102,8 @@ impl Driver {
             memory: need!(c"cuDeviceTotalMem_v2"),
             attribute: need!(c"cuDeviceGetAttribute"),
             pci_id: need!(c"cuDeviceGetPCIBusId"),
+            // SAFETY: as above.
+            can_access_peer: unsafe { symbol(c"cuDeviceCanAccessPeer") },
             // SAFETY: as above.
             error_text: unsafe { symbol(c"cuGetErrorString") },
         })
@@ -161,7 +134,7 @@ impl Driver {
         Ok(DriverInfo { cuda_version })
     }
 
-    fn describe(&self, ordinal: u16) -> Result<GpuDevice, Failed> {
+    fn describe(&self, ordinal: u16, count: u16) -> Result<GpuDevice, Failed> {
         let mut device: c_int = 0;
         // SAFETY: `device` is a writable int for the length of the call.
         let code = unsafe { (self.device)(&raw mut device, c_int::from(ordinal)) };
@@ -185,7 +158,21 @@ impl Driver {
             memory_bytes: memory as u64,
             pci_id: sysfs_pci_id(&self.text::<PCI_ID_LEN>("cuDeviceGetPCIBusId", self.pci_id, device)?),
             attributes: self.attributes(device)?,
+            peers: (0..count).filter(|peer| *peer != ordinal && self.can_access(device, *peer)).collect(),
         })
+    }
+
+    /// Whether `device` can read and write the memory of the device with this ordinal.
+    fn can_access(&self, device: c_int, ordinal: u16) -> bool {
+        let (mut peer, mut can): (c_int, c_int) = (0, 0);
+        // SAFETY: `peer` is a writable int for the length of the call.
+        let code = unsafe { (self.device)(&raw mut peer, c_int::from(ordinal)) };
+        let Some(can_access_peer) = self.can_access_peer.filter(|_| code == SUCCESS) else {
+            return false;
+        };
+        // SAFETY: `can` is a writable int; both devices came from cuDeviceGet.
+        let code = unsafe { can_access_peer(&raw mut can, device, peer) };
+        code == SUCCESS && can != 0
     }
 
     fn attributes(&self, device: c_int) -> Result<GpuAttributes, Failed> {
@@ -199,6 +186,7 @@ impl Driver {
                 A::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED,
             )?,
             dma_buf: has(A::CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED)?,
+            read_only_host_register: has(A::CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED)?,
             flush_writes_options: self
                 .attribute(A::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_FLUSH_WRITES_OPTIONS, device)?,
             writes_ordering: self
@@ -246,28 +234,7 @@ impl Driver {
     }
 
     fn failed(&self, call: &'static str, code: c_int) -> Failed {
-        let mut text: *const c_char = std::ptr::null();
-        if let Some(error_text) = self.error_text {
-            // SAFETY: `text` is a writable pointer; for a code that it does not know the call leaves or makes it null.
-            let _ = unsafe { error_text(code, &raw mut text) };
-        }
-        let text = if text.is_null() {
-            String::new()
-        } else {
-            // SAFETY: the driver returns a NUL-terminated string of its own, valid for the life of the library.
-            unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
-        };
-        Failed { call, code, text }
-    }
-}
-
-impl Failed {
-    fn reason(&self) -> String {
-        let mut reason = format!("{} returned {}", self.call, self.code);
-        if !self.text.is_empty() {
-            let _ = write!(reason, ", \"{}\"", self.text);
-        }
-        reason
+        Failed { call, code, text: error_text(self.error_text, code) }
     }
 }
 

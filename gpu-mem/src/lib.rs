@@ -1,18 +1,51 @@
-//! What GPUs this machine has, or why it has none: [`probe`].
+//! GPU memory: what GPUs this machine has, or why it has none ([`probe`], [`Gpus`]); segments of their memory that other
+//! processes and NICs can have ([`Segment`], [`Imported`]); and copies between all kinds of memory ([`Stream`],
+//! [`Copier`]).
 //!
-//! Not GPU memory yet, and not a reason to fail: absence is a value with a cause and a remedy. Nothing here panics,
-//! prints, or creates a CUDA context, whatever library is or is not installed. Invariant: a [`GpuProbe`] with an
-//! unavailable driver lists no devices.
+//! Not what lies in the memory, and not a reason to fail: absence is a value with a cause and a remedy. Nothing here
+//! panics on what a driver answers, prints, or creates a context of a device that nobody has named. Invariant: a
+//! [`GpuProbe`] with an unavailable driver lists no devices, and memory is never unmapped under a copy.
 
+pub mod capacity;
+mod context;
+mod copier;
+mod copies;
+mod device;
 mod driver;
+mod failure;
+pub mod flush;
+mod foreign;
+mod gpus;
+mod host;
+mod imported;
+mod lane;
 mod nvml;
+mod physical;
+mod pinned;
+mod segment;
+mod span;
+mod stream;
 mod system;
+mod table;
+pub mod teardown;
+pub mod topology;
 
 use std::borrow::Cow;
 use std::fmt;
 
 use hetmem_core::StoreError;
 use serde::Serialize;
+
+pub use copier::{Copied, Copier, Done};
+pub use device::{Device, MemoryInfo};
+pub use gpus::Gpus;
+pub use host::{HostMemory, HostRegistration, PinnedBuffer};
+pub use imported::Imported;
+pub use physical::AccessRights;
+pub use segment::{Registered, Segment};
+pub use span::{Memory, Span};
+pub use stream::{Event, Stream};
+pub use system::{KernelModule, SystemInfo};
 
 /// The oldest driver that this build works with, as `1000 * major + 10 * minor` of the CUDA version that it
 /// supports: the version of the bindings.
@@ -70,6 +103,8 @@ pub struct GpuAttributes {
     pub gpudirect_rdma_with_virtual_memory: bool,
     /// Memory can be exported as a dma-buf descriptor.
     pub dma_buf: bool,
+    /// Host memory that this process may only read can be registered for copies.
+    pub read_only_host_register: bool,
     /// How remote writes can be flushed: bits of `CUflushGPUDirectRDMAWritesOptions` (1 host, 2 memory operations).
     pub flush_writes_options: u32,
     /// Who sees remote writes in order without a flush: `CUGPUDirectRDMAWritesOrdering` (0 nobody, 100 this GPU,
@@ -94,6 +129,8 @@ pub struct GpuDevice {
     pub pci_id: String,
     /// What it can do for the store.
     pub attributes: GpuAttributes,
+    /// The ordinals of the other devices whose memory this one can read and write directly.
+    pub peers: Vec<u16>,
 }
 
 /// What NVML, the management library, says.
@@ -116,6 +153,16 @@ pub struct NvmlDevice {
     pub pci_id: Option<String>,
     /// Bytes of device memory that can be mapped on the bus (BAR1).
     pub bar1_bytes: Option<u64>,
+    /// Bytes of BAR1 that are mapped.
+    pub bar1_used_bytes: Option<u64>,
+    /// Generation of the PCIe link, now; an idle one may be slower than it can be.
+    pub pcie_generation: Option<u32>,
+    /// Lanes of the PCIe link, now.
+    pub pcie_lanes: Option<u32>,
+    /// NVLinks that are up.
+    pub nvlinks: Option<u32>,
+    /// Whether the device is cut into instances (MIG), which NICs cannot reach by nvidia-peermem.
+    pub mig: Option<bool>,
     /// The nearest NUMA node.
     pub numa_node: Option<u32>,
 }
@@ -131,6 +178,8 @@ pub struct GpuProbe {
     pub unusable: Vec<Unavailable>,
     /// NVML, or why it cannot be asked. The store works without it.
     pub nvml: Result<NvmlInfo, Unavailable>,
+    /// What the operating system says of drivers.
+    pub system: SystemInfo,
 }
 
 /// Looks for GPUs. Loads libcuda and NVML if they are there and keeps libcuda loaded; creates no context.
@@ -143,7 +192,7 @@ pub fn probe() -> GpuProbe {
         Ok(found) => (Ok(found.info), found.devices, found.unusable),
         Err(absent) => (Err(absent), Vec::new(), Vec::new()),
     };
-    GpuProbe { driver, devices, unusable, nvml: nvml::probe() }
+    GpuProbe { driver, devices, unusable, nvml: nvml::probe(), system: SystemInfo::look() }
 }
 
 fn write_cuda_version(f: &mut impl fmt::Write, version: u32) -> fmt::Result {

@@ -6,6 +6,11 @@ use nvml_wrapper::error::NvmlError;
 
 use crate::{NvmlDevice, NvmlInfo, Unavailable, sysfs_pci_id};
 
+/// `NVML_NVLINK_MAX_LINKS` of the newest devices.
+const NVLINKS_MAX: u32 = 18;
+/// `NVML_DEVICE_MIG_ENABLE`.
+const MIG_ENABLED: u32 = 1;
+
 /// Asks NVML, if it is there. The library is closed again before this returns.
 pub(crate) fn probe() -> Result<NvmlInfo, Unavailable> {
     let nvml = Nvml::init().map_err(|error| absent("nvmlInit", &error))?;
@@ -24,10 +29,19 @@ pub(crate) fn probe() -> Result<NvmlInfo, Unavailable> {
 
 fn describe(nvml: &Nvml, index: u32) -> Option<NvmlDevice> {
     let device = nvml.device_by_index(index).ok()?;
+    let bar1 = device.bar1_memory_info().ok();
+    let links = (0..NVLINKS_MAX).map_while(|link| device.link_wrapper_for(link).is_active().ok());
+    let links: Vec<bool> = links.collect();
     Some(NvmlDevice {
         uuid: device.uuid().ok()?,
         pci_id: device.pci_info().ok().map(|info| sysfs_pci_id(&info.bus_id)),
-        bar1_bytes: device.bar1_memory_info().ok().map(|memory| memory.total),
+        bar1_bytes: bar1.as_ref().map(|memory| memory.total),
+        bar1_used_bytes: bar1.as_ref().map(|memory| memory.used),
+        pcie_generation: device.current_pcie_link_gen().ok(),
+        pcie_lanes: device.current_pcie_link_width().ok(),
+        // A device without links refuses the first one.
+        nvlinks: (!links.is_empty()).then(|| links.iter().map(|up| u32::from(*up)).sum()),
+        mig: device.mig_mode().ok().map(|mode| mode.current == MIG_ENABLED),
         numa_node: device.numa_node_id().ok(),
     })
 }

@@ -5,11 +5,65 @@ use std::fs::{self, OpenOptions};
 use std::io::ErrorKind;
 use std::path::Path;
 
+use serde::Serialize;
+
 use crate::Unavailable;
 
 const NVIDIA_VENDOR: &str = "0x10de";
 /// PCI classes of display and 3D controllers begin like this.
 const DISPLAY_CLASS: &str = "0x03";
+
+/// Names of the module that lets NICs reach GPU memory by address; the second is its name before driver 470.
+const PEER_MEMORY_MODULES: [&str; 2] = ["nvidia_peermem", "nv_peer_mem"];
+
+/// Which of the two NVIDIA kernel modules is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum KernelModule {
+    /// The open one, which exports dma-buf.
+    Open,
+    /// The closed one, which does not.
+    Closed,
+}
+
+/// What the operating system says of NVIDIA drivers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SystemInfo {
+    /// The flavour of the loaded kernel module; none if none is loaded.
+    pub kernel_module: Option<KernelModule>,
+    /// The loaded module by which NICs reach GPU memory by address, or why there is none.
+    pub peer_memory: Result<String, Unavailable>,
+}
+
+impl SystemInfo {
+    pub(crate) fn look() -> Self {
+        Self::look_under(Path::new("/"))
+    }
+
+    fn look_under(root: &Path) -> Self {
+        let version = fs::read_to_string(root.join("proc/driver/nvidia/version")).ok();
+        let kernel_module = version.map(|text| match text.contains("Open Kernel Module") {
+            true => KernelModule::Open,
+            false => KernelModule::Closed,
+        });
+        let loaded = PEER_MEMORY_MODULES.iter().find(|name| root.join("sys/module").join(name).is_dir());
+        let remedy = match kernel_module {
+            Some(KernelModule::Open) => {
+                "not needed where dma-buf works; else `modprobe nvidia-peermem`, with the RDMA drivers of NVIDIA"
+            }
+            Some(KernelModule::Closed) => {
+                "`modprobe nvidia-peermem`, with the RDMA drivers of NVIDIA; or install the open kernel module, which \
+                 exports dma-buf"
+            }
+            None => "nothing to do on a machine without an NVIDIA GPU",
+        };
+        let peer_memory = loaded.map(|name| (*name).to_owned()).ok_or_else(|| Unavailable {
+            what: "peer memory".into(),
+            why: "no module nvidia_peermem or nv_peer_mem is loaded".to_owned(),
+            remedy: remedy.into(),
+        });
+        Self { kernel_module, peer_memory }
+    }
+}
 
 /// Facts from /sys, /proc and /dev.
 #[derive(Clone, Debug, Default)]
@@ -163,5 +217,27 @@ mod tests {
         assert_eq!(found.pci_devices, 1);
         assert!(!found.kernel_driver);
         assert_eq!(System::look_under(&root).pci_devices, 0, "a missing folder is no device");
+    }
+
+    #[test]
+    fn modules_are_told_apart() {
+        let root = std::env::temp_dir().join(format!("hetmem-modules-{}", std::process::id()));
+        let version = root.join("proc/driver/nvidia/version");
+        fs::create_dir_all(version.parent().expect("a folder")).expect("temporary folder");
+        let look = |text: &str| {
+            fs::write(&version, text).expect("temporary file");
+            SystemInfo::look_under(&root)
+        };
+        let closed = look("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15\n");
+        assert_eq!(closed.kernel_module, Some(KernelModule::Closed));
+        assert!(closed.peer_memory.expect_err("none is loaded").remedy.contains("open kernel module"));
+        fs::create_dir_all(root.join("sys/module/nvidia_peermem")).expect("temporary folder");
+        let open = look("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05\n");
+        assert_eq!(open.kernel_module, Some(KernelModule::Open));
+        assert_eq!(open.peer_memory.as_deref(), Ok("nvidia_peermem"));
+        fs::remove_dir_all(&root).expect("made above");
+        let nothing = SystemInfo::look_under(&root);
+        assert_eq!(nothing.kernel_module, None);
+        assert!(nothing.peer_memory.expect_err("none").remedy.contains("nothing to do"));
     }
 }

@@ -229,6 +229,8 @@ fn node(socket: Option<&Path>) -> Check {
 
 #[cfg(test)]
 mod tests {
+    use hetmem_gpu_mem::SystemInfo;
+
     use super::*;
 
     #[test]
@@ -243,6 +245,7 @@ mod tests {
             devices: Vec::new(),
             unusable: vec![absent("gpu:1")],
             nvml: Err(absent("NVML")),
+            system: SystemInfo { kernel_module: None, peer_memory: Err(absent("peer memory")) },
         };
         let mut checks = gpus(&probe);
         checks.push(rdma());

@@ -1,0 +1,195 @@
+//! The driver's copy calls: which one for which pair of memories, and one call for many where the driver has it. Not
+//! who holds the memory meanwhile (`stream`). Invariant: what is issued was checked for lengths, rights and reach.
+//!
+//! unsafe: hands addresses to the driver, which reads and writes there after the call.
+#![allow(unsafe_code)]
+
+use std::ffi::c_int;
+use std::mem::zeroed;
+
+use cudarc::driver::sys;
+use hetmem_core::StoreError;
+
+use crate::Gpus;
+use crate::context::Entered;
+use crate::device::Device;
+use crate::failure::Failed;
+use crate::pinned::Hold;
+use crate::span::{Place, Span};
+use crate::table::{Address, Calls, Opaque};
+
+/// A copy that may be issued on a stream of one device.
+pub(crate) struct Planned {
+    from: Place,
+    to: Place,
+    len: usize,
+    /// The contexts of both ends, where neither device reads the other's memory by itself.
+    contexts: Option<(Opaque, Opaque)>,
+    /// What keeps the host's end pinned; none where there is no such end or it is not pinned.
+    pin: Option<Hold>,
+}
+
+impl Planned {
+    /// Checks a copy for a stream of `device`.
+    pub(crate) fn new(device: &Device, from: &Span, to: &Span) -> Result<Self, StoreError> {
+        if from.len_bytes() != to.len_bytes() {
+            return Err(StoreError::invalid(
+                "copy",
+                format!("{} bytes are copied to a span of {}", from.len_bytes(), to.len_bytes()),
+            ));
+        }
+        to.check_writable()?;
+        let len = usize::try_from(from.len_bytes())
+            .map_err(|_| StoreError::invalid("copy", format!("{} bytes", from.len_bytes())))?;
+        let ordinal = device.ordinal();
+        let contexts = match (from.memory().device(), to.memory().device()) {
+            (None, None) => {
+                return Err(StoreError::invalid("copy", "both ends are host memory, which no GPU copies"));
+            }
+            (Some(source), Some(target))
+                if !(from.is_within_reach(ordinal) && to.is_within_reach(ordinal)) =>
+            {
+                Some((source.context().raw(), target.context().raw()))
+            }
+            (Some(memory), None) | (None, Some(memory))
+                if !(from.is_within_reach(ordinal) && to.is_within_reach(ordinal)) =>
+            {
+                return Err(StoreError::invalid(
+                    "copy",
+                    format!(
+                        "a stream of gpu:{ordinal} cannot reach memory of gpu:{} (use a stream of that device)",
+                        memory.ordinal()
+                    ),
+                ));
+            }
+            _ => None,
+        };
+        let pin = from.pin(device.gpus()).or_else(|| to.pin(device.gpus()));
+        Ok(Self { from: from.place(), to: to.place(), len, contexts, pin })
+    }
+
+    /// A copy of which one end is no span. `span` is the other, of the copy's length.
+    pub(crate) fn from_places(
+        from: Place,
+        to: Place,
+        span: &Span,
+        contexts: Option<(Opaque, Opaque)>,
+        gpus: &Gpus,
+    ) -> Result<Self, StoreError> {
+        let len = usize::try_from(span.len_bytes())
+            .map_err(|_| StoreError::invalid("copy", format!("{} bytes", span.len_bytes())))?;
+        Ok(Self { from, to, len, contexts, pin: span.pin(gpus) })
+    }
+
+    /// What must be held beside the ends.
+    pub(crate) fn pins(&self) -> Vec<Hold> {
+        self.pin.iter().cloned().collect()
+    }
+
+    /// Whether no end is host memory that the driver must stage.
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.pin.is_some() || matches!((self.from, self.to), (Place::Device(_), Place::Device(_)))
+    }
+
+    /// Whether it can go with others in one call.
+    fn is_batchable(&self) -> bool {
+        self.len > 0 && self.contexts.is_none() && self.is_pinned()
+    }
+}
+
+/// Issues copies on a stream of the entered context; one result for each, in order: whether all its memory is pinned.
+///
+/// # Safety
+/// The caller holds both ends of every copy, and what pins them, until the stream is past them or its context is
+/// lost; `stream` is a living stream of the entered context.
+pub(crate) unsafe fn issue(
+    entered: &Entered<'_>,
+    stream: Opaque,
+    plans: Vec<Result<Planned, StoreError>>,
+) -> Vec<Result<bool, StoreError>> {
+    let calls = entered.calls();
+    let batch: Vec<&Planned> =
+        plans.iter().filter_map(|plan| plan.as_ref().ok()).filter(|plan| plan.is_batchable()).collect();
+    // SAFETY: the caller's promise.
+    let batched = batch.len() > 1 && unsafe { issue_batch(calls, stream, &batch) };
+    let issued = plans.into_iter().map(|plan| {
+        let plan = plan?;
+        if !(batched && plan.is_batchable()) {
+            // SAFETY: the caller's promise.
+            unsafe { issue_one(calls, stream, &plan) }.map_err(|failed| failed.error("copy"))?;
+        }
+        Ok(plan.is_pinned())
+    });
+    issued.collect()
+}
+
+/// Issues one copy.
+///
+/// # Safety
+/// As [`issue`].
+unsafe fn issue_one(calls: &Calls, stream: Opaque, plan: &Planned) -> Result<(), Failed> {
+    let len = plan.len;
+    if len == 0 {
+        return Ok(());
+    }
+    let (call, code): (_, c_int) = match (plan.from, plan.to) {
+        (Place::Host(from), Place::Device(to)) => {
+            // SAFETY: both ends have `len` bytes that the caller holds; the stream's device reaches the target.
+            ("cuMemcpyHtoDAsync_v2", unsafe { (calls.copy_to_device)(to, from.cast(), len, stream) })
+        }
+        (Place::Device(from), Place::Host(to)) => {
+            // SAFETY: as above; the host memory is writable.
+            ("cuMemcpyDtoHAsync_v2", unsafe { (calls.copy_to_host)(to.cast(), from, len, stream) })
+        }
+        (Place::Device(from), Place::Device(to)) => match plan.contexts {
+            Some((source, target)) => {
+                // SAFETY: as above; the contexts are those of the devices, retained while their memory is held.
+                let code = unsafe { (calls.copy_to_peer)(to, target, from, source, len, stream) };
+                ("cuMemcpyPeerAsync", code)
+            }
+            // SAFETY: as above.
+            None => ("cuMemcpyDtoDAsync_v2", unsafe { (calls.copy_on_device)(to, from, len, stream) }),
+        },
+        (Place::Host(_), Place::Host(_)) => return Ok(()),
+    };
+    calls.check(call, code)
+}
+
+/// Issues all in one call. False if the driver has no such call or refused it: then each goes by itself, which says
+/// which of them is refused. One that had been accepted is copied twice, to the same effect.
+///
+/// # Safety
+/// As [`issue`].
+unsafe fn issue_batch(calls: &Calls, stream: Opaque, batch: &[&Planned]) -> bool {
+    let Some(copy_batch) = calls.copy_batch else {
+        return false;
+    };
+    let address = |place: Place| match place {
+        Place::Device(address) => address,
+        Place::Host(base) => base.expose_provenance() as Address,
+    };
+    let mut targets: Vec<Address> = batch.iter().map(|plan| address(plan.to)).collect();
+    let mut sources: Vec<Address> = batch.iter().map(|plan| address(plan.from)).collect();
+    let mut lens: Vec<usize> = batch.iter().map(|plan| plan.len).collect();
+    // SAFETY: a C structure of numbers, of whose enumerations all have a variant of value 0.
+    let mut attributes: sys::CUmemcpyAttributes = unsafe { zeroed() };
+    attributes.srcAccessOrder = sys::CUmemcpySrcAccessOrder_enum::CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
+    let mut first = 0_usize;
+    let mut failed_at = usize::MAX;
+    // SAFETY: three arrays of as many elements as said; one set of attributes, which holds from copy 0 on; a writable
+    // index. The driver keeps none of the arrays. Of the memory: the caller's promise.
+    let code = unsafe {
+        copy_batch(
+            targets.as_mut_ptr(),
+            sources.as_mut_ptr(),
+            lens.as_mut_ptr(),
+            batch.len(),
+            &raw mut attributes,
+            &raw mut first,
+            1,
+            &raw mut failed_at,
+            stream,
+        )
+    };
+    calls.check("cuMemcpyBatchAsync", code).is_ok()
+}
