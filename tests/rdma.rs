@@ -88,7 +88,7 @@ impl Lab {
         Serve::new(folder, name)
             .flag("listen", &format!("{}:0", self.address))
             .flag("fabric", fabric)
-            .flag("verbs-plugin", &self.plugin)
+            .env("HETMEM_VERBS_PLUGIN", &self.plugin)
             .host("32MiB")
             .flag("max-objects", "4096")
     }
@@ -220,10 +220,10 @@ fn without_the_plugin_a_node_says_so_and_speaks_tcp_unless_that_is_refused() {
     let Some(lab) = Lab::enter() else { return };
     let folder = tempfile::tempdir().expect("a folder");
     let nowhere = folder.path().join("nothing.so").display().to_string();
-    let node = lab.node(folder.path(), "node", "auto").flag("verbs-plugin", &nowhere).start();
+    let node = lab.node(folder.path(), "node", "auto").env("HETMEM_VERBS_PLUGIN", &nowhere).start();
     node.says("RDMA is not used");
     node.says(&nowhere);
-    let strict = lab.node(folder.path(), "strict", "verbs").flag("verbs-plugin", &nowhere);
+    let strict = lab.node(folder.path(), "strict", "verbs").env("HETMEM_VERBS_PLUGIN", &nowhere);
     let end = strict.try_start().expect_err("there is nothing to serve with");
     assert!(end.said.contains(&nowhere), "{}", end.said);
 }

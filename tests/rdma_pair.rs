@@ -119,7 +119,7 @@ impl Machine {
     fn serve(&mut self, plugin: &str, flags: &str) {
         let (node, log) = (binary().display().to_string(), self.folder.join("log").display().to_string());
         self.must(&format!(
-            "{node} serve --socket /run/node.sock --fabric verbs --verbs-plugin {plugin} --host 32MiB \
+            "HETMEM_VERBS_PLUGIN={plugin} {node} serve --socket /run/node.sock --fabric verbs --host 32MiB \
              --max-objects 4096 --huge-pages off --heartbeat-ms 500 {flags} > /dev/null 2> {log} & \
              for try in $(seq 150); do \
              {node} --socket /run/node.sock status > /dev/null 2>&1 && exit 0; sleep 0.2; done; exit 1"

@@ -1,9 +1,12 @@
 //! What is carried out after the engine's lock is released: answers to clients, and the log. Not the fabric
 //! (`outbox`). Invariant: a client that cannot be answered is closed; nobody waits for it.
 
-use hetmem_core::StoreError;
-use hetmem_core::engine::Event;
+use std::sync::Weak;
+
+use hetmem_core::engine::{Event, Input};
 use hetmem_core::wire::LocatedMany;
+use hetmem_core::{Generation, StoreError};
+use hetmem_gpu_mem::{Copied, Span};
 
 use crate::driver::{Driver, Later};
 
@@ -23,8 +26,24 @@ impl Driver {
                 tracing::warn!(%client, error = %why, "a client is closed");
                 self.clients.close(client);
             }
+            Later::Copy { generation, from, to } => self.copy(generation, from, to),
             Later::Note(event) => note(&event),
         }
+    }
+
+    /// Has a GPU copy. What it reports comes from a thread of its own.
+    fn copy(&self, generation: Generation, from: Span, to: Span) {
+        let Some(copier) = self.tiers.copier() else {
+            let result = Err(StoreError::unavailable("a copy", "this node has no GPU"));
+            return self.feed(Input::CopyDone { generation, result });
+        };
+        let driver = Weak::clone(&self.own);
+        let done = move |result: Result<Copied, StoreError>| {
+            if let Some(driver) = driver.upgrade() {
+                driver.feed(Input::CopyDone { generation, result: result.map(|_| ()) });
+            }
+        };
+        copier.submit(from, to, Box::new(done));
     }
 
     pub(crate) fn refuse(&self) {

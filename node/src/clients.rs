@@ -165,7 +165,7 @@ impl Descriptors {
         match self {
             Self::None => Self::None,
             Self::Session(index, page) => Self::Session(Arc::clone(index), Arc::clone(page)),
-            Self::Segment(segment) => Self::Segment(Arc::clone(segment)),
+            Self::Segment(segment) => Self::Segment(segment.clone()),
             Self::Ahead(ring, segment) => Self::Ahead(ring.clone(), segment.clone()),
         }
     }

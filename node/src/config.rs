@@ -18,6 +18,11 @@ pub const KEYS: [(&str, &str, &str); 14] = [
     ("listen", "127.0.0.1:7733", "where peers connect to; port 0 takes a free one"),
     ("join", "none", "the nodes that may keep the directory, in order; none: this one alone"),
     ("host", "25%", "memory of the host tier: bytes, KiB, MiB, GiB, or a share of the machine's"),
+    (
+        "gpu",
+        "auto",
+        "memory of the GPU tiers, taken when objects come: auto, off, bytes or a share of each, or N=SIZE,...",
+    ),
     ("max_objects", "4194304", "the most objects in the index"),
     ("huge_pages", "auto", "auto, off, or require"),
     ("threshold", "auto", "objects up to this size come inside the answer: auto or bytes"),
@@ -30,7 +35,6 @@ pub const KEYS: [(&str, &str, &str); 14] = [
         "auto",
         "auto, tcp, verbs, or verbs-push: the same, and this node's large objects are pushed, not read",
     ),
-    ("verbs_plugin", "beside the program", "the file with RDMA verbs, libhetmem_verbs.so"),
 ];
 
 /// Which fabric a node may use.
@@ -44,6 +48,77 @@ pub enum FabricChoice {
     Verbs,
     /// The same; this node writes its large objects to peers rather than have them read.
     VerbsPush,
+}
+
+/// How much of one GPU's memory the store may take.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OneGpu {
+    /// What is there, less a reserve for others.
+    Auto,
+    /// Bytes, or a share of it.
+    Size(String),
+}
+
+impl OneGpu {
+    fn parse(text: &str) -> Option<Self> {
+        let text = text.trim();
+        match text {
+            "auto" => Some(Self::Auto),
+            _ => bytes_or_share(text, u64::MAX).map(|_| Self::Size(text.to_owned())),
+        }
+    }
+
+    fn bytes(&self, memory_bytes: u64, auto_bytes: u64) -> u64 {
+        match self {
+            Self::Auto => auto_bytes,
+            Self::Size(text) => bytes_or_share(text, memory_bytes).unwrap_or(0),
+        }
+    }
+}
+
+/// How much of the GPUs' memory the store may take.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum GpuSize {
+    /// None.
+    Off,
+    /// Of every GPU that there is; none is no error.
+    Auto,
+    /// The same of every GPU, of which there is at least one.
+    All(OneGpu),
+    /// Of these GPUs, which are there.
+    Each(Vec<(u16, OneGpu)>),
+}
+
+impl GpuSize {
+    /// Bytes of a GPU, where `auto` would be `auto_bytes`.
+    pub(crate) fn of(&self, ordinal: u16, memory_bytes: u64, auto_bytes: u64) -> u64 {
+        match self {
+            Self::Off => 0,
+            Self::Auto => auto_bytes,
+            Self::All(size) => size.bytes(memory_bytes, auto_bytes),
+            Self::Each(list) => {
+                let size = list.iter().find(|(of, _)| *of == ordinal);
+                size.map_or(0, |(_, size)| size.bytes(memory_bytes, auto_bytes))
+            }
+        }
+    }
+
+    /// The GPUs that have to be there.
+    pub(crate) fn named(&self) -> impl Iterator<Item = u16> + '_ {
+        let list = if let Self::Each(list) = self { list.as_slice() } else { &[] };
+        list.iter().map(|(ordinal, _)| *ordinal)
+    }
+}
+
+/// What `client_quota` says, for a tier of any size.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ClientShare(String);
+
+impl ClientShare {
+    /// Bytes that one client may be granted of a tier.
+    pub(crate) fn of(&self, capacity_bytes: u64) -> u64 {
+        bytes_or_share(&self.0, capacity_bytes).unwrap_or(capacity_bytes)
+    }
 }
 
 /// A node's configuration. See [`KEYS`] for the meanings.
@@ -61,6 +136,8 @@ pub struct Config {
     pub lease_ms: u32,
     pub heartbeat_ms: u64,
     pub client_quota_bytes: u64,
+    pub client_share: ClientShare,
+    pub gpu: GpuSize,
     pub streams: Option<usize>,
     pub fabric: FabricChoice,
     pub verbs_plugin: Option<PathBuf>,
@@ -175,6 +252,22 @@ impl Raw {
         Ok(list)
     }
 
+    fn gpu(&self) -> Result<GpuSize, StoreError> {
+        const ACCEPTED: &str = "auto, off, a size such as 4GiB, a share such as 25%, or a list such as 0=4GiB,1=auto";
+        let text = self.get("gpu").unwrap_or("auto");
+        let each = |part: &str| {
+            let (ordinal, size) = part.split_once('=')?;
+            Some((ordinal.trim().parse().ok()?, OneGpu::parse(size)?))
+        };
+        let size = match text {
+            "auto" => Some(GpuSize::Auto),
+            "off" => Some(GpuSize::Off),
+            list if list.contains('=') => list.split(',').map(each).collect::<Option<_>>().map(GpuSize::Each),
+            size => OneGpu::parse(size).map(GpuSize::All),
+        };
+        size.ok_or_else(|| bad("gpu", text, ACCEPTED))
+    }
+
     fn resolve(&self) -> Result<Config, StoreError> {
         let host = self.get("host").unwrap_or("25%");
         let host_bytes = bytes_or_share(host, memory_bytes()?).ok_or_else(|| bad("host", host, SIZES))?;
@@ -210,7 +303,10 @@ impl Raw {
                 Some("verbs-push") => FabricChoice::VerbsPush,
                 Some(text) => return Err(bad("fabric", text, "auto, tcp, verbs or verbs-push")),
             },
-            verbs_plugin: self.get("verbs_plugin").map(PathBuf::from),
+            client_share: ClientShare(quota.to_owned()),
+            gpu: self.gpu()?,
+            // For those who work on it: an installed one lies beside the program.
+            verbs_plugin: std::env::var_os("HETMEM_VERBS_PLUGIN").map(PathBuf::from),
         })
     }
 }
@@ -309,6 +405,10 @@ mod tests {
             ("client_quota", "0%"),
             ("streams", "1000"),
             ("fabric", "pigeon"),
+            ("gpu", "lots"),
+            ("gpu", "0=4GiB,1"),
+            ("gpu", "x=4GiB"),
+            ("gpu", "0%"),
             ("join", "nowhere"),
             ("join", "a:1,,b:2"),
             ("join", "a:1,b:2,a:1"),

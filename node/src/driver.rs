@@ -4,16 +4,16 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock, Weak};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::Instant;
 
 use hetmem_core::engine::{Action, Attachment, Engine, Input, RingState, Time};
 use hetmem_core::wire::{ClientReply, Located};
-use hetmem_core::{ClientId, Extent, Generation, LandingId, SegmentId, StoreError};
-use hetmem_host_mem::{IndexEntry, IndexMemory, IndexWriter, NodePage, Segment};
+use hetmem_core::{ClientId, Extent, Generation, LandingId, SegmentId, StoreError, Tier};
+use hetmem_gpu_mem::Span;
+use hetmem_host_mem::{IndexEntry, IndexMemory, IndexWriter, NodePage};
 use parking_lot::Mutex;
 
 use crate::clients::Clients;
@@ -21,14 +21,15 @@ use crate::fabrics::Fabrics;
 use crate::outbox::Outbox;
 use crate::rings::Rings;
 use crate::segments::Job;
+use crate::tiers::{TierSegment, Tiers};
 
 /// A descriptor to send beside a reply, kept open until it is sent.
 pub(crate) enum Descriptors {
     None,
     Session(Arc<IndexMemory>, Arc<NodePage>),
-    Segment(Arc<Segment>),
+    Segment(TierSegment),
     /// A publication ring, and a granted segment.
-    Ahead(Option<Arc<OwnedFd>>, Option<Arc<Segment>>),
+    Ahead(Option<Arc<OwnedFd>>, Option<TierSegment>),
 }
 
 /// What is done after the lock is released.
@@ -36,6 +37,8 @@ pub(crate) enum Later {
     Reply { client: ClientId, request: u64, reply: Result<ClientReply, StoreError>, descriptors: Descriptors },
     ReplyItems { client: ClientId, request: u64, items: Items },
     Close { client: ClientId, why: StoreError },
+    /// A copy that a GPU makes.
+    Copy { generation: Generation, from: Span, to: Span },
     Note(hetmem_core::engine::Event),
 }
 
@@ -46,7 +49,7 @@ pub(crate) struct Core {
     pub(crate) engine: Engine,
     pub(crate) index: IndexWriter,
     pub(crate) pages: HashMap<ClientId, Arc<NodePage>>,
-    pub(crate) segments: HashMap<SegmentId, Arc<Segment>>,
+    pub(crate) segments: HashMap<SegmentId, TierSegment>,
     pub(crate) rings: Rings,
     /// Requests for many keys of which some have an answer.
     items: HashMap<(ClientId, u64), Items>,
@@ -59,6 +62,9 @@ pub(crate) struct Core {
 pub(crate) struct Driver {
     pub(crate) core: Mutex<Core>,
     pub(crate) fabrics: OnceLock<Arc<Fabrics>>,
+    pub(crate) tiers: Tiers,
+    /// Itself, for copies that end when they end.
+    pub(crate) own: Weak<Self>,
     pub(crate) clients: Clients,
     pub(crate) outbox: Outbox,
     pub(crate) jobs: Sender<Job>,
@@ -78,7 +84,7 @@ struct Wanted {
 pub(crate) type Places = (LandingId, Vec<(u64, Extent)>);
 
 impl Driver {
-    pub(crate) fn new(engine: Engine, index: IndexWriter, jobs: Sender<Job>) -> Self {
+    pub(crate) fn new(engine: Engine, index: IndexWriter, jobs: Sender<Job>, tiers: Tiers) -> Arc<Self> {
         let core = Core {
             engine,
             index,
@@ -89,15 +95,17 @@ impl Driver {
             pinned: 0,
             past_hits: 0,
         };
-        Self {
+        Arc::new_cyclic(|own| Self {
             core: Mutex::new(core),
             fabrics: OnceLock::new(),
+            tiers,
+            own: Weak::clone(own),
             clients: Clients::default(),
             outbox: Outbox::default(),
             jobs,
             refused: AtomicU64::new(0),
             started: Instant::now(),
-        }
+        })
     }
 
     fn now(&self) -> Time {
@@ -236,8 +244,8 @@ impl Driver {
             }
             Action::ScanPins => return Some(core.scan_pins()),
             Action::CloseToWriters { segment } => core.close_to_writers(segment),
-            Action::CreateSegment { segment, len_bytes, owner, .. } => {
-                let _ = self.jobs.send(Job::Create { segment, len_bytes, owner });
+            Action::CreateSegment { segment, tier, len_bytes, owner } => {
+                let _ = self.jobs.send(Job::Create { segment, tier, len_bytes, owner });
             }
             Action::RetireSegment { segment, len_bytes } => {
                 let memory = core.segments.remove(&segment);
@@ -245,16 +253,22 @@ impl Driver {
             }
             Action::Copy { generation, from, to } => {
                 let ends = (core.segments.get(&from.segment), core.segments.get(&to.segment));
-                let job = match ends {
-                    (Some(a), Some(b)) => {
-                        Job::Copy { generation, from: (Arc::clone(a), from), to: (Arc::clone(b), to) }
+                match ends {
+                    (Some(TierSegment::Host(a)), Some(TierSegment::Host(b))) => {
+                        let (from, to) = ((Arc::clone(a), from), (Arc::clone(b), to));
+                        let _ = self.jobs.send(Job::Copy { generation, from, to });
                     }
+                    (Some(a), Some(b)) => match (a.span(from), b.span(to)) {
+                        (Ok(from), Ok(to)) => wanted.later.push(Later::Copy { generation, from, to }),
+                        (Err(why), _) | (_, Err(why)) => {
+                            return Some(Input::CopyDone { generation, result: Err(why) });
+                        }
+                    },
                     _ => {
                         let why = StoreError::stale("copy", generation, "a segment is gone");
                         return Some(Input::CopyDone { generation, result: Err(why) });
                     }
-                };
-                let _ = self.jobs.send(job);
+                }
             }
             Action::Land { landing, start, extent } => {
                 wanted.landing.get_or_insert_with(|| (landing, Vec::new())).1.push((start, extent));
@@ -279,7 +293,10 @@ impl Driver {
                 status.counters.fallbacks = fabrics.fallbacks();
             }
             for tier in &mut status.tiers {
-                tier.pages = core.pages_in_words();
+                tier.pages = match tier.tier {
+                    Tier::Host => core.pages_in_words(),
+                    Tier::Gpu(_) => String::new(),
+                };
             }
         }
         reply
@@ -308,7 +325,7 @@ impl Core {
                 None => Descriptors::None,
             },
             Some(Attachment::Segment(segment)) => match self.segments.get(&segment) {
-                Some(segment) => Descriptors::Segment(Arc::clone(segment)),
+                Some(segment) => Descriptors::Segment(segment.clone()),
                 None => Descriptors::None,
             },
             Some(Attachment::Ahead { segment, ring }) => {
@@ -350,7 +367,7 @@ impl Core {
     }
 
     fn fill(&self, extent: Extent, bytes: &[u8]) {
-        let written = match self.segments.get(&extent.segment) {
+        let written = match self.segments.get(&extent.segment).and_then(TierSegment::host) {
             Some(segment) => segment.write(extent.offset, bytes),
             None => Err(StoreError::stale("fill", extent.segment, "there is no such segment")),
         };
@@ -361,7 +378,8 @@ impl Core {
     }
 
     fn close_to_writers(&self, segment: SegmentId) {
-        if let Some(segment) = self.segments.get(&segment)
+        // Of GPU memory there is no descriptor that only reads: who maps it is trusted.
+        if let Some(segment) = self.segments.get(&segment).and_then(TierSegment::host)
             && let Err(error) = segment.close_to_writers()
         {
             tracing::error!(segment = %segment.id(), %error, "a granted segment stays open to its writer");
@@ -392,7 +410,8 @@ impl Core {
     }
 
     fn pages_in_words(&self) -> String {
-        let mut kinds: Vec<String> = self.segments.values().map(|s| s.pages().to_string()).collect();
+        let hosts = self.segments.values().filter_map(TierSegment::host);
+        let mut kinds: Vec<String> = hosts.map(|segment| segment.pages().to_string()).collect();
         kinds.sort();
         kinds.dedup();
         kinds.join(", ")

@@ -138,6 +138,27 @@ impl Fabrics {
         Ok(keys)
     }
 
+    /// Registers memory of a GPU with every fabric that reaches it. None is no reason to give anything up.
+    pub(crate) fn register_device(
+        &self,
+        segment: SegmentId,
+        ordinal: u16,
+        memory: &Arc<dyn RegionMemory>,
+        access: Access,
+    ) -> Vec<(FabricId, RemoteKey)> {
+        let mut keys = Vec::new();
+        for (id, fabric) in self.all() {
+            match fabric.register(segment, Arc::clone(memory), access) {
+                Ok(key) => keys.push((id, key)),
+                Err(why) => {
+                    let fabric = fabric.kind();
+                    tracing::info!(%segment, gpu = ordinal, %fabric, %why, "its bytes pass through host memory");
+                }
+            }
+        }
+        keys
+    }
+
     pub(crate) fn deregister(&self, segment: SegmentId) {
         for (_, fabric) in self.all() {
             fabric.deregister(segment);

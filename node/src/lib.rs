@@ -16,6 +16,7 @@ mod peers;
 mod reactor;
 mod rings;
 mod segments;
+mod tiers;
 
-pub use config::{Config, FabricChoice, KEYS, parse_bytes};
+pub use config::{ClientShare, Config, FabricChoice, GpuSize, KEYS, OneGpu, parse_bytes};
 pub use node::{EngineHeld, Node};

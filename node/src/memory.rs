@@ -1,12 +1,12 @@
-//! The promise that the node's memory makes to fabrics. This file holds unsafe code: it vouches for mappings that
-//! `hetmem_host_mem` owns. Not the mappings. Invariant: a region keeps its memory
-//! alive.
+//! The promises that the node's memory makes to fabrics and to GPUs. This file holds unsafe code: it vouches for mappings
+//! that `hetmem_host_mem` and `hetmem_gpu_mem` own. Not the mappings. Invariant: a region keeps its memory alive.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
 
+use hetmem_gpu_mem::{HostMemory, Registered};
 use hetmem_host_mem::{IndexMemory, Segment};
-use hetmem_transport::RegionMemory;
+use hetmem_transport::{DeviceMemory, RegionMemory};
 
 pub(crate) struct SegmentRegion(pub(crate) Arc<Segment>);
 
@@ -19,6 +19,40 @@ unsafe impl RegionMemory for SegmentRegion {
 
     fn len_bytes(&self) -> u64 {
         self.0.len_bytes()
+    }
+}
+
+/// A segment that GPUs copy from and to.
+pub(crate) struct CopiedSegment(pub(crate) Arc<Segment>);
+
+// SAFETY: as for `SegmentRegion`: mapped until the `Arc` is dropped, and no reference into it is ever made.
+unsafe impl HostMemory for CopiedSegment {
+    fn base(&self) -> *mut u8 {
+        self.0.base()
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.0.len_bytes()
+    }
+}
+
+/// A segment of a GPU, for adapters.
+pub(crate) struct GpuRegion(pub(crate) Registered);
+
+// SAFETY: a GPU segment keeps its address and length until it is dropped, which `Registered` delays until this region is
+// dropped; it is memory of a device (`device()`), which no processor touches.
+unsafe impl RegionMemory for GpuRegion {
+    fn base(&self) -> *mut u8 {
+        // An address of the device: adapters are told it, nobody follows it.
+        std::ptr::without_provenance_mut(usize::try_from(self.0.segment().address()).unwrap_or_default())
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.0.segment().len_bytes()
+    }
+
+    fn device(&self) -> Option<DeviceMemory<'_>> {
+        Some(DeviceMemory { dma_buf: self.0.segment().dma_buf().ok() })
     }
 }
 

@@ -1,6 +1,7 @@
 //! A running node: what it is made of, how it starts and how it stops. Not the work itself. Invariant: when `Node` is
 //! dropped its threads have ended, its socket path is free, and its memory is released.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -24,6 +25,7 @@ use crate::memory::GenerationsRegion;
 use crate::peers::Sink;
 use crate::reactor::Reactor;
 use crate::segments::{Job, Maker};
+use crate::tiers::Tiers;
 
 /// The number under which the index is registered with fabrics; segments of objects count from 1.
 const INDEX_SEGMENT: SegmentId = SegmentId(0);
@@ -107,6 +109,7 @@ impl Node {
             address: address.to_owned(),
         };
         fabrics.identify(&member);
+        let tiers = Tiers::look(&config.gpu, |bytes| config.client_share.of(bytes))?;
         let engine = Engine::new(EngineConfig {
             member,
             join: config.join.clone(),
@@ -119,17 +122,17 @@ impl Node {
             threshold_bytes: config.threshold_bytes,
             lease_ms: config.lease_ms,
             heartbeat_ms: config.heartbeat_ms,
-            gpus: Vec::new(),
-            why_no_gpu: "none was configured".into(),
+            gpus: tiers.uses(),
+            why_no_gpu: tiers.why_none().into(),
         });
         tracing::info!(bytes = config.host_bytes, "reserving the memory of the host tier");
         let reserve = Reserve::new(config.host_bytes, config.huge_pages)?;
         let (jobs, received) = channel();
         let shown = index.memory();
-        let driver = Arc::new(Driver::new(engine, index, jobs.clone()));
+        let driver = Driver::new(engine, index, jobs.clone(), tiers);
         let _ = driver.fabrics.set(Arc::clone(fabrics));
         let os = |error: std::io::Error| StoreError::os("starting a thread", error);
-        let maker = Maker { reserve, pages: config.huge_pages };
+        let maker = Maker { reserve, pages: config.huge_pages, registered: HashMap::new() };
         let weak: Weak<Driver> = Arc::downgrade(&driver);
         let mut threads = vec![
             std::thread::Builder::new()

@@ -1,20 +1,23 @@
 //! Making and releasing memory, and long copies, on a thread of their own: they take milliseconds and would hold up
 //! everyone else. Not the books (`hetmem_core`). Invariant: jobs are done in the order in which they came.
 
+use std::collections::HashMap;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Weak};
 
-use hetmem_core::engine::{Input, StartUp};
-use hetmem_core::{ClientId, Extent, Generation, SegmentId, StoreError};
+use hetmem_core::engine::{FabricId, Input, StartUp};
+use hetmem_core::{ClientId, Extent, Generation, RemoteKey, SegmentId, StoreError, Tier};
+use hetmem_gpu_mem::HostRegistration;
 use hetmem_host_mem::{Alive, IndexMemory, PagePolicy, Reserve, Segment, SegmentOwner};
 use hetmem_transport::{Access, RegionMemory};
 
 use crate::driver::Driver;
-use crate::memory::SegmentRegion;
+use crate::memory::{CopiedSegment, GpuRegion, SegmentRegion};
+use crate::tiers::TierSegment;
 
 pub(crate) enum Job {
-    Create { segment: SegmentId, len_bytes: u64, owner: Option<ClientId> },
-    Retire { segment: SegmentId, len_bytes: u64, memory: Option<Arc<Segment>> },
+    Create { segment: SegmentId, tier: Tier, len_bytes: u64, owner: Option<ClientId> },
+    Retire { segment: SegmentId, len_bytes: u64, memory: Option<TierSegment> },
     Copy { generation: Generation, from: (Arc<Segment>, Extent), to: (Arc<Segment>, Extent) },
     Stop,
 }
@@ -23,6 +26,8 @@ pub(crate) enum Job {
 pub(crate) struct Maker {
     pub(crate) reserve: Reserve,
     pub(crate) pages: PagePolicy,
+    /// Host segments that GPUs copy from and to at the speed of the link.
+    pub(crate) registered: HashMap<SegmentId, HostRegistration>,
 }
 
 impl Maker {
@@ -32,19 +37,25 @@ impl Maker {
         for job in jobs {
             let Some(driver) = driver.upgrade() else { return };
             match job {
-                Job::Create { segment, len_bytes, owner } => {
-                    let input = match self.create(&driver, segment, len_bytes, owner) {
-                        Ok(input) => input,
-                        Err(why) => Input::SegmentFailed { segment, why },
+                Job::Create { segment, tier, len_bytes, owner } => {
+                    let made = match tier {
+                        Tier::Host => self.create(&driver, segment, len_bytes, owner),
+                        Tier::Gpu(ordinal) => self.create_on_gpu(&driver, segment, ordinal, len_bytes),
                     };
-                    driver.feed(input);
+                    driver.feed(match made {
+                        Ok(keys) => Input::SegmentReady { segment, keys },
+                        Err(why) => Input::SegmentFailed { segment, why },
+                    });
                 }
                 Job::Retire { segment, len_bytes, memory } => {
                     if let Some(fabrics) = driver.fabrics.get() {
                         fabrics.deregister(segment);
                     }
+                    let of_host = !matches!(memory, Some(TierSegment::Gpu(_)));
+                    // Copies that are under way hold what they copy; what nobody holds goes here.
+                    self.registered.remove(&segment);
                     drop(memory);
-                    if let Err(error) = self.reserve.put_back(len_bytes) {
+                    if of_host && let Err(error) = self.reserve.put_back(len_bytes) {
                         tracing::warn!(%segment, len_bytes, %error, "released memory could not be reserved again");
                     }
                 }
@@ -63,7 +74,7 @@ impl Maker {
         id: SegmentId,
         len_bytes: u64,
         owner: Option<ClientId>,
-    ) -> Result<Input, StoreError> {
+    ) -> Result<Vec<(FabricId, RemoteKey)>, StoreError> {
         self.reserve.take(len_bytes)?;
         let kind = if owner.is_some() { SegmentOwner::Client } else { SegmentOwner::Node };
         // Once the node serves, somebody waits for this memory.
@@ -83,7 +94,49 @@ impl Maker {
             Some(fabrics) => fabrics.register(id, &region, Access::RemoteRead)?,
             None => Vec::new(),
         };
-        driver.core.lock().segments.insert(id, segment);
-        Ok(Input::SegmentReady { segment: id, keys })
+        if driver.tiers.in_use() {
+            self.register_with_gpus(driver, id, &segment);
+        }
+        driver.core.lock().segments.insert(id, TierSegment::Host(segment));
+        Ok(keys)
+    }
+
+    /// Memory of a GPU. Adapters that cannot reach it are no reason to do without: their links are given copies.
+    fn create_on_gpu(
+        &mut self,
+        driver: &Driver,
+        id: SegmentId,
+        ordinal: u16,
+        len_bytes: u64,
+    ) -> Result<Vec<(FabricId, RemoteKey)>, StoreError> {
+        let first = !driver.tiers.in_use();
+        let segment = Arc::new(driver.tiers.device(ordinal)?.create_segment(len_bytes)?);
+        let region: Arc<dyn RegionMemory> = Arc::new(GpuRegion(segment.register()?));
+        let keys = match driver.fabrics.get() {
+            Some(fabrics) => fabrics.register_device(id, ordinal, &region, Access::RemoteRead),
+            None => Vec::new(),
+        };
+        let hosts: Vec<(SegmentId, Arc<Segment>)> = {
+            let mut core = driver.core.lock();
+            core.segments.insert(id, TierSegment::Gpu(segment));
+            let hosts = core.segments.iter().filter(|_| first);
+            hosts.filter_map(|(id, segment)| Some((*id, Arc::clone(segment.host()?)))).collect()
+        };
+        for (id, segment) in hosts {
+            self.register_with_gpus(driver, id, &segment);
+        }
+        Ok(keys)
+    }
+
+    fn register_with_gpus(&mut self, driver: &Driver, id: SegmentId, segment: &Arc<Segment>) {
+        let memory = Arc::new(CopiedSegment(Arc::clone(segment)));
+        let registered = driver.tiers.gpus().and_then(|gpus| gpus.register_host(memory, false));
+        match registered {
+            Ok(registered) => {
+                self.registered.insert(id, registered);
+            }
+            // Copies go through the driver's own buffers then.
+            Err(error) => tracing::warn!(segment = %id, %error, "copies to and from GPUs are slow here"),
+        }
     }
 }

@@ -90,6 +90,7 @@ pub struct Serve {
     name: String,
     socket: PathBuf,
     flags: Vec<(String, String)>,
+    environment: Vec<(String, String)>,
     descriptors_max: Option<u64>,
     wrapper: Vec<String>,
 }
@@ -102,6 +103,7 @@ impl Serve {
             name: name.to_owned(),
             socket: folder.join(format!("{name}.sock")),
             flags: Vec::new(),
+            environment: Vec::new(),
             descriptors_max: None,
             wrapper: Vec::new(),
         };
@@ -118,6 +120,14 @@ impl Serve {
     pub fn flag(mut self, key: &str, value: &str) -> Self {
         self.flags.retain(|(known, _)| known != key);
         self.flags.push((key.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Sets an environment variable.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.environment.retain(|(known, _)| known != name);
+        self.environment.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -179,6 +189,7 @@ impl Serve {
         command
             .env("HETMEM_LOG", "info")
             .env("RUST_BACKTRACE", "1")
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());

@@ -53,9 +53,9 @@ pub(crate) struct Args {
     /// auto, tcp, verbs, or verbs-push: the same, and this node's large objects are pushed, not read
     #[arg(long)]
     fabric: Option<String>,
-    /// The file with RDMA verbs [default: libhetmem_verbs.so beside the program]
-    #[arg(long, value_name = "FILE")]
-    verbs_plugin: Option<String>,
+    /// Memory of the GPU tiers, taken when objects come: auto, off, a size or a share of each, or N=SIZE,...
+    #[arg(long, value_name = "SIZE")]
+    gpu: Option<String>,
     /// Stop when standard input closes: the node then never outlives the process that started it
     #[arg(long, hide = true)]
     stop_with_stdin: bool,
@@ -84,7 +84,7 @@ impl Args {
             ("client_quota", &self.client_quota),
             ("streams", &self.streams),
             ("fabric", &self.fabric),
-            ("verbs_plugin", &self.verbs_plugin),
+            ("gpu", &self.gpu),
         ];
         let given = given.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value.clone()?)));
         Ok(given.collect())
