@@ -61,6 +61,7 @@ impl Shared {
     ) -> Result<Option<PutOutcome>, StoreError> {
         let suits = options.if_exists == IfExists::Keep
             && !options.seal_copy
+            && options.tier.is_none_or(|hint| hint.tier == Tier::Host)
             && options.replicas == 1
             && meta.len_bytes <= self.inline_put_max
             && ProducerRing::fits(key, meta)

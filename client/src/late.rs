@@ -3,6 +3,7 @@
 
 use std::sync::Weak;
 
+use hetmem_core::Tier;
 use hetmem_core::wire::{ClientMessage, ClientReply};
 use hetmem_host_mem::Answer;
 
@@ -24,10 +25,13 @@ fn take_back(shared: &Shared, mut answer: Answer) {
         ClientReply::LocatedMany(many) => {
             many.items.iter().flatten().for_each(|item| shared.page.unpin(item.located.pin));
         }
-        ClientReply::Reserved { reservation, extent, map, .. } => {
+        ClientReply::Reserved { reservation, extent, tier, map } => {
             // The descriptor of a granted segment comes once: without it the segment could never be used.
             if let (Some(len_bytes), Some(fd)) = (map, answer.descriptors.pop()) {
-                shared.grants.add(extent.segment, fd, len_bytes);
+                match tier {
+                    Tier::Host => shared.grants.add(extent.segment, fd, len_bytes),
+                    Tier::Gpu(_) => shared.gpu.add(extent.segment, tier, &fd, len_bytes),
+                }
             }
             shared.tell(&ClientMessage::Abort { reservation });
         }

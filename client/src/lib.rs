@@ -18,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 mod ahead;
+mod gpu;
 mod late;
 mod list;
 mod many;
@@ -29,9 +30,12 @@ mod session;
 mod shared;
 mod store;
 
+pub use gpu::{GpuObject, GpuReservation, GpuReserved, Placed};
 pub use hetmem_core::receipt::{Path, Place, Receipt};
 pub use hetmem_core::wire::{IfExists, Listed, REPLICAS_MAX, Range, Status};
-pub use hetmem_core::{Checksum, DType, ErrorKind, Key, ObjectId, ObjectMeta, Shape, StoreError, Tier};
+pub use hetmem_core::{
+    Checksum, DType, ErrorKind, Key, ObjectId, ObjectMeta, Shape, StoreError, Tier, TierHint,
+};
 pub use hetmem_host_mem::socket::default_path as default_socket;
 pub use list::Listing;
 pub use object::Object;

@@ -12,7 +12,7 @@ use hetmem_host_mem::socket::BODY_LEN_MAX;
 use crate::object::Object;
 use crate::options::GetOptions;
 use crate::shared::unexpected;
-use crate::store::{ANSWER_GRACE, Store, get_message, millis, unanswered};
+use crate::store::{ANSWER_GRACE, IN_HOST, Store, get_message, millis, unanswered};
 
 /// Bytes of a question beside its keys, and of a key beside its text, at most.
 const ENVELOPE_LEN: usize = 32;
@@ -45,7 +45,7 @@ impl Store {
         let timeout = options.timeout + ANSWER_GRACE;
         let session = self.shared.session.as_session();
         if options.range.is_some() {
-            let messages: Vec<_> = keys.iter().map(|key| get_message(key, options)).collect();
+            let messages: Vec<_> = keys.iter().map(|key| get_message(key, options, Some(IN_HOST))).collect();
             let answers = session.call_many(&messages, timeout);
             let each = keys.iter().zip(&messages).zip(answers);
             return each.map(|((key, m), answer)| self.one(key, m, answer, options, started)).collect();
@@ -110,7 +110,7 @@ fn many_message(keys: &[&Key], options: &GetOptions) -> ClientMessage {
         timeout_ms: millis(options.timeout),
         keep: options.keep,
         threshold_bytes: options.threshold(),
-        tier: None,
+        tier: Some(IN_HOST),
     }
 }
 

@@ -29,6 +29,8 @@ struct Held {
     entry: IndexEntry,
     pin: u32,
     path: Path,
+    /// The tier of this node that it was copied from for this get, if it was.
+    copied_from: Option<Tier>,
     /// If it came from a peer for this get.
     carried: Option<Box<Carried>>,
     /// How long the get took, if the node was asked.
@@ -51,6 +53,7 @@ impl Object {
                     entry: pinned.entry,
                     pin: pinned.pin,
                     path: Path::Local,
+                    copied_from: None,
                     carried: None,
                     elapsed: None,
                 },
@@ -71,6 +74,7 @@ impl Object {
             },
             pin: located.pin,
             path: located.path,
+            copied_from: located.copied_from,
             carried: located.carried,
             elapsed: Some(elapsed),
         };
@@ -121,14 +125,14 @@ impl Object {
     /// How this get really moved the bytes.
     #[must_use]
     pub fn receipt(&self) -> Receipt {
-        let Held { shared, entry, path, carried, elapsed, .. } = &*self.held;
-        let here = shared.place(Some(entry.tier));
+        let Held { shared, entry, path, copied_from, carried, elapsed, .. } = &*self.held;
+        let len_bytes = entry.extent.len_bytes;
         let receipt = Receipt {
             path: *path,
             fabric: None,
-            from: here.clone(),
-            to: here,
-            bytes: 0,
+            from: shared.place(Some(copied_from.unwrap_or(entry.tier))),
+            to: shared.place(Some(entry.tier)),
+            bytes: if copied_from.is_some() { len_bytes } else { 0 },
             staged_bytes: 0,
             round_trips: 0,
             threshold_bytes: None,
@@ -140,7 +144,8 @@ impl Object {
                 fabric: Some(Arc::clone(&carried.fabric)),
                 from: Place { node: Arc::clone(&carried.from), tier: Some(carried.from_tier) },
                 bytes: carried.moved.bytes,
-                staged_bytes: carried.moved.staged_bytes,
+                // What landed in one tier and was copied to another passed through the first.
+                staged_bytes: if copied_from.is_some() { len_bytes } else { carried.moved.staged_bytes },
                 round_trips: carried.round_trips,
                 threshold_bytes: Some(carried.threshold_bytes),
                 ..receipt

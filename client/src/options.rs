@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use hetmem_core::receipt::Receipt;
 use hetmem_core::wire::{IfExists, PutHints, Range};
-use hetmem_core::{ObjectId, ObjectMeta, Tier};
+use hetmem_core::{ObjectId, ObjectMeta, Tier, TierHint};
 
 /// How long an operation may take unless its caller says otherwise.
 pub(crate) const TIMEOUT: Duration = Duration::from_secs(30);
@@ -90,6 +90,9 @@ pub struct PutOptions {
     pub ttl: Option<Duration>,
     /// Move the bytes at seal to memory that this process cannot write (false).
     pub seal_copy: bool,
+    /// Where it is to be on this node (where it is written). Bytes of host memory are moved to a GPU at seal, which
+    /// counts as staging.
+    pub tier: Option<TierHint>,
     /// On how many nodes it is to be, this one included, from 1 to [`crate::REPLICAS_MAX`] (1). The put
     /// returns when they hold it, or after ten seconds with as many as could be reached, which the outcome tells; the
     /// rest is made later. Not for a cache.
@@ -110,6 +113,7 @@ impl Default for PutOptions {
             cache: false,
             ttl: None,
             seal_copy: false,
+            tier: None,
             replicas: 1,
             checksum: true,
             zero_copy: ZeroCopy::Preferred,
@@ -127,7 +131,7 @@ impl PutOptions {
             ttl_ms: self.ttl.map(millis),
             seal_copy: self.seal_copy,
             replicas: self.replicas,
-            tier: None,
+            tier: self.tier,
         }
     }
 }

@@ -153,6 +153,11 @@ impl Reservation {
         drop(self);
     }
 
+    /// Seals what was written without this value's doing.
+    pub(crate) fn seal_written(mut self, checksum: Checksum) -> Result<PutOutcome, StoreError> {
+        self.finish(checksum)
+    }
+
     fn finish(&mut self, checksum: Checksum) -> Result<PutOutcome, StoreError> {
         // The place goes before the seal: from then on nobody here may write.
         match std::mem::replace(&mut self.place, Written::Sent(Vec::new())) {

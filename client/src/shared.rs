@@ -11,6 +11,7 @@ use hetmem_core::{Extent, Key, SegmentId, StoreError, Tier};
 use hetmem_host_mem::{Answer, ClientPage, IndexReader, Session, WriteMapping};
 
 use crate::ahead::Ahead;
+use crate::gpu::GpuSegments;
 use crate::options::PutOutcome;
 use crate::reservation::Written;
 use crate::segments::{Grants, ReadMappings};
@@ -21,6 +22,7 @@ pub(crate) struct Shared {
     pub(crate) page: ClientPage,
     pub(crate) segments: ReadMappings,
     pub(crate) grants: Grants,
+    pub(crate) gpu: GpuSegments,
     pub(crate) ahead: Ahead,
     pub(crate) index: IndexReader,
     pub(crate) session: Link,
@@ -54,14 +56,14 @@ impl Shared {
         len_bytes: u64,
         started: Instant,
     ) -> Option<PutOutcome> {
-        let &ClientReply::Sealed { object, kept, path, staged_bytes, replicas, .. } = reply else {
+        let &ClientReply::Sealed { object, kept, tier, path, staged_bytes, replicas, .. } = reply else {
             return None;
         };
         let receipt = Receipt {
             path,
             fabric: None,
             from: self.place(None),
-            to: self.place(Some(Tier::Host)),
+            to: self.place(Some(tier)),
             bytes: if kept { 0 } else { len_bytes },
             staged_bytes: if kept { 0 } else { staged_bytes },
             round_trips: 0,
@@ -146,16 +148,23 @@ impl Shared {
         let ClientReply::Segment { len_bytes, retired, .. } = answer.reply else {
             return Err(unexpected(&message, &answer.reply));
         };
-        for segment in retired {
-            self.segments.release(segment)?;
-            self.grants.release(segment);
-        }
+        self.forget_retired(retired)?;
         let Some(fd) = answer.descriptors.into_iter().next() else {
             return Err(StoreError::protocol(format!(
                 "segment {segment} came without a descriptor (is the limit of open files reached?)"
             )));
         };
         self.segments.add(segment, fd, len_bytes)
+    }
+
+    /// Lets go of segments that the node has retired.
+    pub(crate) fn forget_retired(&self, retired: Vec<SegmentId>) -> Result<(), StoreError> {
+        for segment in retired {
+            self.segments.release(segment)?;
+            self.grants.release(segment);
+            self.gpu.release(segment);
+        }
+        Ok(())
     }
 
     /// The memory of a reservation in a granted segment. The node learns that the segment is mapped before

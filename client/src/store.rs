@@ -2,6 +2,7 @@
 //! Not the socket and not the mappings. Invariant: what the node answers is checked before it is used.
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,10 +10,11 @@ use std::time::{Duration, Instant};
 use hetmem_core::wire::{
     self, ClientMessage, ClientReply, IfExists, Listed, Located, PROTOCOL_MAX, PROTOCOL_MIN, Range, Status,
 };
-use hetmem_core::{Checksum, ErrorKind, Extent, Key, ObjectMeta, StoreError, checksum};
+use hetmem_core::{Checksum, ErrorKind, Extent, Key, ObjectMeta, StoreError, Tier, TierHint, checksum};
 use hetmem_host_mem::{ClientPage, IndexReader, Session};
 
 use crate::ahead::Ahead;
+use crate::gpu::GpuSegments;
 use crate::late;
 use crate::list::Listing;
 use crate::object::Object;
@@ -74,7 +76,7 @@ impl Store {
     fn greet(session: Link, timeout: Duration) -> Result<Self, StoreError> {
         let hello = ClientMessage::Hello { version_min: PROTOCOL_MIN, version_max: PROTOCOL_MAX };
         let answer = session.as_session().call(&hello, &[], timeout)?;
-        let ClientReply::Welcome { version, node, inline_put_max, .. } = answer.reply else {
+        let ClientReply::Welcome { version, node, inline_put_max, gpus, .. } = answer.reply else {
             return Err(unexpected(&hello, &answer.reply));
         };
         wire::negotiate(version, version)?;
@@ -90,6 +92,7 @@ impl Store {
                 page: ClientPage::map(page)?,
                 segments: ReadMappings::new(),
                 grants: Grants::default(),
+                gpu: GpuSegments::of(gpus),
                 ahead: Ahead::default(),
                 index: IndexReader::map(index)?,
                 session,
@@ -129,7 +132,7 @@ impl Store {
             return object;
         }
         let started = Instant::now();
-        let message = get_message(key, options);
+        let message = get_message(key, options, Some(IN_HOST));
         let answer = self.shared.call(&message, &[], options.timeout + ANSWER_GRACE)?;
         match answer.reply {
             ClientReply::Located(located) => self.remote(key, located, options, started.elapsed()),
@@ -250,12 +253,17 @@ impl Store {
             let why = format!("put {key:?}: seal_copy moves the bytes once more at seal");
             return Err(StoreError::unavailable("zero copy", why));
         }
+        if let Some(TierHint { tier: tier @ Tier::Gpu(_), .. }) = options.tier.filter(|_| required) {
+            let why =
+                format!("put {key:?}: bytes of host memory come to {tier} by way of the node's host memory");
+            return Err(StoreError::unavailable("zero copy", why));
+        }
         let message = ClientMessage::Reserve {
             key: key.clone(),
             meta,
             hints: options.hints(),
             if_exists: options.if_exists,
-            writes: hetmem_core::Tier::Host,
+            writes: Tier::Host,
         };
         let answer = self.shared.call(&message, &[], options.timeout)?;
         let (reservation, extent, map) = match answer.reply {
@@ -269,23 +277,36 @@ impl Store {
         // Made first, so that every error from here on gives the memory back.
         let place = Written::Sent(Vec::new());
         let shared = Arc::clone(&self.shared);
-        let mut reserved = Reservation::new(shared, key.clone(), meta, *options, reservation, place);
+        let reserved = Reservation::new(shared, key.clone(), meta, *options, reservation, place);
+        let granted = (map, answer.descriptors.into_iter().next());
+        self.place_in_host(reserved, key, &extent, granted, options).map(Reserved::Open)
+    }
+
+    /// Finds the place where a reservation in host memory is written.
+    pub(crate) fn place_in_host(
+        &self,
+        mut reserved: Reservation,
+        key: &Key,
+        extent: &Extent,
+        (map, fd): (Option<u64>, Option<OwnedFd>),
+        options: &PutOptions,
+    ) -> Result<Reservation, StoreError> {
         if let Some(segment_len) = map {
-            if let Some(fd) = answer.descriptors.into_iter().next() {
+            if let Some(fd) = fd {
                 self.shared.grants.add(extent.segment, fd, segment_len);
             }
-            if extent.len_bytes != meta.len_bytes {
-                return Err(wrong_length(key, &extent, meta.len_bytes));
+            if extent.len_bytes != reserved.meta().len_bytes {
+                return Err(wrong_length(key, extent, reserved.meta().len_bytes));
             }
-            reserved.write_into(self.shared.granted(&extent, options.timeout)?);
-        } else if required {
+            reserved.write_into(self.shared.granted(extent, options.timeout)?);
+        } else if options.zero_copy == ZeroCopy::Required {
             let why = format!(
                 "put {key:?}: the node has no memory left that this client may write itself; free some, or raise \
                  client_quota"
             );
             return Err(StoreError::unavailable("zero copy", why));
         }
-        Ok(Reserved::Open(reserved))
+        Ok(reserved)
     }
 
     /// Returns when an object of this key exists anywhere.
@@ -404,6 +425,11 @@ impl Store {
             Ok(Some(pinned)) if shared.is_mapped(&pinned.entry.extent, pinned.entry.tier) => {
                 Some(Ok(Object::local(shared, &pinned)))
             }
+            // The node copies it: these bytes are for processors. The pin goes with the object.
+            Ok(Some(pinned)) if pinned.entry.tier != Tier::Host => {
+                drop(Object::local(shared, &pinned));
+                None
+            }
             Ok(Some(pinned)) => Some(self.map(Object::local(shared, &pinned))),
             Ok(None) => None,
             Err(error) => Some(Err(error)),
@@ -412,7 +438,7 @@ impl Store {
 
     /// Maps an object's segment. The object owns its pin, so an error gives it back.
     #[cold]
-    fn map(&self, object: Object) -> Result<Object, StoreError> {
+    pub(crate) fn map(&self, object: Object) -> Result<Object, StoreError> {
         self.shared.map(object.extent(), object.tier())?;
         Ok(object)
     }
@@ -456,7 +482,7 @@ fn verified(key: &Key, object: Object, options: &GetOptions) -> Result<Object, S
 }
 
 /// Lets go of bytes that came by a way that the caller does not want.
-fn refuse_staged(key: &Key, object: &Object, options: &GetOptions) -> Result<(), StoreError> {
+pub(crate) fn refuse_staged(key: &Key, object: &Object, options: &GetOptions) -> Result<(), StoreError> {
     let receipt = object.receipt();
     if options.zero_copy == ZeroCopy::Preferred || receipt.staged_bytes == 0 {
         return Ok(());
@@ -471,14 +497,17 @@ fn refuse_staged(key: &Key, object: &Object, options: &GetOptions) -> Result<(),
     Err(StoreError::unavailable("zero copy", why))
 }
 
-pub(crate) fn get_message(key: &Key, options: &GetOptions) -> ClientMessage {
+/// Where the bytes of an [`Object`] are.
+pub(crate) const IN_HOST: TierHint = TierHint { tier: Tier::Host, or_host: true };
+
+pub(crate) fn get_message(key: &Key, options: &GetOptions, tier: Option<TierHint>) -> ClientMessage {
     ClientMessage::Get {
         key: key.clone(),
         range: options.range,
         timeout_ms: millis(options.timeout),
         keep: options.keep,
         threshold_bytes: options.threshold(),
-        tier: None,
+        tier,
     }
 }
 
@@ -490,7 +519,7 @@ pub(crate) fn millis(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
-fn wrong_length(key: &Key, extent: &Extent, wanted: u64) -> StoreError {
+pub(crate) fn wrong_length(key: &Key, extent: &Extent, wanted: u64) -> StoreError {
     StoreError::protocol(format!(
         "the node answered {} bytes for {key:?} where {wanted} belong",
         extent.len_bytes

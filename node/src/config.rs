@@ -253,7 +253,8 @@ impl Raw {
     }
 
     fn gpu(&self) -> Result<GpuSize, StoreError> {
-        const ACCEPTED: &str = "auto, off, a size such as 4GiB, a share such as 25%, or a list such as 0=4GiB,1=auto";
+        const ACCEPTED: &str =
+            "auto, off, a size such as 4GiB, a share such as 25%, or a list such as 0=4GiB,1=auto";
         let text = self.get("gpu").unwrap_or("auto");
         let each = |part: &str| {
             let (ordinal, size) = part.split_once('=')?;

@@ -4,9 +4,9 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, OnceLock, Weak};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
 
 use hetmem_core::engine::{Action, Attachment, Engine, Input, RingState, Time};
@@ -34,11 +34,27 @@ pub(crate) enum Descriptors {
 
 /// What is done after the lock is released.
 pub(crate) enum Later {
-    Reply { client: ClientId, request: u64, reply: Result<ClientReply, StoreError>, descriptors: Descriptors },
-    ReplyItems { client: ClientId, request: u64, items: Items },
-    Close { client: ClientId, why: StoreError },
+    Reply {
+        client: ClientId,
+        request: u64,
+        reply: Result<ClientReply, StoreError>,
+        descriptors: Descriptors,
+    },
+    ReplyItems {
+        client: ClientId,
+        request: u64,
+        items: Items,
+    },
+    Close {
+        client: ClientId,
+        why: StoreError,
+    },
     /// A copy that a GPU makes.
-    Copy { generation: Generation, from: Span, to: Span },
+    Copy {
+        generation: Generation,
+        from: Span,
+        to: Span,
+    },
     Note(hetmem_core::engine::Event),
 }
 

@@ -78,10 +78,11 @@ impl Tiers {
             Err(absent) => return Err(absent.into()),
         };
         let mut uses = Vec::new();
-        for (ordinal, capacity_bytes) in capacities(&gpus, size)? {
+        for (ordinal, uuid, capacity_bytes) in capacities(&gpus, size)? {
             tracing::info!(gpu = ordinal, capacity_bytes, "a GPU tier, of which nothing is taken yet");
             let client_quota_bytes = quota(capacity_bytes);
-            uses.push(GpuUse { ordinal, capacity_bytes, client_quota_bytes, granule_bytes: GRANULE_BYTES });
+            let granule_bytes = GRANULE_BYTES;
+            uses.push(GpuUse { ordinal, uuid, capacity_bytes, client_quota_bytes, granule_bytes });
         }
         let copier = Some(Copier::new(gpus.clone()));
         let why_none = "none of its GPUs can hold a tier (see `hetmem doctor`)".to_owned();
@@ -89,7 +90,8 @@ impl Tiers {
     }
 
     fn none(why_none: String) -> Self {
-        let gpus = Err(Unavailable { what: "GPU".into(), why: why_none.clone(), remedy: "set gpu = auto".into() });
+        let gpus =
+            Err(Unavailable { what: "GPU".into(), why: why_none.clone(), remedy: "set gpu = auto".into() });
         Self { gpus, uses: Vec::new(), why_none, copier: None, devices: Mutex::default() }
     }
 
@@ -128,8 +130,8 @@ impl Tiers {
     }
 }
 
-/// The GPUs that become tiers, and how many bytes of each.
-fn capacities(gpus: &Gpus, size: &GpuSize) -> Result<Vec<(u16, u64)>, StoreError> {
+/// The GPUs that become tiers, by ordinal, with their UUIDs and how many bytes of each.
+fn capacities(gpus: &Gpus, size: &GpuSize) -> Result<Vec<(u16, Arc<str>, u64)>, StoreError> {
     let probe = gpus.probe();
     let mut found = Vec::new();
     for device in &probe.devices {
@@ -153,17 +155,21 @@ fn capacities(gpus: &Gpus, size: &GpuSize) -> Result<Vec<(u16, u64)>, StoreError
         });
         let bytes = size.of(device.ordinal, device.memory_bytes, auto);
         if bytes > device.memory_bytes {
-            let why = format!("gpu:{} has {} bytes, {bytes} are configured", device.ordinal, device.memory_bytes);
+            let why =
+                format!("gpu:{} has {} bytes, {bytes} are configured", device.ordinal, device.memory_bytes);
             return Err(StoreError::invalid("gpu", why));
         }
         if bytes >= GRANULE_BYTES {
-            found.push((device.ordinal, bytes));
+            found.push((device.ordinal, device.uuid.as_str().into(), bytes));
         }
     }
-    if let Some(ordinal) = size.named().find(|named| !found.iter().any(|(ordinal, _)| ordinal == named)) {
+    if let Some(ordinal) = size.named().find(|named| !found.iter().any(|(ordinal, ..)| ordinal == named)) {
         let why = match probe.unusable.iter().find(|absent| absent.what == format!("gpu:{ordinal}")) {
             Some(absent) => absent.to_string(),
-            None => format!("there is no such GPU, or it cannot share its memory; {} are here", probe.devices.len()),
+            None => format!(
+                "there is no such GPU, or it cannot share its memory; {} are here",
+                probe.devices.len()
+            ),
         };
         return Err(StoreError::unavailable(format!("gpu:{ordinal}"), why));
     }

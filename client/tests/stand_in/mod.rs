@@ -310,6 +310,7 @@ impl Session for StandIn {
                     node: "stand-in".to_owned(),
                     objects_max: 1024,
                     inline_put_max: INLINE_PUT_MAX,
+                    gpus: Vec::new(),
                 }
             }
             ClientMessage::Put { key, meta, if_exists, .. } => match state.kept(key, *if_exists)? {

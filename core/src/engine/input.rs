@@ -78,10 +78,12 @@ pub struct FabricUse {
 }
 
 /// One GPU's memory, as far as the store may use it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GpuUse {
     /// The N of its tier, `gpu:N`.
     pub ordinal: u16,
+    /// What the device is called by everybody: `GPU-` and a UUID.
+    pub uuid: Arc<str>,
     /// Bytes of the tier.
     pub capacity_bytes: u64,
     /// The most bytes of it in segments granted to one client.

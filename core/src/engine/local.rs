@@ -17,7 +17,9 @@ use crate::error::StoreError;
 use crate::key::Key;
 use crate::receipt::{Carried, Path};
 use crate::tier::{ClientId, Extent, Generation, SegmentId, Tier, TierHint};
-use crate::wire::{ClientMessage, ClientReply, KEYS_PER_MESSAGE_MAX, Located, Range, Role, negotiate};
+use crate::wire::{
+    ClientMessage, ClientReply, GpuTier, KEYS_PER_MESSAGE_MAX, Located, Range, Role, negotiate,
+};
 
 /// Retired segments that one answer names; more are named by the next.
 const RETIRED_MAX: usize = 1024;
@@ -261,6 +263,12 @@ impl Engine {
             node: self.config.member.name.clone(),
             objects_max: self.config.objects_max,
             inline_put_max: INLINE_PUT_MAX,
+            gpus: self
+                .config
+                .gpus
+                .iter()
+                .map(|gpu| GpuTier { ordinal: gpu.ordinal, uuid: gpu.uuid.to_string() })
+                .collect(),
         };
         self.out.push(Action::Reply {
             client,

@@ -285,6 +285,18 @@ pub struct Listed {
     pub holders: Vec<String>,
 }
 
+/// GPU tiers of one node, at most.
+pub const GPUS_MAX: usize = 64;
+
+/// A GPU tier, for those who number devices in another way than the node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuTier {
+    /// The N of its tier, `gpu:N`.
+    pub ordinal: u16,
+    /// The device's own name: `GPU-` and a UUID in hexadecimal.
+    pub uuid: String,
+}
+
 /// A tier's books.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TierStatus {
@@ -421,6 +433,9 @@ pub enum ClientReply {
         objects_max: u32,
         /// Puts up to this many bytes go inside `Put`.
         inline_put_max: u32,
+        /// The node's GPU tiers.
+        #[serde(deserialize_with = "at_most::<_, _, GPUS_MAX>")]
+        gpus: Vec<GpuTier>,
     },
     /// To `Reserve`.
     Reserved {

@@ -11,8 +11,8 @@ mod peer;
 
 pub use batch::{BATCH_BODY_LEN_MAX, BATCH_MESSAGES_MAX, BATCH_PAYLOAD_LEN_MAX, Batch, Batched};
 pub use client::{
-    ClientMessage, ClientReply, IfExists, Listed, Located, NodeStatus, PeerStatus, PutHints, REPLICAS_MAX,
-    Status, TierStatus,
+    ClientMessage, ClientReply, GPUS_MAX, GpuTier, IfExists, Listed, Located, NodeStatus, PeerStatus,
+    PutHints, REPLICAS_MAX, Status, TierStatus,
 };
 pub use frame::{
     BODY_LEN_MAX, Frame, FrameHeader, FrameKind, HEADER_LEN, MAGIC, PROTOCOL_MAX, PROTOCOL_MIN, body_len,

@@ -5,9 +5,9 @@ use std::borrow::Cow;
 
 use hetmem_core::receipt::{Carried, Moved, Path};
 use hetmem_core::wire::{
-    Announced, Batch, Batched, CarriedBy, Carrier, ClientMessage, ClientReply, Granted, Holder, IfExists,
-    Listed, Located, LocatedMany, Member, NodeStatus, Origin, PeerMessage, PeerStatus, PlacedItem, Present,
-    PutHints, REPLICAS_MAX, Range, Role, Status, TierStatus,
+    Announced, Batch, Batched, CarriedBy, Carrier, ClientMessage, ClientReply, GpuTier, Granted, Holder,
+    IfExists, Listed, Located, LocatedMany, Member, NodeStatus, Origin, PeerMessage, PeerStatus, PlacedItem,
+    Present, PutHints, REPLICAS_MAX, Range, Role, Status, TierStatus,
 };
 use hetmem_core::{
     Checksum, ClientId, DType, Epoch, Extent, Generation, KEY_LEN_MAX, Key, LeaseId, NodeId, ObjectId,
@@ -81,6 +81,10 @@ fn hints() -> impl Strategy<Value = PutHints> {
             tier,
         },
     )
+}
+
+fn gpus() -> impl Strategy<Value = Vec<GpuTier>> {
+    vec((any::<u16>(), text()).prop_map(|(ordinal, uuid)| GpuTier { ordinal, uuid }), 0..4)
 }
 
 fn wanted() -> impl Strategy<Value = Option<TierHint>> {
@@ -501,7 +505,8 @@ pub(crate) const fn client_variant(message: &ClientMessage) -> usize {
 pub(crate) fn client_reply() -> BoxedStrategy<ClientReply> {
     use ClientReply as R;
     prop_oneof![
-        (any::<u16>(), any::<[u32; 3]>(), text()).prop_map(|(version, n, node)| R::Welcome {
+        (any::<u16>(), any::<[u32; 3]>(), text(), gpus()).prop_map(|(version, n, node, gpus)| R::Welcome {
+            gpus,
             version,
             client: ClientId(n[0]),
             node,

@@ -260,6 +260,7 @@ fn config(plan: &Plan, number: usize, epoch: u64, key: RemoteKey) -> EngineConfi
         gpus: (0..plan.gpus)
             .map(|ordinal| GpuUse {
                 ordinal,
+                uuid: format!("GPU-{ordinal}").into(),
                 capacity_bytes: plan.gpu_bytes,
                 client_quota_bytes: plan.gpu_bytes / 2,
                 granule_bytes: 16 << 10,

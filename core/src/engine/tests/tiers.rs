@@ -17,6 +17,7 @@ const MIB: u64 = 1 << 20;
 fn gpus(reached: &[Tier]) -> Shape {
     let gpu = |ordinal| GpuUse {
         ordinal,
+        uuid: format!("GPU-{ordinal}").into(),
         capacity_bytes: 4 * MIB,
         client_quota_bytes: 2 * MIB,
         granule_bytes: 256 << 10,
