@@ -239,6 +239,8 @@ impl Drop for Node {
             let _ = thread.join();
         }
         self.fabrics.stop();
+        // Copies that are under way end before the memory goes; what they report finds no engine at work any more.
+        self.driver.tiers.stop();
     }
 }
 

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use hetmem_core::engine::{FabricId, Input, StartUp};
 use hetmem_core::{ClientId, Extent, Generation, RemoteKey, SegmentId, StoreError, Tier};
@@ -20,6 +21,40 @@ pub(crate) enum Job {
     Retire { segment: SegmentId, len_bytes: u64, memory: Option<TierSegment> },
     Copy { generation: Generation, from: (Arc<Segment>, Extent), to: (Arc<Segment>, Extent) },
     Stop,
+}
+
+/// How long copies of a retired segment, which have ended, may take to let go of it.
+const LET_GO_MAX: Duration = Duration::from_secs(5);
+
+/// The end of a GPU segment, in the order that its types allow: no new copy or registration, copies over, no adapter
+/// reaches it, unmapped. Clients that import it were told, or will be with the next segment that they ask for.
+fn retire_from_gpu(id: SegmentId, memory: Arc<hetmem_gpu_mem::Segment>, deregister: impl FnOnce()) {
+    let until = Instant::now() + LET_GO_MAX;
+    let wait = || {
+        std::thread::sleep(Duration::from_millis(1));
+        Instant::now() < until
+    };
+    let mut stopped = memory.stop_grants();
+    let drained = loop {
+        match stopped.drained() {
+            Ok(drained) => break drained,
+            Err(again) if wait() => stopped = again,
+            Err(_) => {
+                // Whoever holds it frees it. Adapters are told now all the same.
+                tracing::warn!(segment = %id, "a copy still holds a retired GPU segment");
+                return deregister();
+            }
+        }
+    };
+    deregister();
+    let mut drained = drained;
+    loop {
+        match drained.deregistered() {
+            Ok(_unmapped) => return,
+            Err(again) if wait() => drained = again,
+            Err(_) => return tracing::warn!(segment = %id, "a fabric still holds a retired GPU segment"),
+        }
+    }
 }
 
 /// Memory that is not in segments yet.
@@ -48,14 +83,19 @@ impl Maker {
                     });
                 }
                 Job::Retire { segment, len_bytes, memory } => {
-                    if let Some(fabrics) = driver.fabrics.get() {
-                        fabrics.deregister(segment);
+                    let deregister = || {
+                        if let Some(fabrics) = driver.fabrics.get() {
+                            fabrics.deregister(segment);
+                        }
+                    };
+                    if let Some(TierSegment::Gpu(memory)) = memory {
+                        retire_from_gpu(segment, memory, deregister);
+                        continue;
                     }
-                    let of_host = !matches!(memory, Some(TierSegment::Gpu(_)));
-                    // Copies that are under way hold what they copy; what nobody holds goes here.
+                    deregister();
                     self.registered.remove(&segment);
                     drop(memory);
-                    if of_host && let Err(error) = self.reserve.put_back(len_bytes) {
+                    if let Err(error) = self.reserve.put_back(len_bytes) {
                         tracing::warn!(%segment, len_bytes, %error, "released memory could not be reserved again");
                     }
                 }

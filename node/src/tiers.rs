@@ -55,7 +55,7 @@ pub(crate) struct Tiers {
     gpus: Result<Gpus, Unavailable>,
     uses: Vec<GpuUse>,
     why_none: String,
-    copier: Option<Copier>,
+    copier: Mutex<Option<Arc<Copier>>>,
     /// Those of which memory was made: kept, since a context takes long to make.
     devices: Mutex<BTreeMap<u16, Device>>,
 }
@@ -84,7 +84,7 @@ impl Tiers {
             let granule_bytes = GRANULE_BYTES;
             uses.push(GpuUse { ordinal, uuid, capacity_bytes, client_quota_bytes, granule_bytes });
         }
-        let copier = Some(Copier::new(gpus.clone()));
+        let copier = Mutex::new(Some(Arc::new(Copier::new(gpus.clone()))));
         let why_none = "none of its GPUs can hold a tier (see `hetmem doctor`)".to_owned();
         Ok(Self { gpus: Ok(gpus), uses, why_none, copier, devices: Mutex::default() })
     }
@@ -92,7 +92,7 @@ impl Tiers {
     fn none(why_none: String) -> Self {
         let gpus =
             Err(Unavailable { what: "GPU".into(), why: why_none.clone(), remedy: "set gpu = auto".into() });
-        Self { gpus, uses: Vec::new(), why_none, copier: None, devices: Mutex::default() }
+        Self { gpus, uses: Vec::new(), why_none, copier: Mutex::default(), devices: Mutex::default() }
     }
 
     /// What the engine is to know.
@@ -109,8 +109,14 @@ impl Tiers {
         self.gpus.as_ref().map_err(|absent| absent.clone().into())
     }
 
-    pub(crate) fn copier(&self) -> Option<&Copier> {
-        self.copier.as_ref()
+    pub(crate) fn copier(&self) -> Option<Arc<Copier>> {
+        self.copier.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Waits for the copies that are under way, and begins no other.
+    pub(crate) fn stop(&self) {
+        let copier = self.copier.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(copier);
     }
 
     /// A GPU whose memory is used from now on.

@@ -153,15 +153,15 @@ impl Engine {
         object: NewObject,
         writes: Tier,
     ) -> Result<Option<ClientReply>, StoreError> {
+        let or_host = object.hints.tier.is_some_and(|hint| hint.or_host);
+        let writes = self.tier_of(TierHint { tier: writes, or_host })?;
         if let Some(kept) = self.check_new(&object, writes)? {
             self.answer_put(client, request, &object.key, object.hints.replicas, Ok(kept));
             return Ok(None);
         }
-        let or_host = object.hints.tier.is_some_and(|hint| hint.or_host);
-        let tier = self.tier_of(TierHint { tier: writes, or_host })?;
         let len_bytes = object.meta.len_bytes;
         let purpose = Purpose::Reserve { client, request, object };
-        self.want_space(purpose, tier, Owner::Client(client), len_bytes);
+        self.want_space(purpose, writes, Owner::Client(client), len_bytes);
         Ok(None)
     }
 
