@@ -77,7 +77,14 @@ pub(crate) fn open() -> &'static Driver {
     Box::leak(Box::new(Driver { library }))
 }
 
-/// The same, after `cuInit`, with the context of device 0 current.
+/// The same by the name that programs look for; none if the loader finds no library of that name.
+pub(crate) fn open_by_name() -> Option<&'static Driver> {
+    // SAFETY: as above; no test runs where a real driver is asked for by this name before the stand-in is open.
+    let library = unsafe { Library::new("libcuda.so.1") }.ok()?;
+    Some(Box::leak(Box::new(Driver { library })))
+}
+
+/// The same as `open`, after `cuInit`, with the context of device 0 current.
 pub(crate) fn start() -> &'static Driver {
     let driver = open();
     driver.init(0).expect("cuInit");

@@ -5,7 +5,7 @@ use std::os::unix::process::ExitStatusExt as _;
 
 use crate::driver::{
     GRANULE, Given, INVALID_HANDLE, INVALID_VALUE, NO_DEVICE, NOT_FOUND, NOT_INITIALIZED, NOT_SUPPORTED,
-    OUT_OF_MEMORY, PEER_UNSUPPORTED, Prop, c, load, open, prop, start,
+    OUT_OF_MEMORY, PEER_UNSUPPORTED, Prop, c, load, open, open_by_name, prop, start,
 };
 use crate::process::{again, isolated, role};
 
@@ -19,6 +19,15 @@ fn nothing_works_before_init() {
         assert_eq!(driver.init(1), Err(INVALID_VALUE));
         driver.init(0).expect("cuInit");
         assert_eq!((driver.device_count(&mut count), count), (Ok(()), 2));
+    });
+}
+
+#[test]
+fn opened_by_its_path_it_is_found_by_name() {
+    isolated(&[], || {
+        open().init(0).expect("cuInit");
+        let by_name = open_by_name().expect("the library that is open already");
+        assert_eq!(by_name.calls("cuInit"), 1, "the same library, not another one");
     });
 }
 
