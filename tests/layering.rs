@@ -32,6 +32,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("hetmem-formats", &["hetmem-core"]),
     ("hetmem-cli", LIBRARIES),
     ("hetmem-tests", LIBRARIES),
+    ("hetmem-standin-cuda", &[]),
     ("hetmem-benches", LIBRARIES),
     ("xtask", &[]),
 ];
