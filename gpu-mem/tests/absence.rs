@@ -54,7 +54,7 @@ fn run(name: &str, folder: &Path) {
 fn without_a_driver_there_is_a_reason() {
     let name = "without_a_driver_there_is_a_reason";
     if stand_in::is_real() {
-        println!("skipped: a driver is here");
+        println!("skipped: {name} is about a machine without a driver");
         return;
     }
     if !is_child(name) {

@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 use hetmem_core::ErrorKind;
 use hetmem_gpu_mem::{HostMemory, Memory, PinnedBuffer, Span};
 use stand_in::memory::Heap;
+use stand_in::on_each_stand_in;
 use stand_in::{
     MIB, bytes_of, fill, hooks, on_device, on_gpu, on_host, on_stand_in, pattern, pinned, segment,
 };
@@ -214,6 +215,46 @@ fn memory_is_held_until_the_copy_has_ended() {
         assert!(heap_gone.load(Ordering::Acquire) && weak.upgrade().is_none() && stream.held() == 0);
         drop((event, stream, device));
         hooks::assert_nothing_left("all was dropped");
+    });
+}
+
+#[test]
+fn a_dropped_stream_waits_for_its_copies() {
+    on_gpu("a_dropped_stream_waits_for_its_copies", |gpus| {
+        let device = gpus.device(0).expect("gpu:0");
+        let (stream, memory) = (device.stream().expect("a stream"), segment(&device, 32 * MIB));
+        let len = usize::try_from(32 * MIB).expect("fits");
+        let bytes = pattern(len, 11);
+        let (source, back) = (pinned(&device, &bytes), pinned(&device, &vec![0; len]));
+        stream.copy(&on_host(&source, 0, len), &on_device(&memory, 0, len)).expect("accepted");
+        stream.copy(&on_device(&memory, 0, len), &on_host(&back, 0, len)).expect("accepted");
+        let weak = Arc::downgrade(&memory);
+        drop(memory);
+        let waited = hooks::calls("cuStreamSynchronize");
+        drop(stream);
+        assert_eq!(hooks::calls("cuStreamSynchronize"), waited.map(|calls| calls + 1));
+        assert!(weak.upgrade().is_none());
+        let mut read = vec![0; len];
+        back.read(0, &mut read).expect("inside");
+        assert!(read == bytes, "the drop was too early");
+    });
+}
+
+/// Where nobody knows whether a copy has ended, its memory is never given back; a lost context runs nothing.
+#[test]
+fn memory_of_copies_whose_end_is_unknown_stays() {
+    let sets: [&[(&str, &str)]; 2] =
+        [&[("FAIL", "cuStreamSynchronize=999")], &[("FAIL", "cuStreamSynchronize=ILLEGAL_ADDRESS")]];
+    on_each_stand_in("memory_of_copies_whose_end_is_unknown_stays", &sets, || {
+        let gpus = hetmem_gpu_mem::Gpus::open().expect("the stand-in");
+        let device = gpus.device(0).expect("gpu:0");
+        let (stream, memory) = (device.stream().expect("a stream"), segment(&device, MIB));
+        let source = pinned(&device, &[1; 8]);
+        stream.copy(&on_host(&source, 0, 8), &on_device(&memory, 0, 8)).expect("accepted");
+        let error = stream.synchronize().expect_err("it fails").to_string();
+        let weak = Arc::downgrade(&memory);
+        drop((memory, stream));
+        assert_eq!(weak.upgrade().is_none(), error.contains("returned 700"), "{error}");
     });
 }
 
