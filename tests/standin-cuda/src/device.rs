@@ -20,6 +20,8 @@ pub(crate) struct Device {
     used: Arc<AtomicUsize>,
     fault: AtomicI32,
     context: Mutex<Context>,
+    /// Held while the context is retained or released, so that none is made while another is destroyed.
+    turn: Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -53,7 +55,7 @@ thread_local! {
 impl Device {
     pub(crate) fn new(ordinal: usize, memory_bytes: usize) -> Self {
         let (used, fault) = (Arc::default(), AtomicI32::new(0));
-        Self { ordinal, memory_bytes, used, fault, context: Mutex::default() }
+        Self { ordinal, memory_bytes, used, fault, context: Mutex::default(), turn: Mutex::default() }
     }
 
     fn context(&self) -> MutexGuard<'_, Context> {
@@ -101,6 +103,7 @@ impl Device {
     }
 
     pub(crate) fn retain(&self) {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         self.context().retained += 1;
     }
 
@@ -109,6 +112,7 @@ impl Device {
     /// # Errors
     /// `INVALID_CONTEXT` if it is not retained.
     pub(crate) fn release(&self, driver: &'static Driver) -> Outcome {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let mut context = self.context();
         match context.retained {
             0 => return Err(Code::INVALID_CONTEXT),

@@ -78,7 +78,12 @@ export! {
             return Err(Code::INVALID_HANDLE);
         }
         let record = event.record();
-        stream.submit(driver, Work::Record(event, record))
+        let submitted = stream.submit(driver, Work::Record(Arc::clone(&event), record));
+        if submitted.is_err() {
+            // Nobody must wait for a record that no stream will reach.
+            event.reach(record);
+        }
+        submitted
     }
 
     fn cuEventQuery(event: Handle) |driver| {
