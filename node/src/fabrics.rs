@@ -15,12 +15,14 @@ use hetmem_core::engine::{FabricId, FabricUse};
 use hetmem_core::wire::Member;
 use hetmem_core::{ErrorKind, LinkId, RemoteKey, SegmentId, StoreError, TransferId};
 use hetmem_transport::{
-    Access, Fabric, FabricKind, RegionMemory, TcpConfig, TcpFabric, VerbsConfig, VerbsFabric,
+    Access, Fabric, FabricKind, RegionMemory, Scratch, TcpConfig, TcpFabric, VerbsConfig, VerbsFabric,
+    verbs_devices,
 };
 use parking_lot::Mutex;
 
 use crate::config::{Config, FabricChoice};
 use crate::peers::Sink;
+use crate::tiers::Tiers;
 
 pub(crate) const TCP: FabricId = FabricId(0);
 pub(crate) const VERBS: FabricId = FabricId(1);
@@ -55,13 +57,13 @@ impl Fabrics {
     ///
     /// # Errors
     /// Those of the fabric that has to be there; with `auto` that is TCP.
-    pub(crate) fn start(config: &Config, sink: &Arc<Sink>) -> Result<Self, StoreError> {
+    pub(crate) fn start(config: &Config, sink: &Arc<Sink>, tiers: &Tiers) -> Result<Self, StoreError> {
         let (tcp, verbs) = match config.fabric {
             FabricChoice::Tcp => (Some(start_tcp(config, sink)?), None),
             FabricChoice::Verbs | FabricChoice::VerbsPush => {
-                (None, Some(start_verbs(config, &config.listen, sink)?))
+                (None, Some(start_verbs(config, &config.listen, sink, &scratches(config, tiers))?))
             }
-            FabricChoice::Auto => start_both(config, sink)?,
+            FabricChoice::Auto => start_both(config, sink, &scratches(config, tiers))?,
         };
         Ok(Self {
             tcp,
@@ -275,22 +277,38 @@ fn start_tcp(config: &Config, sink: &Arc<Sink>) -> Result<Arc<TcpFabric>, StoreE
     TcpFabric::start(tcp, sink.of(FabricKind::Tcp))
 }
 
+/// GPU memory to try RDMA devices with, where there are both. Costs a context on that GPU.
+fn scratches(config: &Config, tiers: &Tiers) -> Vec<Arc<dyn Scratch>> {
+    let plugin = config.verbs_plugin.as_deref();
+    if tiers.uses().is_empty() || !verbs_devices(plugin).is_ok_and(|devices| !devices.is_empty()) {
+        return Vec::new();
+    }
+    let made = tiers.scratch();
+    made.into_iter().collect()
+}
+
 /// Verbs beside an address for TCP: at the port after it, or, if that is to be any, at any.
-fn start_verbs(config: &Config, listen: &str, sink: &Arc<Sink>) -> Result<Arc<VerbsFabric>, StoreError> {
+fn start_verbs(
+    config: &Config,
+    listen: &str,
+    sink: &Arc<Sink>,
+    scratches: &[Arc<dyn Scratch>],
+) -> Result<Arc<VerbsFabric>, StoreError> {
     let listen = if listen.ends_with(":0") { listen.to_owned() } else { moved(listen, 1)? };
     let (plugin, push) = (config.verbs_plugin.clone(), config.fabric == FabricChoice::VerbsPush);
-    let verbs = VerbsConfig { plugin, listen, push, ..VerbsConfig::default() };
+    let scratches = scratches.to_vec();
+    let verbs = VerbsConfig { plugin, listen, push, scratches, ..VerbsConfig::default() };
     VerbsFabric::start(&verbs, sink.of(FabricKind::Verbs))
 }
 
 type Both = (Option<Arc<TcpFabric>>, Option<Arc<VerbsFabric>>);
 
 /// TCP, and verbs at the port after it if there are any.
-fn start_both(config: &Config, sink: &Arc<Sink>) -> Result<Both, StoreError> {
+fn start_both(config: &Config, sink: &Arc<Sink>, scratches: &[Arc<dyn Scratch>]) -> Result<Both, StoreError> {
     let any_port = config.listen.ends_with(":0");
     for turn in 1.. {
         let tcp = start_tcp(config, sink)?;
-        match start_verbs(config, &tcp.address(), sink) {
+        match start_verbs(config, &tcp.address(), sink, scratches) {
             Ok(verbs) => return Ok((Some(tcp), Some(verbs))),
             Err(why) if any_port && turn < PORTS_TRIED && is_in_use(&why) => tcp.stop(),
             Err(why) => {

@@ -15,6 +15,7 @@ mod outbox;
 mod peers;
 mod reactor;
 mod rings;
+mod scratch;
 mod segments;
 mod tiers;
 

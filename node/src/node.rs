@@ -69,10 +69,11 @@ impl Node {
         raise_descriptor_limit()?;
         let listener = socket::listen(&config.socket)?;
         let sink = Arc::new(Sink::default());
-        let fabrics = Arc::new(Fabrics::start(&config, &sink)?);
+        let tiers = Tiers::look(&config.gpu, |bytes| config.client_share.of(bytes))?;
+        let fabrics = Arc::new(Fabrics::start(&config, &sink, &tiers)?);
         let address = advertised(&fabrics.address()?, &config.join);
         let name = config.name.clone().unwrap_or_else(|| default_name(&address));
-        let started = Self::run(&config, listener, &fabrics, &sink, &address, &name);
+        let started = Self::run(&config, tiers, listener, &fabrics, &sink, (&address, &name));
         let (driver, stop, jobs, threads) = match started {
             Ok(parts) => parts,
             Err(error) => {
@@ -90,11 +91,11 @@ impl Node {
     #[allow(clippy::type_complexity, reason = "the parts of one value, named where they are taken apart")]
     fn run(
         config: &Config,
+        tiers: Tiers,
         listener: socket::Listener,
         fabrics: &Arc<Fabrics>,
         sink: &Sink,
-        address: &str,
-        name: &str,
+        (address, name): (&str, &str),
     ) -> Result<(Arc<Driver>, OwnedFd, Sender<Job>, Vec<JoinHandle<()>>), StoreError> {
         let index = IndexWriter::create(config.max_objects)?;
         let words: Arc<dyn RegionMemory> = Arc::new(GenerationsRegion(index.memory()));
@@ -109,7 +110,6 @@ impl Node {
             address: address.to_owned(),
         };
         fabrics.identify(&member);
-        let tiers = Tiers::look(&config.gpu, |bytes| config.client_share.of(bytes))?;
         let engine = Engine::new(EngineConfig {
             member,
             join: config.join.clone(),

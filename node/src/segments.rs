@@ -151,6 +151,11 @@ impl Maker {
     ) -> Result<Vec<(FabricId, RemoteKey)>, StoreError> {
         let first = !driver.tiers.in_use();
         let segment = Arc::new(driver.tiers.device(ordinal)?.create_segment(len_bytes)?);
+        // Clients import it by the length that the engine knows.
+        if segment.len_bytes() != len_bytes {
+            let why = format!("its driver makes {} bytes of {len_bytes}", segment.len_bytes());
+            return Err(StoreError::unavailable(format!("gpu:{ordinal} as a tier"), why));
+        }
         let region: Arc<dyn RegionMemory> = Arc::new(GpuRegion(segment.register()?));
         let keys = match driver.fabrics.get() {
             Some(fabrics) => fabrics.register_device(id, ordinal, &region, Access::RemoteRead),

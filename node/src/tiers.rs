@@ -10,9 +10,11 @@ use hetmem_core::engine::GpuUse;
 use hetmem_core::{Extent, StoreError};
 use hetmem_gpu_mem::{Copier, Device, Gpus, Memory, Span, Unavailable, capacity};
 use hetmem_host_mem::Segment;
+use hetmem_transport::Scratch;
 
 use crate::config::GpuSize;
 use crate::memory::CopiedSegment;
+use crate::scratch::GpuScratch;
 
 /// What GPU segments are made in multiples of, in bytes, as far as is known before a context is there to ask.
 const GRANULE_BYTES: u64 = 2 << 20;
@@ -128,6 +130,22 @@ impl Tiers {
         let device = self.gpus()?.device(ordinal)?;
         devices.insert(ordinal, device.clone());
         Ok(device)
+    }
+
+    /// Memory of the first GPU that adapters may reach, to try them with.
+    pub(crate) fn scratch(&self) -> Option<Arc<dyn Scratch>> {
+        let devices = self.gpus.as_ref().ok()?.probe().devices.iter();
+        let reached = |ordinal| self.uses.iter().any(|used| used.ordinal == ordinal);
+        let device =
+            devices.filter(|device| device.attributes.gpudirect_rdma).find(|it| reached(it.ordinal))?;
+        let made = self.device(device.ordinal).and_then(|device| GpuScratch::new(&device));
+        match made {
+            Ok(scratch) => Some(Arc::new(scratch)),
+            Err(error) => {
+                tracing::warn!(gpu = device.ordinal, %error, "RDMA devices are not tried with its memory");
+                None
+            }
+        }
     }
 
     /// Whether memory of any GPU was made.

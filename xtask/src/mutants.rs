@@ -32,6 +32,24 @@ const MUTANTS: &[Mutant] = &[
         replace: "            let _ = slot;",
     },
     Mutant {
+        what: "an object is reused while it is copied to another tier",
+        file: "core/src/engine/crossing.rs",
+        find: "object.copies += 1;",
+        replace: "object.copies += 0;",
+    },
+    Mutant {
+        what: "a link is handed GPU memory that it does not reach",
+        file: "core/src/engine/owner.rs",
+        find: "self.key_for(link, extent.segment).is_none()",
+        replace: "self.links.is_empty()",
+    },
+    Mutant {
+        what: "an object that was moved at seal is still said to be in the tier that it came from",
+        file: "core/src/engine/puts.rs",
+        find: "object.tier = self.space.tier(to.segment);",
+        replace: "let _ = to.segment;",
+    },
+    Mutant {
         what: "an extent is reused before its leases end",
         file: "core/src/engine/objects.rs",
         find: "self.leases == 0 && self.sends == 0",

@@ -521,6 +521,9 @@ impl World {
     fn pin(&mut self, at: usize, client: ClientId, mut located: Located) -> Result<Located, StoreError> {
         let place = (located.extent.segment, located.extent.offset);
         let empty = located.extent.len_bytes == 0;
+        if self.nodes[at].tiers.get(&located.extent.segment) != Some(&located.tier) {
+            self.fail(format!("node {at}: it is not in that tier: {located:?}"));
+        }
         if located.path == Path::Read && !empty && self.nodes[at].spoiled.contains_key(&place) {
             self.fail(format!(
                 "node {at}: a read without a live lease was a success, and its place had been given up: {located:?}"
