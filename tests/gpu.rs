@@ -15,7 +15,7 @@ use hetmem_client::{
 };
 use hetmem_gpu_mem::{AccessRights, Gpus, Stream};
 use hetmem_tests::content::{bytes_of, key};
-use hetmem_tests::daemon::{Daemon, Serve};
+use hetmem_tests::daemon::{Daemon, Serve, program};
 use stand_in::{on_gpu, on_stand_in};
 
 const GPU: Tier = Tier::Gpu(0);
@@ -68,7 +68,7 @@ struct Client {
 
 impl Client {
     fn start(node: &Daemon, mode: &str, name: &str) -> Self {
-        let mut process = Command::new(env!("CARGO_BIN_EXE_hetmem-test-gpu-client"))
+        let mut process = Command::new(program(env!("CARGO_BIN_EXE_hetmem-test-gpu-client")))
             .arg(&node.socket)
             .args([mode, name])
             .stdin(Stdio::piped())

@@ -48,11 +48,15 @@ fn many_threads_get_one_answer() {
     }
 }
 
-/// Builds a libcuda in a folder of its own. `None` without a C compiler.
+/// Builds a libcuda in a folder of its own. `None` without its source or a C compiler.
 fn fake_libcuda(name: &str, defines: &[&str]) -> Option<PathBuf> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake_libcuda.c");
+    if !source.exists() {
+        println!("skipped: the source of the stand-in libcuda is not on this machine");
+        return None;
+    }
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     std::fs::create_dir_all(&folder).expect("temporary folder");
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake_libcuda.c");
     let built = Command::new("cc")
         .args(["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o"])
         // cudarc looks for this name first, so that a real driver elsewhere does not win.

@@ -24,6 +24,18 @@ pub fn binary() -> &'static Path {
     BINARY.get_or_init(|| std::env::var_os(BINARY_VARIABLE).map_or_else(build, PathBuf::from))
 }
 
+/// A program that cargo has built for the tests: the one of that name beside the `hetmem` that the environment names, if
+/// there is one, else the one at `built`. Tests that run on another machine have all their programs in one folder.
+#[must_use]
+pub fn program(built: &str) -> PathBuf {
+    let built = Path::new(built);
+    let beside = std::env::var_os(BINARY_VARIABLE).and_then(|hetmem| {
+        let found = Path::new(&hetmem).with_file_name(built.file_name()?);
+        found.is_file().then_some(found)
+    });
+    beside.unwrap_or_else(|| built.to_owned())
+}
+
 fn build() -> PathBuf {
     let own = std::env::current_exe().expect("this program has a path");
     // target/PROFILE/deps/this

@@ -1,7 +1,9 @@
-//! `cargo xtask test`: everything that CI runs; `cargo xtask simulate` and `cargo xtask mutants`: parts of it at length. Not a build system: cargo builds, this
-//! says what to run and counts. Invariant: the last line of `test` is its count, and the exit status agrees with it.
+//! `cargo xtask test`: everything that CI runs; `cargo xtask simulate` and `cargo xtask mutants`: parts of it at length;
+//! `cargo xtask gpu-kit`: what runs on other machines. Not a build system: cargo builds, this says what to run and counts.
+//! Invariant: the last line of `test` is its count, and the exit status agrees with it.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod kit;
 mod mutants;
 mod process;
 mod python;
@@ -21,12 +23,15 @@ const USAGE: &str = "\
 usage: cargo xtask test [--only STEP[,STEP...]] [--list]
        cargo xtask simulate (--seeds N | --hours N) [--from S]
        cargo xtask mutants [WORDS]
+       cargo xtask gpu-kit [--check]
 
 test      runs every step in order, to the end, and closes with `N passed, N failed, N skipped`.
           HETMEM_REQUIRE=STEP[,STEP...] makes a skip of these steps a failure.
 simulate  runs the simulation on seeds S, S+1, ... (S is 0 if not given), N of them or for N hours.
 mutants   plants known bugs, one at a time, in a copy of the workspace, and lets the simulation find them;
-          with WORDS only those whose description contains them.";
+          with WORDS only those whose description contains them.
+gpu-kit   makes target/gpu-kit, a folder that runs the GPU tests and benches on a machine without Rust;
+          with --check the stand-in driver is in it, and it is run here on that.";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -45,6 +50,8 @@ fn main() -> ExitCode {
         ["simulate", options @ ..] => seeds(options)
             .and_then(|(run, from)| Workspace::find().and_then(|w| steps::simulate(&w, &run, from))),
         ["mutants"] => Workspace::find().and_then(|w| planted(&w, None)),
+        ["gpu-kit"] => Workspace::find().and_then(|w| kit::gpu_kit(&w, false)),
+        ["gpu-kit", "--check"] => Workspace::find().and_then(|w| kit::gpu_kit(&w, true)),
         ["mutants", words] => Workspace::find().and_then(|w| planted(&w, Some(words))),
         _ => Err(USAGE.to_owned()),
     };

@@ -46,6 +46,11 @@ pub(crate) fn run_counting(command: &mut Command) -> Report {
     counted(tally, exited.and_then(|status| ended(command, status)))
 }
 
+/// Runs a program to its end, takes its standard output line by line, and returns its exit code; none after a signal.
+pub(crate) fn run_to_exit(command: &mut Command, take: impl FnMut(&str)) -> Result<Option<i32>, String> {
+    for_each_line(command, take).map(|status| status.code())
+}
+
 /// A report of tests; something is wrong too if a program failed without a failed test, or if there were no tests.
 fn counted(tally: Tally, succeeded: Result<(), String>) -> Report {
     let mut report = Report { tally, note: tally.to_string() };

@@ -136,7 +136,7 @@ fn safetensors(workspace: &Workspace) -> Report {
 }
 
 /// Builds the command-line tool as users run it. Returns its path.
-fn release_binary(workspace: &Workspace) -> Result<PathBuf, String> {
+pub(crate) fn release_binary(workspace: &Workspace) -> Result<PathBuf, String> {
     run(&mut workspace.cargo(["build", "--release", "--package", "hetmem-cli"]))?;
     Ok(workspace.target.join("release/hetmem"))
 }

@@ -36,12 +36,17 @@ impl Workspace {
 
     /// Whether a package has a program of this name.
     pub(crate) fn has_program(&self, package: &str, name: &str) -> bool {
+        self.has_target(package, "bin", name)
+    }
+
+    /// Whether a package has a target of this kind (`bin`, `test`, ...) and name.
+    pub(crate) fn has_target(&self, package: &str, kind: &str, name: &str) -> bool {
         let items = |value: &'_ Value, field: &str| value[field].as_array().cloned().unwrap_or_default();
         items(&self.metadata, "packages")
             .iter()
             .filter(|found| found["name"] == package)
             .flat_map(|found| items(found, "targets"))
-            .any(|target| target["name"] == name && items(&target, "kind").contains(&Value::from("bin")))
+            .any(|target| target["name"] == name && items(&target, "kind").contains(&Value::from(kind)))
     }
 
     /// Builds a package's test program of this name, or that of its library. Returns its path.
