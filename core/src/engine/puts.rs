@@ -267,7 +267,8 @@ impl Engine {
         // A tier that was there when the put began is there now.
         let tier = self.final_tier(&object.hints, object.tier).unwrap_or(object.tier);
         let moves = object.extent.len_bytes > 0 && tier != object.tier;
-        if !moves && !(object.hints.seal_copy && object.in_place) {
+        let stays = !object.hints.seal_copy || !object.in_place;
+        if stays && !moves {
             return self.seal(client, request, generation, checksum);
         }
         let len_bytes = object.extent.len_bytes;
