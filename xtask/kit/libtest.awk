@@ -25,6 +25,8 @@ function count(line, word,    parts, i, n, part) {
 
 function ending() {
     if (STATUS == 124) return "was stopped after " LIMIT " s"
+    # Not every `timeout` says 124.
+    if (STATUS == 143) return "was stopped, after " LIMIT " s or by somebody,"
     if (STATUS == 137) return "was killed, after " LIMIT " s or for want of memory,"
     if (STATUS > 128) return "was killed by signal " (STATUS - 128)
     return "ended with status " STATUS

@@ -142,7 +142,7 @@ bench() {
         echo "== hetmem bench gpu"
         limited "$limit" "$kit/bin/hetmem" bench gpu --json "$out/gpu.json" >"$out/bench-gpu.txt" 2>"$out/logs/bench-gpu.err"
         status=$?
-        if [ $status -eq 124 ] || [ $status -eq 137 ]; then
+        if [ $status -eq 124 ] || [ $status -eq 137 ] || [ $status -eq 143 ]; then
             row hetmem 'bench gpu' failed "it was stopped after $limit s"
         elif [ $status -ne 0 ]; then
             row hetmem 'bench gpu' failed "status $status: $(first_line "$out/logs/bench-gpu.err")"
