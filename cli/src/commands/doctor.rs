@@ -155,15 +155,9 @@ fn gpus(probe: &GpuProbe) -> Vec<Check> {
     let absent =
         |name: &str, absent: &Unavailable| Check::new(name, false, absent.why.clone(), absent.remedy.clone());
     let mut checks = match &probe.driver {
-        Ok(driver) => vec![Check::new(
-            "GPU driver",
-            true,
-            format!(
-                "{driver}, {} devices (this release keeps no objects in GPU memory yet)",
-                probe.devices.len()
-            ),
-            "",
-        )],
+        Ok(driver) => {
+            vec![Check::new("GPU driver", true, format!("{driver}, {} devices", probe.devices.len()), "")]
+        }
         Err(why) => vec![absent("GPU driver", why)],
     };
     checks.extend(probe.devices.iter().map(gpu));
