@@ -154,6 +154,15 @@ fn gets_name_the_tier_that_they_want_and_receipts_say_what_was_copied() {
             assert_eq!(object.receipt().path, if *tier == GPU { By::Local } else { By::LocalCopy });
         }
         assert!(*store.get_range(&key("g"), 12_345, 54_321).expect("a part") == *expected);
+        // A checksum is compared where it can be, and never just left out.
+        let verify = GetOptions { verify: true, ..GetOptions::default() };
+        let Ok(Placed::Host(_)) = store.get_in(&key("g"), Tier::Host, &verify) else {
+            panic!("its checksum agrees")
+        };
+        for name in ["g", "k"] {
+            let error = store.get_in(&key(name), GPU, &verify).expect_err("nobody can say");
+            assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+        }
         // Many at once, of both tiers.
         let names: Vec<String> = (0..50).map(|number| format!("many-{number}")).collect();
         for (at, name) in names.iter().enumerate() {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use hetmem_core::receipt::{Path, Receipt};
-use hetmem_core::wire::{ClientMessage, ClientReply, GpuTier, Range};
+use hetmem_core::wire::{ClientMessage, ClientReply, GpuTier};
 use hetmem_core::{
     Checksum, Extent, Generation, Key, ObjectId, ObjectMeta, SegmentId, StoreError, Tier, TierHint,
 };
@@ -20,7 +20,7 @@ use crate::object::Object;
 use crate::options::{GetOptions, PutOptions, PutOutcome};
 use crate::reservation::{Reservation, Written};
 use crate::shared::{Shared, unexpected};
-use crate::store::{ANSWER_GRACE, Store, get_message, refuse_staged, wrong_length};
+use crate::store::{ANSWER_GRACE, Store, get_message, refuse_staged, verified, wrong_length};
 
 /// An object where it was found.
 #[derive(Debug)]
@@ -285,13 +285,14 @@ impl Shared {
 }
 
 impl Store {
-    /// An object in a tier: in place if it is there, else copied there by the node. Over the copy of another node's
-    /// object the same is true. With `hint.or_host` it may be in host memory instead, where there is no room on the GPU
-    /// or no such GPU.
+    /// An object in a tier: in place if it is there, else copied there by the node, which fetches it from another one if
+    /// need be. With `hint.or_host` it may be in host memory instead, where there is no room on the GPU or no such GPU.
+    /// An object without bytes may be anywhere.
     ///
     /// # Errors
     /// As [`Store::get_with`]; [`hetmem_core::ErrorKind::NoSpace`] naming the tier;
-    /// [`hetmem_core::ErrorKind::Unavailable`] if the node has no such tier, or this process does not see its device.
+    /// [`hetmem_core::ErrorKind::Unavailable`] if the node has no such tier, if this process does not see its device, or
+    /// for `options.verify` of an object in GPU memory: its checksum is computed in host memory only.
     pub fn get_in(
         &self,
         key: &Key,
@@ -299,7 +300,7 @@ impl Store {
         options: &GetOptions,
     ) -> Result<Placed, StoreError> {
         let hint = hint.into();
-        if let Some(found) = self.local_in(key, hint.tier, options.range) {
+        if let Some(found) = self.local_in(key, hint.tier, options) {
             return found;
         }
         let started = Instant::now();
@@ -318,10 +319,14 @@ impl Store {
             return Err(wrong_length(key, object.extent(), wanted));
         }
         refuse_staged(key, &object, options)?;
-        self.on_gpu(object).map(Placed::Gpu)
+        self.on_gpu(key, object, options).map(Placed::Gpu)
     }
 
-    fn on_gpu(&self, object: Object) -> Result<GpuObject, StoreError> {
+    fn on_gpu(&self, key: &Key, object: Object, options: &GetOptions) -> Result<GpuObject, StoreError> {
+        if options.verify {
+            let why = format!("get {key:?}: it is in {}; get it in host memory to verify it", object.tier());
+            return Err(StoreError::unavailable("the checksum of GPU memory", why));
+        }
         let memory = self.shared.gpu_segment(object.extent().segment, object.tier())?;
         let Extent { segment, offset, len_bytes } = *object.extent();
         if offset.checked_add(len_bytes).is_none_or(|end| end > memory.len_bytes()) {
@@ -332,7 +337,7 @@ impl Store {
     }
 
     /// The object, if it is in this tier of this node. Asks nobody once its segment is mapped.
-    fn local_in(&self, key: &Key, tier: Tier, range: Option<Range>) -> Option<Result<Placed, StoreError>> {
+    fn local_in(&self, key: &Key, tier: Tier, options: &GetOptions) -> Option<Result<Placed, StoreError>> {
         let shared = &self.shared;
         let pinned = match shared.index.get(key, key.fingerprint(), &shared.page) {
             Ok(pinned) => pinned?,
@@ -342,9 +347,11 @@ impl Store {
         if object.tier() != tier {
             return None;
         }
-        let placed = object.narrow(key, range).and_then(|()| match tier {
-            Tier::Host => self.map(object).map(Placed::Host),
-            Tier::Gpu(_) => self.on_gpu(object).map(Placed::Gpu),
+        let placed = object.narrow(key, options.range).and_then(|()| match tier {
+            Tier::Host => {
+                self.map(object).and_then(|object| verified(key, object, options)).map(Placed::Host)
+            }
+            Tier::Gpu(_) => self.on_gpu(key, object, options).map(Placed::Gpu),
         });
         Some(placed)
     }
