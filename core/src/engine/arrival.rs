@@ -161,11 +161,16 @@ impl Engine {
             fetch.origin = source.origin;
         }
         self.fetch_answered(id);
-        let tier = self.fetch_tier(id, link);
+        let tier = match source.bytes {
+            // What comes unasked is put in place by a processor.
+            Bytes::InAnswer { .. } => Tier::Host,
+            Bytes::Granted { .. } | Bytes::Known { .. } => self.fetch_tier(id, link),
+        };
         self.want_space(Purpose::Fetch { fetch: id }, tier, Owner::Node, len_bytes);
     }
 
-    /// Where the bytes of a fetch are to land: where the first who waits for them wants them, if its link reaches that.
+    /// Where the bytes of a fetch are to be read into: where the first who waits for them wants them, if its link reaches
+    /// that.
     fn fetch_tier(&self, id: FetchId, link: LinkId) -> Tier {
         let wanted = self.fetches.get(id).and_then(|fetch| match &fetch.waiters.first()?.who {
             FetchFor::Client(caller) => caller.tier.map(|hint| hint.tier),

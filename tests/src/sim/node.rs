@@ -504,7 +504,9 @@ impl World {
             }
             Action::RetireSegment { segment, len_bytes } => self.retire(at, segment, len_bytes),
             Action::Land { landing: number, start, extent } => {
-                self.fabric_reaches(at, extent);
+                if self.nodes[at].tiers.get(&extent.segment) != Some(&Tier::Host) {
+                    self.fail(format!("node {at}: what came unasked is to land in {extent:?}"));
+                }
                 self.hold(at, extent, Hold::Landing(number.0));
                 landing.get_or_insert_with(|| (number, Vec::new())).1.push((start, extent));
             }

@@ -377,6 +377,8 @@ impl World {
             self.nodes[node].passes += 1;
             for action in self.nodes[node].engine.handle(self.now, input) {
                 if let Action::Land { landing, start, extent } = action {
+                    let tier = self.nodes[node].tiers[&extent.segment];
+                    assert_eq!(tier, Tier::Host, "no processor puts bytes in a GPU");
                     let bytes = payload.as_ref().expect("a payload to land");
                     let part = span(start, extent.len_bytes);
                     assert!(landed.insert(part.end, part.start).is_none(), "byte {start} lands twice");
