@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use hetmem_core::receipt::{Path, Receipt};
-use hetmem_core::wire::{ClientMessage, ClientReply, GpuTier, Range};
+use hetmem_core::wire::{ClientMessage, ClientReply, GpuTier};
 use hetmem_core::{
     Checksum, Extent, Generation, Key, ObjectId, ObjectMeta, SegmentId, StoreError, Tier, TierHint,
 };
@@ -20,7 +20,7 @@ use crate::object::Object;
 use crate::options::{GetOptions, PutOptions, PutOutcome};
 use crate::reservation::{Reservation, Written};
 use crate::shared::{Shared, unexpected};
-use crate::store::{ANSWER_GRACE, Store, get_message, refuse_staged, wrong_length};
+use crate::store::{ANSWER_GRACE, Store, get_message, refuse_staged, verified, wrong_length};
 
 /// An object where it was found.
 #[derive(Debug)]
@@ -287,7 +287,8 @@ impl Shared {
 impl Store {
     /// An object in a tier: in place if it is there, else copied there by the node. Over the copy of another node's
     /// object the same is true. With `hint.or_host` it may be in host memory instead, where there is no room on the GPU
-    /// or no such GPU.
+    /// or no such GPU. Bytes of GPU memory are not compared with their checksum, whatever `options.verify` says: whoever
+    /// copies them to the host can.
     ///
     /// # Errors
     /// As [`Store::get_with`]; [`hetmem_core::ErrorKind::NoSpace`] naming the tier;
@@ -299,7 +300,7 @@ impl Store {
         options: &GetOptions,
     ) -> Result<Placed, StoreError> {
         let hint = hint.into();
-        if let Some(found) = self.local_in(key, hint.tier, options.range) {
+        if let Some(found) = self.local_in(key, hint.tier, options) {
             return found;
         }
         let started = Instant::now();
@@ -332,7 +333,7 @@ impl Store {
     }
 
     /// The object, if it is in this tier of this node. Asks nobody once its segment is mapped.
-    fn local_in(&self, key: &Key, tier: Tier, range: Option<Range>) -> Option<Result<Placed, StoreError>> {
+    fn local_in(&self, key: &Key, tier: Tier, options: &GetOptions) -> Option<Result<Placed, StoreError>> {
         let shared = &self.shared;
         let pinned = match shared.index.get(key, key.fingerprint(), &shared.page) {
             Ok(pinned) => pinned?,
@@ -342,8 +343,10 @@ impl Store {
         if object.tier() != tier {
             return None;
         }
-        let placed = object.narrow(key, range).and_then(|()| match tier {
-            Tier::Host => self.map(object).map(Placed::Host),
+        let placed = object.narrow(key, options.range).and_then(|()| match tier {
+            Tier::Host => {
+                self.map(object).and_then(|object| verified(key, object, options)).map(Placed::Host)
+            }
             Tier::Gpu(_) => self.on_gpu(object).map(Placed::Gpu),
         });
         Some(placed)

@@ -474,7 +474,7 @@ impl Store {
     }
 }
 
-fn verified(key: &Key, object: Object, options: &GetOptions) -> Result<Object, StoreError> {
+pub(crate) fn verified(key: &Key, object: Object, options: &GetOptions) -> Result<Object, StoreError> {
     if options.verify {
         object.verify_as(key)?;
     }
