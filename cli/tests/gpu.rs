@@ -232,9 +232,13 @@ fn a_tier_that_is_not_there_or_full_is_named() {
     let out = out.to_str().expect("UTF-8");
     let blind = hetmem_in(&without_gpu(), &socket, &["get", "large.bin", "-o", out, "--tier", "gpu:0"]);
     assert_eq!(blind.status.code(), Some(4), "{}", text(&blind.stderr));
-    let by_host = hetmem_in(&without_gpu(), &socket, &["get", "large.bin", "-o", out]);
-    assert!(by_host.status.success(), "{}", text(&by_host.stderr));
-    assert_eq!(fs::read(out).expect("written").len(), 40 << 20);
+    for allowed in [&[][..], &["--tier", "gpu:0", "--or-host"]] {
+        let line = [&["get", "large.bin", "-o", out][..], allowed].concat();
+        let by_host = hetmem_in(&without_gpu(), &socket, &line);
+        assert!(by_host.status.success(), "{}", text(&by_host.stderr));
+        assert_eq!(fs::read(out).expect("written").len(), 40 << 20);
+        fs::remove_file(out).expect("written");
+    }
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::time::Instant;
 use hetmem_core::receipt::{Path, Receipt};
 use hetmem_core::wire::{ClientMessage, ClientReply, GpuTier};
 use hetmem_core::{
-    Checksum, Extent, Generation, Key, ObjectId, ObjectMeta, SegmentId, StoreError, Tier, TierHint,
+    Checksum, ErrorKind, Extent, Generation, Key, ObjectId, ObjectMeta, SegmentId, StoreError, Tier, TierHint,
 };
 use hetmem_gpu_mem::{AccessRights, Device, Gpus, Imported, Memory, Span, Stream, Unavailable};
 use parking_lot::{Mutex, RwLock};
@@ -287,7 +287,7 @@ impl Shared {
 impl Store {
     /// An object in a tier: in place if it is there, else copied there by the node. Over the copy of another node's
     /// object the same is true. With `hint.or_host` it may be in host memory instead, where there is no room on the GPU
-    /// or no such GPU. Bytes of GPU memory are not compared with their checksum, whatever `options.verify` says: whoever
+    /// or no such GPU, or this process does not see it. Bytes of GPU memory are not compared with their checksum, whatever `options.verify` says: whoever
     /// copies them to the host can.
     ///
     /// # Errors
@@ -300,6 +300,15 @@ impl Store {
         options: &GetOptions,
     ) -> Result<Placed, StoreError> {
         let hint = hint.into();
+        match self.in_tier(key, hint, options) {
+            Err(error) if hint.or_host && error.kind() == ErrorKind::Unavailable => {
+                self.get_with(key, options).map(Placed::Host)
+            }
+            placed => placed,
+        }
+    }
+
+    fn in_tier(&self, key: &Key, hint: TierHint, options: &GetOptions) -> Result<Placed, StoreError> {
         if let Some(found) = self.local_in(key, hint.tier, options) {
             return found;
         }
