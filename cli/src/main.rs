@@ -4,10 +4,12 @@
 
 mod bench;
 mod commands;
+mod copy_back;
 mod demo;
 mod failure;
 mod output;
 mod receipts;
+mod tiers;
 
 use std::io::Write;
 use std::path::PathBuf;

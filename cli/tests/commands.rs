@@ -1,103 +1,15 @@
-//! The command line as its users see it: real processes, a node of the test's own, files in a folder of its own.
+//! The command line as its users see it: real processes, a node of the test's own, files in a folder of its own. Not GPU
+//! tiers (`gpu`).
+
+mod node;
 
 use std::fmt::Write as _;
 use std::fs;
-use std::io::{BufRead as _, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
 
 use serde_json::Value;
 
-const HETMEM: &str = env!("CARGO_BIN_EXE_hetmem");
-
-/// A node that stops with its test, even with one that fails.
-struct Node {
-    child: Child,
-    folder: tempfile::TempDir,
-    /// Where its peers connect.
-    address: String,
-}
-
-impl Node {
-    fn start() -> Self {
-        Self::start_with(&["--host", "64MiB"])
-    }
-
-    fn start_with(flags: &[&str]) -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        let mut child = Command::new(HETMEM)
-            .args(["serve", "--listen", "127.0.0.1:0", "--stop-with-stdin", "--socket"])
-            .arg(folder.path().join("node.sock"))
-            .args(flags)
-            .env("HETMEM_LOG", "error")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("this program");
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("a line");
-        let ready: Value = serde_json::from_str(&line).expect("one line of JSON");
-        assert_eq!(ready["ready"], true, "{line}");
-        let address = ready["address"].as_str().expect("an address").to_owned();
-        assert!(address.starts_with("127.0.0.1:"));
-        Self { child, folder, address }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn run(&self, args: &[&str]) -> Output {
-        hetmem(&self.path("node.sock"), args)
-    }
-
-    /// Runs a command that must succeed; its JSON.
-    fn json(&self, args: &[&str]) -> Value {
-        let done = self.run(&[args, &["--json"]].concat());
-        assert_eq!(done.status.code(), Some(0), "{args:?}: {}", text(&done.stderr));
-        serde_json::from_slice(&done.stdout).expect("JSON and nothing else")
-    }
-
-    /// Runs a command that must fail so; what it says.
-    fn refused(&self, args: &[&str], code: i32) -> String {
-        let done = self.run(args);
-        let said = text(&done.stderr);
-        assert_eq!(done.status.code(), Some(code), "{args:?}: {said}");
-        assert!(said.starts_with("hetmem: "), "{said}");
-        said
-    }
-
-    fn file(&self, name: &str, bytes: &[u8]) -> String {
-        let path = self.path(name);
-        fs::write(&path, bytes).expect("a file");
-        path.to_str().expect("UTF-8").to_owned()
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        drop(self.child.stdin.take());
-        let _ = self.child.wait();
-    }
-}
-
-fn hetmem(socket: &Path, args: &[&str]) -> Output {
-    let mut command = Command::new(HETMEM);
-    command.arg("--socket").arg(socket).args(args).output().expect("this program")
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-/// Two tensors and metadata, as the official writer would write them.
-fn safetensors_file() -> Vec<u8> {
-    let header = br#"{"__metadata__":{"format":"pt"},"a.weight":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},"b":{"dtype":"BF16","shape":[3],"data_offsets":[16,22]}} "#;
-    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-    bytes.extend_from_slice(header);
-    bytes.extend(1..=22_u8);
-    bytes
-}
+use node::{Node, hetmem, safetensors_file, text};
 
 #[test]
 fn files_come_back_as_they_were_put() {

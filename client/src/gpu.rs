@@ -11,7 +11,7 @@ use std::time::Instant;
 use hetmem_core::receipt::{Path, Receipt};
 use hetmem_core::wire::{ClientMessage, ClientReply, GpuTier};
 use hetmem_core::{
-    Checksum, Extent, Generation, Key, ObjectId, ObjectMeta, SegmentId, StoreError, Tier, TierHint,
+    Checksum, ErrorKind, Extent, Generation, Key, ObjectId, ObjectMeta, SegmentId, StoreError, Tier, TierHint,
 };
 use hetmem_gpu_mem::{AccessRights, Device, Gpus, Imported, Memory, Span, Stream, Unavailable};
 use parking_lot::{Mutex, RwLock};
@@ -286,8 +286,8 @@ impl Shared {
 
 impl Store {
     /// An object in a tier: in place if it is there, else copied there by the node, which fetches it from another one if
-    /// need be. With `hint.or_host` it may be in host memory instead, where there is no room on the GPU or no such GPU.
-    /// An object without bytes may be anywhere.
+    /// need be. With `hint.or_host` it may be in host memory instead, where there is no room on the GPU, no such GPU, or
+    /// this process does not see it. An object without bytes may be anywhere.
     ///
     /// # Errors
     /// As [`Store::get_with`]; [`hetmem_core::ErrorKind::NoSpace`] naming the tier;
@@ -300,6 +300,15 @@ impl Store {
         options: &GetOptions,
     ) -> Result<Placed, StoreError> {
         let hint = hint.into();
+        match self.in_tier(key, hint, options) {
+            Err(error) if hint.or_host && error.kind() == ErrorKind::Unavailable => {
+                self.get_with(key, options).map(Placed::Host)
+            }
+            placed => placed,
+        }
+    }
+
+    fn in_tier(&self, key: &Key, hint: TierHint, options: &GetOptions) -> Result<Placed, StoreError> {
         if let Some(found) = self.local_in(key, hint.tier, options) {
             return found;
         }

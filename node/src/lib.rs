@@ -20,4 +20,6 @@ mod segments;
 mod tiers;
 
 pub use config::{ClientShare, Config, FabricChoice, GpuSize, KEYS, OneGpu, parse_bytes};
+#[doc(hidden)]
+pub use memory::copied_memory;
 pub use node::{EngineHeld, Node};

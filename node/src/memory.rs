@@ -36,6 +36,13 @@ unsafe impl HostMemory for CopiedSegment {
     }
 }
 
+/// The same for who measures copies beside a node.
+#[doc(hidden)]
+#[must_use]
+pub fn copied_memory(segment: Arc<Segment>) -> Arc<dyn HostMemory> {
+    Arc::new(CopiedSegment(segment))
+}
+
 /// A segment of a GPU, for adapters.
 pub(crate) struct GpuRegion(pub(crate) Registered);
 

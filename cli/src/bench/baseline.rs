@@ -12,6 +12,7 @@ use clap::{Args as ClapArgs, Subcommand};
 use hetmem_client::{Key, Store, StoreError};
 use hetmem_host_mem::socket;
 
+use super::gpu;
 use crate::failure::Failure;
 
 /// Bytes of a question in the bare loops: what a GET of a short key takes.
@@ -31,6 +32,8 @@ enum Peer {
     Tcp { len_max: usize },
     /// Gets one object again and again, and prints how often
     Get { socket: PathBuf, key: String, millis: u64 },
+    /// What measurements of GPUs need
+    Gpu(gpu::PeerArgs),
 }
 
 /// Runs as the other end, until this end goes.
@@ -39,11 +42,12 @@ pub(super) fn peer(args: &PeerArgs) -> Result<(), Failure> {
         Peer::Unix { path } => unix_peer(path)?,
         Peer::Tcp { len_max } => tcp_peer(*len_max).map_err(|error| StoreError::os("bench peer", error))?,
         Peer::Get { socket, key, millis } => get_peer(socket, key, Duration::from_millis(*millis))?,
+        Peer::Gpu(args) => gpu::peer(args)?,
     }
     Ok(())
 }
 
-fn ready(word: &str) {
+pub(super) fn ready(word: &str) {
     let mut out = std::io::stdout().lock();
     let _ = writeln!(out, "{word}");
     let _ = out.flush();
@@ -101,13 +105,14 @@ fn get_peer(socket: &Path, key: &str, time: Duration) -> Result<(), StoreError> 
 }
 
 /// The other end, in its own process.
-struct Process {
+pub(super) struct Process {
     child: Child,
     stdout: BufReader<ChildStdout>,
 }
 
 impl Process {
-    fn start(arguments: &[&str]) -> Result<(Self, String), StoreError> {
+    /// Starts it; also its first line.
+    pub(super) fn start(arguments: &[&str]) -> Result<(Self, String), StoreError> {
         let os = |error| StoreError::os("start the other end of a measurement", error);
         let own = std::env::current_exe().map_err(os)?;
         let mut child = Command::new(own)
@@ -121,6 +126,15 @@ impl Process {
         let mut process = Self { child, stdout: BufReader::new(stdout) };
         let line = process.line()?;
         Ok((process, line))
+    }
+
+    /// Says a line to it, and hears one.
+    pub(super) fn ask(&mut self, question: &str) -> Result<String, StoreError> {
+        if let Some(stdin) = &mut self.child.stdin {
+            writeln!(stdin, "{question}")
+                .map_err(|error| StoreError::os("ask the other end of a measurement", error))?;
+        }
+        self.line()
     }
 
     fn line(&mut self) -> Result<String, StoreError> {

@@ -3,6 +3,7 @@
 
 mod baseline;
 mod calls;
+mod gpu;
 mod local;
 mod perftest;
 mod processors;
@@ -35,6 +36,8 @@ enum Which {
     Verbs(Remote),
     /// System calls and processor time of a get, by perf
     Calls(Remote),
+    /// Objects in GPU memory: copies beside pinned memory, gets by another process, what mapping and registering cost
+    Gpu(gpu::Args),
     /// The other end of a measurement
     #[command(hide = true)]
     Peer(baseline::PeerArgs),
@@ -123,6 +126,7 @@ pub(crate) fn run(args: &Args, out: Output) -> Result<(), Failure> {
         Which::Sweep(args) => rows::print(&sweep::run(args.size, &args.place)?, out),
         Which::Verbs(args) => rows::print(&verbs::run(args.size, &args.place)?, out),
         Which::Calls(args) => calls::print(&calls::run(args.size, &args.place)?, out),
+        Which::Gpu(args) => gpu::run(args, out),
         Which::Peer(args) => baseline::peer(args),
     }
 }

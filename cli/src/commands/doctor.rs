@@ -1,11 +1,12 @@
 //! `hetmem doctor`: for each capability whether this machine has it, why, and what to do. Not a repair.
 //! Invariant: every check tries the real thing, and every "no" has a remedy or says that there is none.
 
+mod gpus;
+
 use std::path::Path;
 
 use hetmem_client::{Store, default_socket};
 use hetmem_core::SegmentId;
-use hetmem_gpu_mem::{GpuDevice, GpuProbe, Unavailable};
 use hetmem_host_mem::{PageKind, PagePolicy, Segment, SegmentOwner, pages_report};
 use rustix::process::{Resource, getrlimit};
 use serde_json::{Value, json};
@@ -49,7 +50,7 @@ impl Check {
 
 pub(crate) fn run(socket: Option<&Path>, out: Output) -> Result<(), Failure> {
     let mut checks = vec![shared_memory(), memory(), huge_pages(), open_files(), locked_memory()];
-    checks.extend(gpus(&hetmem_gpu_mem::probe()));
+    checks.extend(gpus::checks(&hetmem_gpu_mem::probe(), Path::new("/")));
     checks.push(rdma());
     checks.extend(rdma_proofs());
     checks.push(node(socket));
@@ -151,37 +152,6 @@ fn locked_memory() -> Check {
     }
 }
 
-fn gpus(probe: &GpuProbe) -> Vec<Check> {
-    let absent =
-        |name: &str, absent: &Unavailable| Check::new(name, false, absent.why.clone(), absent.remedy.clone());
-    let mut checks = match &probe.driver {
-        Ok(driver) => {
-            vec![Check::new("GPU driver", true, format!("{driver}, {} devices", probe.devices.len()), "")]
-        }
-        Err(why) => vec![absent("GPU driver", why)],
-    };
-    checks.extend(probe.devices.iter().map(gpu));
-    checks.extend(probe.unusable.iter().map(|why| absent(&why.what, why)));
-    checks.push(match &probe.nvml {
-        Ok(nvml) => Check::new("NVML", true, format!("driver {}", nvml.driver_version), ""),
-        Err(why) => absent("NVML", why),
-    });
-    checks
-}
-
-fn gpu(device: &GpuDevice) -> Check {
-    let (major, minor) = device.compute_capability;
-    let why = format!(
-        "{}, compute {major}.{minor}, {}, virtual memory {}, GPUDirect RDMA {}, dma-buf {}",
-        device.name,
-        bytes(device.memory_bytes),
-        device.attributes.virtual_memory,
-        device.attributes.gpudirect_rdma,
-        device.attributes.dma_buf
-    );
-    Check::new(&format!("gpu:{}", device.ordinal), true, why, "")
-}
-
 fn rdma() -> Check {
     let name = "RDMA verbs";
     match hetmem_transport::verbs_devices(None) {
@@ -223,28 +193,11 @@ fn node(socket: Option<&Path>) -> Check {
 
 #[cfg(test)]
 mod tests {
-    use hetmem_gpu_mem::SystemInfo;
-
     use super::*;
 
     #[test]
     fn every_no_without_hardware_has_why_and_remedy() {
-        let absent = |what: &'static str| Unavailable {
-            what: what.into(),
-            why: "not installed".to_owned(),
-            remedy: "install it".into(),
-        };
-        let probe = GpuProbe {
-            driver: Err(absent("GPU")),
-            devices: Vec::new(),
-            unusable: vec![absent("gpu:1")],
-            nvml: Err(absent("NVML")),
-            system: SystemInfo { kernel_module: None, peer_memory: Err(absent("peer memory")) },
-        };
-        let mut checks = gpus(&probe);
-        checks.push(rdma());
-        checks.push(node(Some(Path::new("/nonexistent/hetmem.sock"))));
-        for check in checks {
+        for check in [rdma(), node(Some(Path::new("/nonexistent/hetmem.sock")))] {
             assert!(!check.has, "{check:?}");
             assert!(!check.why.is_empty() && !check.remedy.is_empty(), "{check:?}");
         }

@@ -1,18 +1,21 @@
 //! `hetmem get`: objects into a file. Not the formats. Invariant: the file appears under its name only when it is
 //! complete, and no byte in it differs from its checksum.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use hetmem_client::{ErrorKind, GetOptions, Key, Object, ObjectMeta, Store, StoreError};
+use hetmem_client::{ErrorKind, GetOptions, Key, ObjectMeta, Placed, Store, StoreError, TierHint};
 use serde_json::json;
 
 use crate::commands::{all_under, connect, metadata_key};
+use crate::copy_back::{CopyBack, Sink};
 use crate::failure::Failure;
 use crate::output::{Output, bytes};
 use crate::receipts::{self, Receipts};
+use crate::tiers;
 use hetmem_formats::safetensors::{self, METADATA, Metadata};
 use hetmem_formats::{Format, npy};
 
@@ -35,6 +38,8 @@ pub(crate) struct Args {
     #[arg(long)]
     no_verify: bool,
     #[command(flatten)]
+    place: tiers::Args,
+    #[command(flatten)]
     copies: receipts::Args,
 }
 
@@ -45,66 +50,126 @@ struct Done {
     len_bytes: u64,
 }
 
+/// How objects are asked for.
+struct Asking {
+    store: Store,
+    options: GetOptions,
+    /// The tier in which they are wanted; none: host memory, which the node copies them to if they are elsewhere.
+    wanted: Option<TierHint>,
+}
+
+/// How their bytes are handed on, and what is to be told of it.
+struct Handing {
+    verify: bool,
+    back: CopyBack,
+    receipts: Receipts,
+}
+
 pub(crate) fn run(args: &Args, socket: Option<&Path>, out: Output) -> Result<(), Failure> {
-    let store = connect(socket)?;
+    let verify = !args.no_verify;
     let options = GetOptions {
         timeout: Duration::from_millis(args.timeout_ms),
-        verify: !args.no_verify,
+        verify,
         zero_copy: args.copies.zero_copy(),
         ..GetOptions::default()
     };
-    let mut receipts = Receipts::new(args.copies);
+    let asking = Asking { store: connect(socket)?, options, wanted: args.place.hint() };
+    let mut handing = Handing { verify, back: CopyBack::default(), receipts: Receipts::new(args.copies) };
     if args.output.as_os_str() == "-" {
-        let key = Key::new(&args.key)?;
-        let object = store.get_with(&key, &options)?;
-        receipts.add(&key, || object.receipt());
-        receipts.write(&mut io::stderr().lock())?;
-        let mut stdout = io::stdout().lock();
-        stdout.write_all(&object)?;
-        return Ok(stdout.flush()?);
+        return to_standard_output(&asking, &mut handing, &Key::new(&args.key)?);
     }
     let started = Instant::now();
     let mut file = NewFile::create(&args.output)?;
     let done = match Format::of(&args.output) {
-        Format::Safetensors => tensors(&store, &args.key, &options, &mut file, &mut receipts)?,
-        Format::Npy => {
+        Format::Safetensors => tensors(&asking, &mut handing, &args.key, &mut file)?,
+        format => {
             let key = Key::new(&args.key)?;
-            let object = store.get_with(&key, &options)?;
-            receipts.add(&key, || object.receipt());
-            npy::write_header(&mut file.out, object.meta())?;
-            single(&object, &mut file)?
-        }
-        Format::Bytes => {
-            let key = Key::new(&args.key)?;
-            let object = store.get_with(&key, &options)?;
-            receipts.add(&key, || object.receipt());
-            single(&object, &mut file)?
+            let object = asking.one(&key)?;
+            if format == Format::Npy {
+                npy::write_header(&mut file.out, meta_of(&object))?;
+            }
+            let len_bytes = handing.hand_out(&key, &object, &mut |bytes| file.write(bytes))?;
+            Done { objects: 1, len_bytes }
         }
     };
     file.finish()?;
-    report(args, &done, started.elapsed(), &receipts, out)
+    report(args, &done, started.elapsed(), &handing, out)
 }
 
-fn single(object: &Object, file: &mut NewFile) -> Result<Done, StoreError> {
-    file.write(object)?;
-    Ok(Done { objects: 1, len_bytes: object.len() as u64 })
+fn meta_of(placed: &Placed) -> &ObjectMeta {
+    match placed {
+        Placed::Host(object) => object.meta(),
+        Placed::Gpu(object) => object.meta(),
+    }
+}
+
+impl Asking {
+    fn one(&self, key: &Key) -> Result<Placed, StoreError> {
+        match self.wanted {
+            None => self.store.get_with(key, &self.options).map(Placed::Host),
+            Some(hint) => self.store.get_in(key, hint, &self.options),
+        }
+    }
+
+    /// Several, in order. Without a tier they are asked for at once; in a tier one after the other, each held only while
+    /// it is written.
+    fn many<'a>(&'a self, keys: &'a [Key]) -> Box<dyn Iterator<Item = Result<Placed, StoreError>> + 'a> {
+        match self.wanted {
+            None => {
+                let objects = self.store.get_many_with(keys, &self.options);
+                Box::new(objects.into_iter().map(|object| object.map(Placed::Host)))
+            }
+            Some(_) => Box::new(keys.iter().map(|key| self.one(key))),
+        }
+    }
+}
+
+impl Handing {
+    /// Notes how an object came, and hands its bytes on; how many there were.
+    fn hand_out(&mut self, key: &Key, placed: &Placed, sink: Sink<'_>) -> Result<u64, StoreError> {
+        match placed {
+            Placed::Host(object) => {
+                self.receipts.add(key, || object.receipt());
+                sink(object)?;
+                Ok(object.len() as u64)
+            }
+            Placed::Gpu(object) => {
+                self.receipts.add(key, || object.receipt());
+                self.back.hand_out(key, object, self.verify, sink)?;
+                Ok(object.len_bytes())
+            }
+        }
+    }
+}
+
+fn to_standard_output(asking: &Asking, handing: &mut Handing, key: &Key) -> Result<(), Failure> {
+    let object = asking.one(key)?;
+    // What has gone out cannot be taken back: a checksum that is taken on the way comes too late.
+    if let (Placed::Gpu(object), true) = (&object, handing.verify) {
+        CopyBack::default().hand_out(key, object, true, &mut |_| Ok(()))?;
+    }
+    let mut stdout = io::stdout().lock();
+    let mut written = Ok(());
+    handing.hand_out(key, &object, &mut |bytes| {
+        if written.is_ok() {
+            written = stdout.write_all(bytes);
+        }
+        Ok(())
+    })?;
+    handing.receipts.write(&mut io::stderr().lock())?;
+    Ok(written.and_then(|()| stdout.flush())?)
 }
 
 /// All tensors under a prefix; if there are none, the one object of that key.
-fn tensors(
-    store: &Store,
-    key: &str,
-    options: &GetOptions,
-    file: &mut NewFile,
-    receipts: &mut Receipts,
-) -> Result<Done, Failure> {
+fn tensors(asking: &Asking, handing: &mut Handing, key: &str, file: &mut NewFile) -> Result<Done, Failure> {
+    let store = &asking.store;
     let under = all_under(key);
     let mut keys =
         store.list(&under).map(|listed| Ok(listed?.key)).collect::<Result<Vec<_>, StoreError>>()?;
     let metadata = match keys.iter().position(|found| found.as_str() == format!("{under}{METADATA}")) {
         Some(at) => {
             keys.remove(at);
-            Some(metadata_of(store, key, options)?)
+            Some(metadata_of(store, key, &asking.options)?)
         }
         None => None,
     };
@@ -121,18 +186,28 @@ fn tensors(
         }
     }
     let names = parts.iter().map(|(name, _)| name.clone()).zip(keys);
-    let keys: std::collections::HashMap<String, Key> = names.collect();
+    let keys: HashMap<String, Key> = names.collect();
     safetensors::file_order(&mut parts);
     safetensors::write_header(&mut file.out, &parts, metadata.as_ref())?;
+    write_all(asking, handing, &parts, &keys, file)
+}
+
+/// The bytes of tensors whose header is written, in its order.
+fn write_all(
+    asking: &Asking,
+    handing: &mut Handing,
+    parts: &[(String, ObjectMeta)],
+    keys: &HashMap<String, Key>,
+    file: &mut NewFile,
+) -> Result<Done, Failure> {
     let mut done = Done::default();
-    let mut rest = &parts[..];
+    let mut rest = parts;
     let mut alone = false;
     while !rest.is_empty() {
         let batch = &rest[..if alone { 1 } else { batch_len(rest) }];
         let wanted: Vec<Key> = batch.iter().filter_map(|(name, _)| keys.get(name).cloned()).collect();
-        let objects = store.get_many_with(&wanted, options);
         alone = false;
-        for (((_, meta), key), object) in batch.iter().zip(&wanted).zip(objects) {
+        for (((_, meta), key), object) in batch.iter().zip(&wanted).zip(asking.many(&wanted)) {
             let object = match object {
                 // The others of its batch may have its room: it is asked for again once they are let go.
                 Err(error) if error.kind() == ErrorKind::NoSpace && batch.len() > 1 => {
@@ -141,11 +216,9 @@ fn tensors(
                 }
                 object => object?,
             };
-            check_unchanged(key, &object, meta)?;
-            receipts.add(key, || object.receipt());
-            file.write(&object)?;
+            check_unchanged(key, meta_of(&object), meta)?;
+            done.len_bytes += handing.hand_out(key, &object, &mut |bytes| file.write(bytes))?;
             done.objects += 1;
-            done.len_bytes += object.len() as u64;
             rest = &rest[1..];
         }
     }
@@ -173,8 +246,8 @@ fn stat_of(store: &Store, key: &Key, under: &str) -> Result<ObjectMeta, StoreErr
 }
 
 /// The header was written from what `stat` said; an object that was replaced since does not belong under it.
-fn check_unchanged(key: &Key, object: &Object, meta: &ObjectMeta) -> Result<(), StoreError> {
-    if object.meta() == meta {
+fn check_unchanged(key: &Key, found: &ObjectMeta, meta: &ObjectMeta) -> Result<(), StoreError> {
+    if found == meta {
         return Ok(());
     }
     Err(StoreError::stale("get", key, "another object took this key meanwhile: get it again"))
@@ -237,19 +310,23 @@ fn file_error(verb: &str, path: &Path, error: &io::Error) -> StoreError {
     StoreError::os(format!("{verb} {}", path.display()), error)
 }
 
-fn report(args: &Args, done: &Done, took: Duration, receipts: &Receipts, out: Output) -> Result<(), Failure> {
+fn report(args: &Args, done: &Done, took: Duration, handing: &Handing, out: Output) -> Result<(), Failure> {
     let seconds = took.as_secs_f64();
+    let Handing { receipts, back, .. } = handing;
     out.print(
         || {
             receipts.in_json(json!({
                 "file": args.output, "objects": done.objects, "bytes": done.len_bytes, "seconds": seconds,
-                "verified": !args.no_verify,
+                "verified": !args.no_verify, "copied_back_bytes": back.len_bytes,
             }))
         },
         |text| {
             let len = bytes(done.len_bytes);
             let file = args.output.display();
             writeln!(text, "{}: {} objects, {len} in {seconds:.3} s", file, done.objects)?;
+            if back.len_bytes > 0 {
+                writeln!(text, "{} of them copied back from GPU memory for the file", bytes(back.len_bytes))?;
+            }
             receipts.write(text)
         },
     )?;

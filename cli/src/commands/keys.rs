@@ -15,7 +15,7 @@ pub(crate) struct LsArgs {
     /// Keys that start with this [default: all]
     #[arg(default_value = "", hide_default_value = true)]
     prefix: String,
-    /// Also dtype, shape and checksum of each, which asks for each
+    /// Also tier, dtype, shape and checksum of each, which asks for each
     #[arg(short, long)]
     long: bool,
 }
@@ -57,13 +57,20 @@ pub(crate) fn ls(args: &LsArgs, socket: Option<&Path>, out: Output) -> Result<()
     out.print(json, |text| {
         let mut columns = vec![("bytes", Align::Right), ("key", Align::Left), ("nodes", Align::Left)];
         if args.long {
-            columns.extend([("dtype", Align::Left), ("shape", Align::Left), ("checksum", Align::Left)]);
+            columns.extend([
+                ("tier here", Align::Left),
+                ("dtype", Align::Left),
+                ("shape", Align::Left),
+                ("checksum", Align::Left),
+            ]);
         }
         let mut table = Table::new(&columns);
         for (listed, stat) in &rows {
             let mut cells = vec![bytes(listed.len_bytes), listed.key.to_string(), listed.holders.join(",")];
             if let Some(stat) = stat {
-                cells.extend([stat.meta.dtype.to_string(), format!("{:?}", stat.meta.shape), checksum(stat)]);
+                let tier = stat.tier.map_or("not here".to_owned(), |tier| tier.to_string());
+                let shape = format!("{:?}", stat.meta.shape);
+                cells.extend([tier, stat.meta.dtype.to_string(), shape, checksum(stat)]);
             }
             table.row(cells);
         }

@@ -14,6 +14,7 @@ use crate::commands::{connect, key_under, metadata_key};
 use crate::failure::Failure;
 use crate::output::{Output, bytes};
 use crate::receipts::{self, Receipts};
+use crate::tiers;
 use hetmem_formats::safetensors::SafeTensors;
 use hetmem_formats::{Format, npy};
 
@@ -48,6 +49,8 @@ pub(crate) struct Args {
     /// Move the bytes to memory that no client can write
     #[arg(long)]
     seal_copy: bool,
+    #[command(flatten)]
+    place: tiers::Args,
     #[command(flatten)]
     copies: receipts::Args,
 }
@@ -94,6 +97,7 @@ impl Args {
             ttl: self.ttl_ms.map(Duration::from_millis),
             replicas: self.replicas,
             seal_copy: self.seal_copy,
+            tier: self.place.hint(),
             checksum: !self.no_checksum,
             zero_copy: self.copies.zero_copy(),
             ..PutOptions::default()

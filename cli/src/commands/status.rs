@@ -4,7 +4,7 @@
 use std::io::{self, Write};
 use std::path::Path;
 
-use hetmem_client::Status;
+use hetmem_client::{Status, Tier};
 use serde_json::{Value, json};
 
 use crate::commands::connect;
@@ -123,15 +123,21 @@ fn tiers(status: &Status) -> Table {
         ("pages", Align::Left),
     ]);
     for tier in &status.tiers {
+        let on_gpu = tier.tier != Tier::Host;
         table.row([
             tier.tier.to_string(),
             bytes(tier.used_bytes),
             bytes(tier.capacity_bytes),
-            bytes(tier.ahead_bytes),
+            // Only host memory is granted ahead.
+            if on_gpu { "-".to_owned() } else { bytes(tier.ahead_bytes) },
             bytes(tier.granted_bytes),
             tier.segments.to_string(),
             format!("{} %", tier.fragmentation_percent),
-            tier.pages.clone(),
+            match (on_gpu, tier.segments) {
+                (false, _) => tier.pages.clone(),
+                (true, 0) => "none of it taken yet".to_owned(),
+                (true, _) => "GPU memory".to_owned(),
+            },
         ]);
     }
     table

@@ -339,7 +339,8 @@ impl Engine {
         object.filling = false;
         object.in_place = false;
         object.path = Path::Copied;
-        object.staged_bytes += from.len_bytes;
+        // All of them, through however many buffers.
+        object.staged_bytes = from.len_bytes;
         let checksum = object.meta.checksum;
         let _ = self.space.free(from);
         self.seal(client, request, generation, checksum);

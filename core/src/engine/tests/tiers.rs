@@ -112,7 +112,7 @@ fn a_put_from_host_memory_is_moved_to_the_gpu_at_seal() {
     let client = world.client(0, 1);
     let (small, large) = (pattern(1, 1_000), pattern(2, 300_000));
     let answer = world.put_in(client, "small", &small, hinted(GPU, false));
-    let Ok(ClientReply::Sealed { path: Path::Copied, staged_bytes: 2_000, .. }) = answer else {
+    let Ok(ClientReply::Sealed { path: Path::Copied, staged_bytes: 1_000, .. }) = answer else {
         panic!("its bytes passed through the message and through host memory: {answer:?}");
     };
     let (reservation, extent, tier) =
