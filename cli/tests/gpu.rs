@@ -205,7 +205,7 @@ fn damaged_bytes_are_found_in_either_tier_before_anybody_has_them() {
     put_damaged(&store, "on-host", Tier::Host);
     let out = node.path("out.bin");
     let out = out.to_str().expect("UTF-8");
-    for (key, tier) in [("on-gpu", "gpu:0"), ("on-gpu", "host"), ("on-host", "host")] {
+    for (key, tier) in [("on-gpu", "gpu:0"), ("on-gpu", "host"), ("on-host", "host"), ("on-host", "gpu:1")] {
         let said = node.refused(&["get", key, "-o", out, "--tier", tier], 5);
         assert!(said.contains("0000000000000001") && !Path::new(out).exists(), "{key} in {tier}: {said}");
         let standard = node.run(&["get", key, "-o", "-", "--tier", tier]);
@@ -214,6 +214,7 @@ fn damaged_bytes_are_found_in_either_tier_before_anybody_has_them() {
         assert!(fs::read(out).expect("written") == [9; 100_000]);
         fs::remove_file(out).expect("written");
     }
+    node.refused(&["get", "on-host", "-o", out, "--tier", "gpu:7", "--or-host"], 5);
 }
 
 #[test]

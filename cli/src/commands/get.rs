@@ -7,7 +7,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use hetmem_client::{ErrorKind, GetOptions, Key, ObjectMeta, Placed, Store, StoreError, TierHint};
+use hetmem_client::{ErrorKind, GetOptions, Key, ObjectMeta, Placed, Store, StoreError, Tier, TierHint};
 use serde_json::json;
 
 use crate::commands::{all_under, connect, metadata_key};
@@ -107,7 +107,15 @@ impl Asking {
     fn one(&self, key: &Key) -> Result<Placed, StoreError> {
         match self.wanted {
             None => self.store.get_with(key, &self.options).map(Placed::Host),
-            Some(hint) => self.store.get_in(key, hint, &self.options),
+            Some(hint @ TierHint { tier: Tier::Host, .. }) => self.store.get_in(key, hint, &self.options),
+            // The client compares no bytes that are on a GPU; they are compared on their way back.
+            Some(hint) => {
+                let placed = self.store.get_in(key, hint, &GetOptions { verify: false, ..self.options })?;
+                if let (Placed::Host(object), true) = (&placed, self.options.verify) {
+                    object.meta().checksum.verify(key.as_str(), object)?;
+                }
+                Ok(placed)
+            }
         }
     }
 
