@@ -14,7 +14,7 @@ use hetmem_core::{
     Checksum, ErrorKind, Extent, Generation, Key, ObjectId, ObjectMeta, SegmentId, StoreError, Tier, TierHint,
 };
 use hetmem_gpu_mem::{AccessRights, Device, Gpus, Imported, Memory, Span, Stream, Unavailable};
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Condvar, Mutex, RwLock};
 
 use crate::object::Object;
 use crate::options::{GetOptions, PutOptions, PutOutcome};
@@ -191,6 +191,8 @@ pub(crate) struct GpuSegments {
     devices: Mutex<BTreeMap<u16, Device>>,
     read: RwLock<HashMap<SegmentId, Arc<Imported>>>,
     granted: Mutex<HashMap<SegmentId, Granted>>,
+    /// A granted segment was added.
+    added: Condvar,
 }
 
 impl GpuSegments {
@@ -244,6 +246,8 @@ impl GpuSegments {
             let imported = self.import(tier, fd, len_bytes, AccessRights::ReadWrite);
             granted.insert(segment, imported.map(|imported| (imported, false)));
         }
+        drop(granted);
+        self.added.notify_all();
     }
 }
 
@@ -253,27 +257,30 @@ impl Shared {
         if let Some(imported) = self.gpu.read.read().get(&segment) {
             return Ok(Arc::clone(imported));
         }
-        let message = ClientMessage::Segment { segment };
-        let answer = self.call(&message, &[], self.timeout)?;
-        let ClientReply::Segment { len_bytes, retired, .. } = answer.reply else {
-            return Err(unexpected(&message, &answer.reply));
-        };
-        self.forget_retired(retired)?;
-        let Some(fd) = answer.descriptors.into_iter().next() else {
-            return Err(StoreError::protocol(format!(
-                "segment {segment} came without a descriptor (is the limit of open files reached?)"
-            )));
-        };
+        let (fd, len_bytes) = self.ask_for_segment(segment)?;
         let imported = self.gpu.import(tier, &fd, len_bytes, AccessRights::ReadOnly)?;
         // Where two threads did, one mapping stays.
         Ok(Arc::clone(self.gpu.read.write().entry(segment).or_insert(imported)))
     }
 
-    /// A granted segment, which the node knows to be mapped.
-    fn granted_gpu_segment(&self, segment: SegmentId) -> Result<Arc<Imported>, StoreError> {
-        let granted = self.gpu.granted.lock().get(&segment).cloned();
-        let missing = || StoreError::protocol(format!("segment {segment} was granted without a descriptor"));
-        let (imported, told) = granted.ok_or_else(missing)??;
+    /// A granted segment, which the node knows to be mapped. Its descriptor may have come with another thread's answer,
+    /// which is then about to bring it: waits until `deadline`.
+    fn granted_gpu_segment(
+        &self,
+        segment: SegmentId,
+        deadline: Instant,
+    ) -> Result<Arc<Imported>, StoreError> {
+        let mut granted = self.gpu.granted.lock();
+        let (imported, told) = loop {
+            if let Some(found) = granted.get(&segment) {
+                break found.clone()?;
+            }
+            if self.gpu.added.wait_until(&mut granted, deadline).timed_out() {
+                let why = format!("segment {segment} was granted without a descriptor");
+                return Err(StoreError::protocol(why));
+            }
+        };
+        drop(granted);
         if !told {
             self.ask_done(&ClientMessage::Mapped { segment })?;
             if let Some(Ok((_, told))) = self.gpu.granted.lock().get_mut(&segment) {
@@ -404,7 +411,8 @@ impl Store {
                 if let Some(fd) = fd {
                     self.shared.gpu.add(extent.segment, tier, &fd, segment_len);
                 }
-                let memory = self.shared.granted_gpu_segment(extent.segment)?;
+                let memory =
+                    self.shared.granted_gpu_segment(extent.segment, Instant::now() + options.timeout)?;
                 Ok(GpuReserved::Open(GpuReservation { reservation, memory, extent }))
             }
             (Tier::Gpu(_), None) => {

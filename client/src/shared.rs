@@ -2,6 +2,7 @@
 //! answers is checked before it is used.
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -143,6 +144,12 @@ impl Shared {
     }
 
     fn fetch_segment(&self, segment: SegmentId) -> Result<(), StoreError> {
+        let (fd, len_bytes) = self.ask_for_segment(segment)?;
+        self.segments.add(segment, fd, len_bytes)
+    }
+
+    /// A segment's descriptor, to read it, and its length in bytes.
+    pub(crate) fn ask_for_segment(&self, segment: SegmentId) -> Result<(OwnedFd, u64), StoreError> {
         let message = ClientMessage::Segment { segment };
         let answer = self.call(&message, &[], self.timeout)?;
         let ClientReply::Segment { len_bytes, retired, .. } = answer.reply else {
@@ -154,11 +161,11 @@ impl Shared {
                 "segment {segment} came without a descriptor (is the limit of open files reached?)"
             )));
         };
-        self.segments.add(segment, fd, len_bytes)
+        Ok((fd, len_bytes))
     }
 
     /// Lets go of segments that the node has retired.
-    pub(crate) fn forget_retired(&self, retired: Vec<SegmentId>) -> Result<(), StoreError> {
+    fn forget_retired(&self, retired: Vec<SegmentId>) -> Result<(), StoreError> {
         for segment in retired {
             self.segments.release(segment)?;
             self.grants.release(segment);

@@ -119,7 +119,6 @@ fn two_processes_share_a_segment() {
 
 /// Reads what the first process has written, and writes what it will read.
 #[test]
-#[ignore = "the second process of two_processes_share_a_segment"]
 fn the_other_process() {
     if !is_child("the_other_process") {
         println!("skipped: it is the second process of two_processes_share_a_segment");

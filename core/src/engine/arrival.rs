@@ -10,9 +10,8 @@ use super::action::Action;
 use super::cluster::Incoming;
 use super::fetch::{Bytes, Fetch, FetchFor, FetchId, FetchWaiter, Source, Stage, Want};
 use super::input::ReadEnd;
-use super::lifecycle::State;
 use super::local::Caller;
-use super::objects::Object;
+use super::objects::{NewCopy, Object};
 use super::paths::Way;
 use super::replicas::ReplicaAsked;
 use super::room::Purpose;
@@ -22,7 +21,7 @@ use crate::error::StoreError;
 use crate::meta::ObjectMeta;
 use crate::receipt::{Carried, Moved, Path};
 use crate::tier::{Extent, Generation, LandingId, LinkId, ObjectId, Tier, TransferId};
-use crate::wire::{ClientReply, Granted, IfExists, Origin, PeerMessage, PutHints, Role};
+use crate::wire::{ClientReply, Granted, Origin, PeerMessage};
 
 /// Clients that waited for a fetch, and replicas that were asked for.
 fn split(waiters: Vec<FetchWaiter>) -> (Vec<Caller>, Vec<ReplicaAsked>) {
@@ -275,29 +274,14 @@ impl Engine {
         extent: Extent,
     ) -> Option<Generation> {
         let fetch = self.fetches.get(id)?;
-        Some(self.objects.insert(Object {
+        Some(self.objects.insert(Object::arriving(NewCopy {
             key: fetch.key.clone(),
             id: source.object,
             meta: source.meta,
-            tier: self.space.tier(extent.segment),
             extent,
-            state: State::Filling,
-            slot: None,
-            hints: PutHints::default(),
-            if_exists: IfExists::Keep,
-            writer: None,
-            in_place: false,
-            role: Role::Copy,
-            replicas: 0,
-            expires: None,
-            lasting: Vec::new(),
-            leases: 0,
-            sends: 0,
-            copies: 0,
-            filling: true,
-            staged_bytes: 0,
+            tier: self.space.tier(extent.segment),
             path: Path::Read,
-        }))
+        })))
     }
 
     /// Nothing lands in the object any more. False if nobody waits for it, and then it is gone.

@@ -7,16 +7,14 @@ use std::collections::BTreeMap;
 
 use super::Engine;
 use super::action::Action;
-use super::lifecycle::State;
 use super::local::Caller;
-use super::objects::Object;
+use super::objects::{NewCopy, Object};
 use super::room::Purpose;
 use super::space::Owner;
 use crate::error::StoreError;
 use crate::key::Key;
 use crate::receipt::{Carried, Path};
 use crate::tier::{ClientId, Extent, Generation, LinkId, Tier, TierHint};
-use crate::wire::{IfExists, PutHints, Role};
 
 /// A copy to another tier that is being made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -130,29 +128,14 @@ impl Engine {
             self.end_crossing(id);
             return;
         };
-        let copy = Object {
+        let copy = Object::arriving(NewCopy {
             key: object.key.clone(),
             id: object.id,
             meta: object.meta,
             extent: to,
             tier: self.space.tier(to.segment),
-            state: State::Filling,
-            slot: None,
-            hints: PutHints::default(),
-            if_exists: IfExists::Keep,
-            writer: None,
-            in_place: false,
-            role: Role::Copy,
-            replicas: 0,
-            expires: None,
-            lasting: Vec::new(),
-            leases: 0,
-            sends: 0,
-            copies: 0,
-            filling: true,
-            staged_bytes: 0,
             path: Path::LocalCopy,
-        };
+        });
         let generation = self.objects.insert(copy);
         self.crossings.copying.insert(generation, id);
         self.out.push(Action::Copy { generation, from, to });

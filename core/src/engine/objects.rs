@@ -53,7 +53,44 @@ pub(super) struct Object {
     pub(super) path: Path,
 }
 
+/// What a copy is of, and where its bytes will be.
+pub(super) struct NewCopy {
+    pub(super) key: Key,
+    pub(super) id: ObjectId,
+    pub(super) meta: ObjectMeta,
+    pub(super) extent: Extent,
+    pub(super) tier: Tier,
+    pub(super) path: Path,
+}
+
 impl Object {
+    /// A copy of an object that is elsewhere, whose bytes are on their way.
+    pub(super) fn arriving(NewCopy { key, id, meta, extent, tier, path }: NewCopy) -> Self {
+        Self {
+            key,
+            id,
+            meta,
+            extent,
+            tier,
+            state: State::Filling,
+            slot: None,
+            hints: PutHints::default(),
+            if_exists: IfExists::Keep,
+            writer: None,
+            in_place: false,
+            role: Role::Copy,
+            replicas: 0,
+            expires: None,
+            lasting: Vec::new(),
+            leases: 0,
+            sends: 0,
+            copies: 0,
+            filling: true,
+            staged_bytes: 0,
+            path,
+        }
+    }
+
     pub(super) fn announced(&self, now: Time) -> Announced {
         Announced {
             key: self.key.clone(),

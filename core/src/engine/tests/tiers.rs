@@ -29,6 +29,18 @@ fn hinted(tier: Tier, or_host: bool) -> PutHints {
     PutHints { tier: Some(TierHint { tier, or_host }), ..PutHints::default() }
 }
 
+/// What is asked of the whole of "k" in GPU memory.
+fn get_on_gpu() -> ClientMessage {
+    ClientMessage::Get {
+        key: key("k"),
+        range: None,
+        timeout_ms: 3_000,
+        keep: true,
+        threshold_bytes: None,
+        tier: Some(GPU.into()),
+    }
+}
+
 impl World {
     fn put_in(&mut self, client: ClientId, name: &str, bytes: &[u8], hints: PutHints) -> Answer {
         self.try_put(0, client, name, bytes, hints, IfExists::Keep)
@@ -194,15 +206,7 @@ fn readers_of_the_same_bytes_share_a_copy_and_it_goes_with_the_last_of_them() {
     let bytes = pattern(1, 10_000);
     world.put(0, a, "k", &bytes);
     world.hold_copies = true;
-    let get = || ClientMessage::Get {
-        key: key("k"),
-        range: None,
-        timeout_ms: 3_000,
-        keep: true,
-        threshold_bytes: None,
-        tier: Some(GPU.into()),
-    };
-    let (first, second) = (world.ask(0, a, get()), world.ask(0, b, get()));
+    let (first, second) = (world.ask(0, a, get_on_gpu()), world.ask(0, b, get_on_gpu()));
     world.settle();
     assert_eq!(world.copies.len(), 1, "one copy for both");
     // Deleted while it is copied: who asked before gets it all the same.
@@ -231,15 +235,7 @@ fn a_client_that_leaves_while_its_copy_is_made_leaves_nothing() {
     let (a, b) = (world.client(0, 1), world.client(0, 2));
     world.put(0, a, "k", &pattern(1, 10_000));
     world.hold_copies = true;
-    let get = ClientMessage::Get {
-        key: key("k"),
-        range: None,
-        timeout_ms: 3_000,
-        keep: true,
-        threshold_bytes: None,
-        tier: Some(GPU.into()),
-    };
-    world.ask(0, b, get);
+    world.ask(0, b, get_on_gpu());
     world.settle();
     world.leave(0, b);
     world.finish_copies();
@@ -253,15 +249,7 @@ fn a_copy_that_fails_is_an_error_and_costs_nothing() {
     let bytes = pattern(1, 10_000);
     world.put(0, client, "k", &bytes);
     world.hold_copies = true;
-    let get = ClientMessage::Get {
-        key: key("k"),
-        range: None,
-        timeout_ms: 3_000,
-        keep: true,
-        threshold_bytes: None,
-        tier: Some(GPU.into()),
-    };
-    let request = world.ask(0, client, get);
+    let request = world.ask(0, client, get_on_gpu());
     world.settle();
     let (node, generation) = world.copies.pop().expect("a copy");
     let result = Err(StoreError::os("cuMemcpyBatchAsync", "the device is lost"));
