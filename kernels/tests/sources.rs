@@ -20,7 +20,7 @@ fn source(file: &str) -> String {
 /// What follows `word` and precedes a parenthesis, for each place where `word` stands.
 fn names_after<'a>(text: &'a str, word: &str) -> BTreeSet<&'a str> {
     let places = text.split(word).skip(1);
-    places.filter_map(|rest| Some(rest.split_once('(')?.0.trim().rsplit([' ', '\t']).next()?)).collect()
+    places.filter_map(|rest| rest.split_once('(')?.0.trim().rsplit([' ', '\t']).next()).collect()
 }
 
 #[test]
