@@ -243,8 +243,7 @@ fn twin(cast: Cast, memory: &mut dyn Memory, launch: &Launch<'_>) -> Result<(), 
     // What is before the first group of the target that is whole.
     let head = (target.wrapping_neg() % (GROUP * to_len) / to_len).min(count);
     let singly = !source.wrapping_add(head * from_len).is_multiple_of(GROUP * from_len);
-    let mut take =
-        |first: u64, end: u64| (first..end).try_for_each(|at| element(cast, memory, (source, target), at));
+    let mut take = |first: u64, end: u64| elements(cast, memory, (source, target), first..end);
     for block in 0..u64::from(launch.blocks) {
         if singly {
             take(block * TILE, (block * TILE + TILE).min(count))?;
@@ -261,15 +260,26 @@ fn twin(cast: Cast, memory: &mut dyn Memory, launch: &Launch<'_>) -> Result<(), 
     Ok(())
 }
 
-/// What one thread does for an element.
-fn element(cast: Cast, memory: &mut dyn Memory, (source, target): (u64, u64), at: u64) -> Result<(), Fault> {
-    let (mut read, mut written) = ([0; 4], [0; 4]);
+/// What threads do for a row of elements, of which each is one thread's.
+fn elements(
+    cast: Cast,
+    memory: &mut dyn Memory,
+    (source, target): (u64, u64),
+    row: std::ops::Range<u64>,
+) -> Result<(), Fault> {
     let (from_len, to_len) = (cast.from.len_bytes(), cast.to.len_bytes());
-    let read = &mut read[..if from_len == 4 { 4 } else { 2 }];
-    let written = &mut written[..if to_len == 4 { 4 } else { 2 }];
-    memory.read(source.wrapping_add(at * from_len), read)?;
-    cast.to.narrow(cast.from.widen(read), written);
-    memory.write(target.wrapping_add(at * to_len), written)
+    let count = row.end.saturating_sub(row.start);
+    if count == 0 {
+        return Ok(());
+    }
+    let bytes = |len: u64| vec![0; usize::try_from(count * len).unwrap_or_default()];
+    let (mut read, mut written) = (bytes(from_len), bytes(to_len));
+    memory.read(source.wrapping_add(row.start * from_len), &mut read)?;
+    let chunk = |len: u64| usize::try_from(len).unwrap_or(1);
+    for (from, to) in read.chunks(chunk(from_len)).zip(written.chunks_mut(chunk(to_len))) {
+        cast.to.narrow(cast.from.widen(from), to);
+    }
+    memory.write(target.wrapping_add(row.start * to_len), &written)
 }
 
 macro_rules! twins {

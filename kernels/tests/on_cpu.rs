@@ -71,11 +71,11 @@ fn gather_moves_what_its_twin_moves_at_every_alignment() {
     let half = 4 << 20;
     let mut arena = Arena::random(2 * half + (1 << 20), 1);
     let mut random = Random(2);
-    let (mut source, mut target, mut wanted) = (0, half as u64, Vec::new());
+    let (mut source, mut target, mut wanted) = (0_u64, half as u64, Vec::new());
     let mut add = |source_at: u64, target_at: u64, len_bytes: u64| {
         // Sources and targets each in a row, at the wanted distance from a multiple of 16.
-        source = (source + 15) / 16 * 16 + source_at;
-        target = (target + 15) / 16 * 16 + target_at;
+        source = source.next_multiple_of(16) + source_at;
+        target = target.next_multiple_of(16) + target_at;
         wanted.push(Move { source: BASE + source, target: BASE + target, len_bytes });
         (source, target) = (source + len_bytes, target + len_bytes);
     };
