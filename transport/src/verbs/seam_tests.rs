@@ -301,7 +301,7 @@ unsafe impl RegionMemory for Foreign {
     }
 
     fn device(&self) -> Option<DeviceMemory<'_>> {
-        Some(DeviceMemory { dma_buf: Some((self.0.as_fd(), 0)) })
+        Some(DeviceMemory { dma_buf: Some((self.0.as_fd(), 0)), staging: None })
     }
 }
 
