@@ -36,6 +36,8 @@ pub unsafe trait RegionMemory: Send + Sync {
 /// Memory of a device, a GPU say, as a fabric may come by it.
 #[derive(Clone, Copy)]
 pub struct DeviceMemory<'a> {
+    /// Which of the devices of this process it is, as its owner numbers them: what adapters can do is tried with each.
+    pub number: u16,
     /// For adapters: its dma-buf, if its driver exports one, and where in that it starts, in bytes.
     pub dma_buf: Option<(BorrowedFd<'a>, u64)>,
     /// For fabrics whose bytes a processor moves: what copies it, if anything does.
@@ -53,8 +55,8 @@ pub trait Staging: Send + Sync {
 
 /// Host memory of which the device copies to and from its segment. Dropped, it waits for its copies.
 pub trait Ring: Send {
-    /// The host memory.
-    fn memory(&self) -> Arc<dyn RegionMemory>;
+    /// The host memory; none if it was given up.
+    fn memory(&self) -> Option<Arc<dyn RegionMemory>>;
 
     /// Begins a copy of `len_bytes` bytes between `at` in the ring and `offset` in the segment.
     ///
@@ -93,6 +95,7 @@ pub trait Copying: Send + Sync {
 impl fmt::Debug for DeviceMemory<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DeviceMemory")
+            .field("number", &self.number)
             .field("dma_buf", &self.dma_buf)
             .field("staging", &self.staging.is_some())
             .finish()

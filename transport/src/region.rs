@@ -363,8 +363,7 @@ impl Piece {
     ) -> Result<Arc<dyn Copying>, Unmoved> {
         // Whoever closes the region sees this copy among those of the region, or comes before it.
         let _held = self.region.hold().ok_or(Unmoved::Closed)?;
-        let copy =
-            ring.begin(way, at, self.offset as u64, self.len_bytes).map_err(Unmoved::Device)?;
+        let copy = ring.begin(way, at, self.offset as u64, self.len_bytes).map_err(Unmoved::Device)?;
         let mut copies = self.region.copies.lock();
         copies.retain(|copy| !copy.is_over());
         copies.push(Arc::clone(&copy));

@@ -30,7 +30,7 @@ impl Staged {
     /// See `Piece::ring`.
     pub(crate) fn new(piece: Piece) -> Result<Self, Unmoved> {
         let ring = piece.ring((CHUNKS * CHUNK_LEN).min(piece.len()))?;
-        let room = Piece::of_ring(ring.memory());
+        let room = Piece::of_ring(ring.memory().ok_or(Unmoved::Closed)?);
         Ok(Self { piece, copies: [const { None }; CHUNKS], room, ring, done: 0, begun: 0 })
     }
 

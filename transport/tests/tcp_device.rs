@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use hetmem_core::{ErrorKind, Extent, LinkId, RemoteExtent, RemoteKey, SegmentId, StoreError, TransferId};
 use hetmem_transport::{
-    Access, Copying, DeviceMemory, Fabric as _, HeapRegion, RegionMemory, Ring, Staging, StagingWay, TcpConfig,
-    TcpFabric,
+    Access, Copying, DeviceMemory, Fabric as _, HeapRegion, RegionMemory, Ring, Staging, StagingWay,
+    TcpConfig, TcpFabric,
 };
 use parking_lot::{Condvar, Mutex};
 use raw::Node;
@@ -50,7 +50,7 @@ unsafe impl RegionMemory for DeviceRegion {
     }
 
     fn device(&self) -> Option<DeviceMemory<'_>> {
-        Some(DeviceMemory { dma_buf: None, staging: Some(self) })
+        Some(DeviceMemory { number: 0, dma_buf: None, staging: Some(self) })
     }
 }
 
@@ -127,8 +127,8 @@ impl Copying for End {
 }
 
 impl Ring for DeviceRing {
-    fn memory(&self) -> Arc<dyn RegionMemory> {
-        Arc::clone(&self.memory) as _
+    fn memory(&self) -> Option<Arc<dyn RegionMemory>> {
+        Some(Arc::clone(&self.memory) as _)
     }
 
     fn begin(
