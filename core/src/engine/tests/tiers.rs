@@ -381,6 +381,52 @@ fn a_link_that_reaches_both_gpus_moves_bytes_from_one_to_the_other() {
     }
 }
 
+/// What is large is read out of one GPU and into the other, a part at a time through host memory; what is small goes as
+/// a payload, which is copied to host memory first. Both are told as staged.
+#[test]
+fn a_fabric_that_stages_gpus_reads_out_of_them_and_into_them_and_sends_nothing_of_them() {
+    for (threshold, path) in [(Some(0), Path::Read), (Some(u64::MAX), Path::Eager)] {
+        let shape = Shape { threshold_bytes: threshold, stages_gpus: true, ..gpus(&[GPU, OTHER]) };
+        let mut world = World::shaped(2, &shape);
+        let (home, away) = (world.client(0, 1), world.client(1, 1));
+        let bytes = pattern(1, 60_000);
+        world.put_from(home, "k", &bytes, GPU).expect("sealed");
+        let located = world.get_in((1, away), "k", None, TierHint::from(OTHER)).expect("the object");
+        let copied_from = (path == Path::Eager).then_some(Tier::Host);
+        assert_eq!((located.tier, located.path, located.copied_from), (OTHER, path, copied_from));
+        let carried = located.carried.clone().expect("it came from a peer");
+        assert_eq!((carried.from_tier, carried.moved.staged_bytes), (GPU, 60_000));
+        world.read((1, away), &located, &bytes);
+        let remembered = world.nodes[0].sent.iter().any(|message| match message {
+            PeerMessage::Grant { granted, .. } => granted.generation.0 != 0,
+            _ => false,
+        });
+        assert_eq!(remembered, path == Path::Read, "the place of the object itself may be");
+        world.advance(2 * u64::from(LEASE_MS));
+        world.assert_drained();
+    }
+}
+
+/// An adapter may reach a GPU and yet not take one of its segments.
+#[test]
+fn a_segment_that_no_adapter_took_is_neither_read_into_nor_out_of() {
+    let shape = Shape { threshold_bytes: Some(0), ..gpus(&[GPU, OTHER]) };
+    let mut world = World::shaped(2, &shape);
+    let (home, away) = (world.client(0, 1), world.client(1, 1));
+    world.nodes.iter_mut().for_each(|node| node.registers_no_gpu = true);
+    let bytes = pattern(1, 60_000);
+    world.put_from(home, "k", &bytes, GPU).expect("sealed");
+    world.put(0, home, "host", &bytes);
+    for (name, staged_bytes) in [("k", 60_000), ("host", 0)] {
+        let located = world.get_in((1, away), name, None, TierHint::from(OTHER)).expect(name);
+        assert_eq!((located.tier, located.copied_from), (OTHER, Some(Tier::Host)));
+        assert_eq!(located.carried.clone().expect("from a peer").moved.staged_bytes, staged_bytes);
+        world.read((1, away), &located, &bytes);
+    }
+    world.advance(2 * u64::from(LEASE_MS));
+    world.assert_drained();
+}
+
 #[test]
 fn a_fetch_that_finds_no_room_on_the_gpu_lands_in_host_memory() {
     let shape = Shape { threshold_bytes: Some(0), ..gpus(&[GPU, OTHER]) };

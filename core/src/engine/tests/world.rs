@@ -65,6 +65,9 @@ pub(super) struct Node {
     pub(super) engine: Engine,
     pub(super) address: String,
     reached: Vec<Tier>,
+    stages_gpus: bool,
+    /// GPU segments that are made from now on are not registered, whatever is reached.
+    pub(super) registers_no_gpu: bool,
     /// The tiers of segments.
     pub(super) tiers: BTreeMap<SegmentId, Tier>,
     pub(super) segments: BTreeMap<SegmentId, Vec<u8>>,
@@ -129,6 +132,8 @@ pub(super) struct Shape {
     pub(super) gpus: Vec<GpuUse>,
     /// The GPU tiers whose segments the fabric knows.
     pub(super) reached: Vec<Tier>,
+    /// Whether their bytes pass through host memory there.
+    pub(super) stages_gpus: bool,
 }
 
 impl Default for Shape {
@@ -140,6 +145,7 @@ impl Default for Shape {
             threshold_bytes: None,
             gpus: Vec::new(),
             reached: Vec::new(),
+            stages_gpus: false,
         }
     }
 }
@@ -162,6 +168,7 @@ pub(super) fn config(name: usize, epoch: u64, join: Vec<String>, shape: &Shape) 
             index_key: RemoteKey(1),
             gather_max: GATHER_MAX,
             tiers: shape.reached.clone(),
+            stages_gpus: shape.stages_gpus,
         }],
         generation_base: 0,
         generation_stride: 64,
@@ -178,6 +185,8 @@ impl Node {
         Self {
             address: config.member.address.clone(),
             reached: config.fabrics.iter().flat_map(|fabric| fabric.tiers.clone()).collect(),
+            stages_gpus: config.fabrics.iter().any(|fabric| fabric.stages_gpus),
+            registers_no_gpu: false,
             tiers: BTreeMap::new(),
             engine: Engine::new(config),
             segments: BTreeMap::new(),
@@ -213,6 +222,13 @@ impl Node {
     fn assert_reached(&self, extent: Extent) {
         let tier = self.tiers[&extent.segment];
         assert!(tier == Tier::Host || self.reached.contains(&tier), "{extent:?} of {tier} is not registered");
+    }
+
+    /// As a payload, too.
+    fn assert_sendable(&self, extent: Extent) {
+        self.assert_reached(extent);
+        let tier = self.tiers[&extent.segment];
+        assert!(tier == Tier::Host || !self.stages_gpus, "{extent:?} of {tier} is no payload");
     }
 
     pub(super) fn bytes(&self, extent: Extent) -> &[u8] {
@@ -468,7 +484,7 @@ impl World {
                 at.owners.insert(segment, owner);
                 at.tiers.insert(segment, tier);
                 let key = (FABRIC, RemoteKey(u64::from(segment.0) + 100));
-                let reached = tier == Tier::Host || at.reached.contains(&tier);
+                let reached = tier == Tier::Host || (at.reached.contains(&tier) && !at.registers_no_gpu);
                 let keys = reached.then_some(key).into_iter().collect();
                 self.push(node, Input::SegmentReady { segment, keys });
             }
@@ -548,7 +564,7 @@ impl World {
     ) {
         let at = &mut self.nodes[node];
         let extents = payload.iter().flat_map(|payload| &payload.extents);
-        extents.clone().for_each(|extent| at.assert_reached(*extent));
+        extents.clone().for_each(|extent| at.assert_sendable(*extent));
         let bytes: Vec<u8> = extents.flat_map(|extent| at.bytes(*extent)).copied().collect();
         let end = at.links.get(&link).copied();
         if let Some(Payload { send, extents }) = payload {
