@@ -22,6 +22,7 @@ use crate::pinned::Hold;
 use crate::reach::{Access, Reached, reached};
 use crate::span::Span;
 use crate::stream::{Event, Held, Stream};
+use crate::{Device, Unavailable};
 
 /// Copies that are ready to go in one launch. Their ends are held by whoever issues it.
 pub(crate) struct Gather {
@@ -75,6 +76,24 @@ const GRID_MAX: u32 = 0x7fff_ffff;
 
 fn too_many(what: &str, count: u64) -> StoreError {
     StoreError::invalid("launch", format!("{count} {what} are more than a GPU takes at once ({GRID_MAX})"))
+}
+
+impl Device {
+    /// Whether the device computes checksums ([`Stream::checksums`]). Loads what it needs for that.
+    ///
+    /// # Errors
+    /// Why it does not.
+    pub fn can_checksum(&self) -> Result<(), Unavailable> {
+        self.context().kernel(Kernel::Checksum).map(drop)
+    }
+
+    /// Whether the device makes many copies in one launch ([`Stream::gather`]). Loads what it needs for that.
+    ///
+    /// # Errors
+    /// Why it does not; the driver then copies.
+    pub fn can_gather(&self) -> Result<(), Unavailable> {
+        self.context().kernel(Kernel::Gather).map(drop)
+    }
 }
 
 impl Stream {
@@ -135,18 +154,6 @@ impl Stream {
             .map_err(|failed| failed.error("compute checksums"))?;
         }
         Ok(Checksums { event: self.record()?, values, lengths })
-    }
-
-    /// The checksum of one span, when all that was queued before it has been done. Blocks until then.
-    ///
-    /// # Errors
-    /// As [`Stream::checksums`] and [`Checksums::wait`].
-    pub fn checksum(&self, span: &Span) -> Result<u64, StoreError> {
-        let found = self.checksums(std::slice::from_ref(span))?.wait()?;
-        found
-            .first()
-            .copied()
-            .ok_or_else(|| StoreError::protocol("a checksum of one object was computed for none"))
     }
 
     /// Converts the elements of one span into another.

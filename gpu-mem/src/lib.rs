@@ -6,6 +6,7 @@
 //! panics on what a driver answers, prints, or creates a context of a device that nobody has named. Invariant: a
 //! [`GpuProbe`] with an unavailable driver lists no devices, and memory is never unmapped under a copy.
 
+mod by_host;
 pub mod capacity;
 mod context;
 mod copier;
@@ -44,7 +45,7 @@ use serde::Serialize;
 pub use copier::{Copied, Copier, Done};
 pub use device::{Device, MemoryInfo};
 pub use gpus::Gpus;
-pub use hetmem_kernels::cast::Cast;
+pub use hetmem_kernels::cast::{Cast, convert};
 pub use host::{HostMemory, HostRegistration, PinnedBuffer};
 pub use imported::Imported;
 pub use launches::Checksums;
