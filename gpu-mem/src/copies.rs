@@ -91,8 +91,8 @@ impl Planned {
     }
 
     /// What must be held beside the ends.
-    pub(crate) fn pins(&self) -> Vec<Hold> {
-        self.pin.iter().cloned().collect()
+    pub(crate) fn pin(&self) -> Option<Hold> {
+        self.pin.clone()
     }
 
     /// Whether no end is host memory that the driver must stage.

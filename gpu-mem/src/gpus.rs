@@ -99,6 +99,11 @@ impl Gpus {
         self.shared.gather_from.store(copies, Ordering::Relaxed);
     }
 
+    /// The default again.
+    pub fn restore_gather_from(&self) {
+        self.set_gather_from(GATHER_FROM);
+    }
+
     pub(crate) fn gather_from(&self) -> usize {
         self.shared.gather_from.load(Ordering::Relaxed)
     }

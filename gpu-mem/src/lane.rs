@@ -193,8 +193,7 @@ impl Way {
         };
         let (pairs, dones): (Vec<_>, Vec<_>) =
             jobs.into_iter().map(|job| ((job.from, job.to), job.done)).unzip();
-        let issued = stream.issue(&pairs);
-        drop(pairs);
+        let issued = stream.issue(pairs);
         let mut accepted = Vec::new();
         for (done, issued) in dones.into_iter().zip(issued) {
             match issued {

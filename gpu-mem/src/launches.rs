@@ -21,7 +21,7 @@ use crate::lists::Lent;
 use crate::pinned::Hold;
 use crate::reach::{Access, Reached, reached};
 use crate::span::Span;
-use crate::stream::{Event, Held, Stream};
+use crate::stream::{Event, Held, Stream, add_pin};
 use crate::{Device, Unavailable};
 
 /// Copies that are ready to go in one launch. Their ends are held by whoever issues it.
@@ -38,14 +38,38 @@ pub struct Checksums {
     lengths: Vec<u64>,
 }
 
+/// Copies that are ready to go in one launch, with all that they need.
+pub struct Gathering {
+    stream: Stream,
+    gather: Gather,
+    copies: usize,
+    /// The ends, and what pins them.
+    held: Hold,
+}
+
+impl Gathering {
+    /// Queues the copies.
+    ///
+    /// # Errors
+    /// [`hetmem_core::ErrorKind::Os`] if the driver refuses. What earlier work met with can show here.
+    pub fn launch(&self) -> Result<(), StoreError> {
+        let held = Held::spans(Vec::new(), vec![Arc::clone(&self.held), self.gather.hold()]);
+        // SAFETY: the stream holds ends, pins and list from before this on.
+        self.stream
+            .issue_held(held, |entered| unsafe { self.gather.launch(entered, self.stream.raw()) })
+            .map_err(|failed| failed.error("gather"))
+    }
+}
+
 impl Gather {
     /// Makes the list. The moves are within the reach of the stream's device.
     pub(crate) fn new(stream: &Stream, moves: impl Iterator<Item = Move>) -> Result<Self, StoreError> {
         let ready = stream.device().context().kernel(Kernel::Gather)?;
-        let moves: Vec<Move> = moves::cut(moves).collect();
-        let count = u32::try_from(moves.len()).ok().filter(|count| *count <= GRID_MAX);
-        let count = count.ok_or_else(|| too_many("moves", moves.len() as u64))?;
-        let list = stream.lists().lend_with(stream.device(), &moves::list(moves))?;
+        let list = moves::list(moves::cut(moves));
+        let moves = (list.len() / moves::ENTRY_LEN) as u64;
+        let count = u32::try_from(moves).ok().filter(|count| *count <= GRID_MAX);
+        let count = count.ok_or_else(|| too_many("moves", moves))?;
+        let list = stream.lists().lend_with(stream.device(), &list)?;
         Ok(Self { ready, list: Arc::new(list), count })
     }
 
@@ -105,7 +129,15 @@ impl Stream {
     /// (pinned host memory, its own and its peers'); [`hetmem_core::ErrorKind::Denied`] for a target that may only be
     /// read; [`hetmem_core::ErrorKind::Unavailable`] if the driver does not take the kernel. Nothing was copied then.
     pub fn gather(&self, pairs: &[(Span, Span)]) -> Result<(), StoreError> {
-        let (mut moves, mut held) = (Vec::with_capacity(pairs.len()), Vec::with_capacity(pairs.len()));
+        self.prepare_gather(pairs)?.launch()
+    }
+
+    /// The same in two steps: what is prepared can be launched more than once.
+    ///
+    /// # Errors
+    /// As [`Stream::gather`].
+    pub fn prepare_gather(&self, pairs: &[(Span, Span)]) -> Result<Gathering, StoreError> {
+        let (mut moves, mut pins) = (Vec::with_capacity(pairs.len()), Vec::new());
         for (from, to) in pairs {
             if from.len_bytes() != to.len_bytes() {
                 let why = format!("{} bytes are copied to a span of {}", from.len_bytes(), to.len_bytes());
@@ -113,13 +145,11 @@ impl Stream {
             }
             let (source, target) = (self.reach(from, Access::Read)?, self.reach(to, Access::Write)?);
             moves.push(Move { source: source.address, target: target.address, len_bytes: from.len_bytes() });
-            held.push(Held::new(vec![from.clone(), to.clone()], pins([source, target])));
+            source.pin.into_iter().chain(target.pin).for_each(|pin| add_pin(&mut pins, pin));
         }
         let gather = Gather::new(self, moves.into_iter())?;
-        held.push(Held::new(Vec::new(), vec![gather.hold()]));
-        // SAFETY: the stream holds all of it from before this on.
-        self.issue_held(held, |entered| unsafe { gather.launch(entered, self.raw()) })
-            .map_err(|failed| failed.error("gather"))
+        let held = Arc::new(Held::pairs(pairs.to_vec(), pins));
+        Ok(Gathering { stream: self.clone(), gather, copies: pairs.len(), held })
     }
 
     /// Has the checksums of these spans computed on the device, as objects: all in one launch.
@@ -130,12 +160,11 @@ impl Stream {
     /// [`hetmem_core::ErrorKind::Os`] if the driver refuses. What earlier work met with can show here.
     pub fn checksums(&self, spans: &[Span]) -> Result<Checksums, StoreError> {
         let ready = self.device().context().kernel(Kernel::Checksum)?;
-        let mut objects = Vec::with_capacity(spans.len());
-        let mut held = Vec::with_capacity(spans.len() + 1);
+        let (mut objects, mut pins) = (Vec::with_capacity(spans.len()), Vec::new());
         for span in spans {
             let reached = self.reach(span, Access::Read)?;
             objects.push((reached.address, span.len_bytes()));
-            held.push(Held::new(vec![span.clone()], pins([reached])));
+            reached.pin.into_iter().for_each(|pin| add_pin(&mut pins, pin));
         }
         let lengths: Vec<u64> = spans.iter().map(Span::len_bytes).collect();
         let parts: Vec<parts::Part> = parts::cut(objects).collect();
@@ -146,8 +175,8 @@ impl Stream {
         if count > 0 {
             let list = Arc::new(self.lists().lend_with(self.device(), &parts::list(parts))?);
             let parameters = [list.address(), count.into(), values.address()];
-            held.push(Held::new(Vec::new(), vec![list as Hold, Arc::clone(&values) as Hold]));
-            self.issue_held(held, |entered| {
+            pins.extend([list as Hold, Arc::clone(&values) as Hold]);
+            self.issue_held(Held::spans(spans.to_vec(), pins), |entered| {
                 // SAFETY: the stream holds spans, list and values from before this on.
                 unsafe { kernels::launch(entered, self.raw(), ready, count, parameters) }
             })
@@ -189,9 +218,9 @@ impl Stream {
         let blocks = u32::try_from(cast::blocks(count)).ok().filter(|blocks| *blocks <= GRID_MAX);
         let blocks = blocks.ok_or_else(|| too_many("blocks of elements", cast::blocks(count)))?;
         let parameters = [source.address, target.address, count];
-        let held = Held::new(vec![from.clone(), to.clone()], pins([source, target]));
+        let held = Held::spans(vec![from.clone(), to.clone()], pins([source, target]));
         // SAFETY: the stream holds both spans from before this on.
-        self.issue_held([held], |entered| unsafe {
+        self.issue_held(held, |entered| unsafe {
             kernels::launch(entered, self.raw(), ready, blocks, parameters)
         })
         .map_err(|failed| failed.error("cast"))
@@ -215,9 +244,9 @@ impl Stream {
             return Ok(());
         }
         let parameters = [source.address, vectors, target.address];
-        let held = Held::new(vec![from.clone(), sums.clone()], pins([source, target]));
+        let held = Held::spans(vec![from.clone(), sums.clone()], pins([source, target]));
         // SAFETY: the stream holds both spans from before this on.
-        self.issue_held([held], |entered| unsafe {
+        self.issue_held(held, |entered| unsafe {
             kernels::launch(entered, self.raw(), ready, blocks, parameters)
         })
         .map_err(|failed| failed.error("sum"))
@@ -266,6 +295,12 @@ impl Checksums {
         self.values.read(&mut bytes)?;
         let values = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word));
         Ok(parts::roots(self.lengths, values).collect())
+    }
+}
+
+impl fmt::Debug for Gathering {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gathering").field("copies", &self.copies).finish_non_exhaustive()
     }
 }
 

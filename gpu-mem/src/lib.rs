@@ -48,7 +48,7 @@ pub use gpus::Gpus;
 pub use hetmem_kernels::cast::{Cast, convert};
 pub use host::{HostMemory, HostRegistration, PinnedBuffer};
 pub use imported::Imported;
-pub use launches::Checksums;
+pub use launches::{Checksums, Gathering};
 pub use nic_access::NicAccess;
 pub use physical::AccessRights;
 pub use segment::{Registered, Segment};
@@ -59,6 +59,10 @@ pub use system::{KernelModule, SystemInfo};
 /// The oldest driver that this build works with, as `1000 * major + 10 * minor` of the CUDA version that it
 /// supports: the version of the bindings.
 pub const DRIVER_VERSION_MIN: u32 = 12_080;
+
+/// The oldest driver that takes the store's kernels: their PTX is of CUDA 13.0. An older one copies, and leaves the rest to
+/// the processor.
+pub const KERNELS_DRIVER_VERSION_MIN: u32 = 13_000;
 
 /// Something that is not here: what, why, and what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

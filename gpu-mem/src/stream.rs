@@ -15,7 +15,7 @@ use hetmem_core::StoreError;
 use crate::context::{Context, Entered};
 use crate::copies::{self, Planned};
 use crate::device::Device;
-use crate::failure::{Failed, NOT_READY, SUCCESS};
+use crate::failure::{Failed, NOT_READY, NOT_SUPPORTED, SUCCESS};
 use crate::gpus::lock;
 use crate::launches::Gather;
 use crate::lists::Lists;
@@ -27,6 +27,8 @@ use crate::table::Opaque;
 const NON_BLOCKING: c_uint = 1;
 /// `CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING`: waiting costs no processor, and nobody asks for times.
 pub(crate) const EVENT_FLAGS: c_uint = 1 | 2;
+/// `CU_EVENT_BLOCKING_SYNC`: for those who ask for times.
+const EVENT_FLAGS_TIMED: c_uint = 1;
 
 /// A stream. Clones are the same stream. Dropped, it waits for its copies.
 #[derive(Clone)]
@@ -50,16 +52,33 @@ pub(crate) struct Kept {
     holds: VecDeque<(u64, Held)>,
 }
 
-/// Memory of one copy: both ends, and what keeps host memory pinned. Only ever dropped.
+/// Memory of what one call issues: copies with both their ends, other spans, and what keeps host memory pinned. Only ever
+/// dropped.
+#[derive(Default)]
 pub(crate) struct Held {
-    _ends: Vec<Span>,
+    /// How many copies, or other uses of the device.
+    count: usize,
+    _pairs: Vec<(Span, Span)>,
+    _spans: Vec<Span>,
     _pins: Vec<Hold>,
 }
 
 impl Held {
-    /// Holds the ends, and what pins the host memory among them.
-    pub(crate) fn new(ends: Vec<Span>, pins: Vec<Hold>) -> Self {
-        Self { _ends: ends, _pins: pins }
+    /// Holds the ends of copies, and what pins the host memory among them.
+    pub(crate) fn pairs(pairs: Vec<(Span, Span)>, pins: Vec<Hold>) -> Self {
+        Self { count: pairs.len(), _pairs: pairs, _pins: pins, ..Self::default() }
+    }
+
+    /// Holds spans that are used together.
+    pub(crate) fn spans(spans: Vec<Span>, pins: Vec<Hold>) -> Self {
+        Self { count: 1, _spans: spans, _pins: pins, ..Self::default() }
+    }
+}
+
+/// Adds what pins memory; mostly it pins what the one before it is in, too.
+pub(crate) fn add_pin(pins: &mut Vec<Hold>, pin: Hold) {
+    if !pins.last().is_some_and(|last| std::ptr::addr_eq(Arc::as_ptr(last), Arc::as_ptr(&pin))) {
+        pins.push(pin);
     }
 }
 
@@ -74,10 +93,9 @@ pub struct Event {
 
 impl Kept {
     /// Holds what one call issues from now on.
-    pub(crate) fn hold(&mut self, held: impl IntoIterator<Item = Held>) {
+    pub(crate) fn hold(&mut self, held: Held) {
         self.issued += 1;
-        let number = self.issued;
-        self.holds.extend(held.into_iter().map(|held| (number, held)));
+        self.holds.push_back((self.issued, held));
     }
 }
 
@@ -129,7 +147,7 @@ impl Stream {
     /// [`hetmem_core::ErrorKind::Denied`] for a target that may only be read, [`hetmem_core::ErrorKind::Os`] if the
     /// driver refuses. What an earlier copy met with can show here.
     pub fn copy(&self, from: &Span, to: &Span) -> Result<(), StoreError> {
-        self.copy_many(&[(from.clone(), to.clone())])
+        self.copy_all(vec![(from.clone(), to.clone())])
     }
 
     /// Queues many copies with as few calls as the driver allows: many short ones go by a kernel in one launch where the
@@ -139,24 +157,25 @@ impl Stream {
     /// # Errors
     /// As [`Stream::copy`], of the first that was refused; the others are queued all the same.
     pub fn copy_many(&self, pairs: &[(Span, Span)]) -> Result<(), StoreError> {
+        self.copy_all(pairs.to_vec())
+    }
+
+    fn copy_all(&self, pairs: Vec<(Span, Span)>) -> Result<(), StoreError> {
         self.issue(pairs).into_iter().try_for_each(|issued| issued.map(drop))
     }
 
     /// Queues copies and says for each whether it was accepted, and if so, whether all its memory is pinned.
-    pub(crate) fn issue(&self, pairs: &[(Span, Span)]) -> Vec<Result<bool, StoreError>> {
+    pub(crate) fn issue(&self, pairs: Vec<(Span, Span)>) -> Vec<Result<bool, StoreError>> {
         let mut plans: Vec<_> =
             pairs.iter().map(|(from, to)| Planned::new(self.device(), from, to)).collect();
-        let gather = self.gather_of(pairs, &mut plans);
+        let gather = self.gather_of(&pairs, &mut plans);
         let context = self.device().context();
+        let mut pins: Vec<Hold> = gather.iter().map(Gather::hold).collect();
+        plans.iter().flatten().filter_map(Planned::pin).for_each(|pin| add_pin(&mut pins, pin));
         let mut kept = lock(&self.queue.kept);
-        // What one call holds is let go all at once, so the list goes with any of its copies.
-        let mut list = gather.as_ref().map(Gather::hold);
-        let holds = pairs.iter().zip(&plans).filter_map(|((from, to), plan)| {
-            let mut pins = plan.as_ref().ok()?.pins();
-            pins.extend(list.take());
-            Some(Held::new(vec![from.clone(), to.clone()], pins))
-        });
-        kept.hold(holds);
+        if plans.iter().any(Result::is_ok) {
+            kept.hold(Held::pairs(pairs, pins));
+        }
         match context.enter() {
             // SAFETY: the queue now holds both ends of every copy, and lets go of them only once the stream is past
             // them or its context is lost; the stream lives while `self` does.
@@ -187,7 +206,7 @@ impl Stream {
     /// Holds memory, then issues what uses it.
     pub(crate) fn issue_held(
         &self,
-        held: impl IntoIterator<Item = Held>,
+        held: Held,
         issue: impl FnOnce(&Entered<'_>) -> Result<(), Failed>,
     ) -> Result<(), Failed> {
         let mut kept = lock(&self.queue.kept);
@@ -200,17 +219,25 @@ impl Stream {
     /// # Errors
     /// [`hetmem_core::ErrorKind::Os`] if the driver refuses.
     pub fn record(&self) -> Result<Event, StoreError> {
-        self.try_record().map_err(|failed| failed.error("record event"))
+        self.try_record(EVENT_FLAGS).map_err(|failed| failed.error("record event"))
     }
 
-    pub(crate) fn try_record(&self) -> Result<Event, Failed> {
+    /// The same, so that the device notes when it gets there: for benches, see [`Event::us_since`].
+    ///
+    /// # Errors
+    /// As [`Stream::record`].
+    pub fn record_timed(&self) -> Result<Event, StoreError> {
+        self.try_record(EVENT_FLAGS_TIMED).map_err(|failed| failed.error("record event"))
+    }
+
+    fn try_record(&self, flags: c_uint) -> Result<Event, Failed> {
         let context = Arc::clone(self.device().context());
         let kept = lock(&self.queue.kept);
         let entered = context.enter()?;
         let calls = entered.calls();
         let mut raw: Opaque = 0;
         // SAFETY: a writable place; a context is current.
-        let code = unsafe { (calls.event_create)(&raw mut raw, EVENT_FLAGS) };
+        let code = unsafe { (calls.event_create)(&raw mut raw, flags) };
         calls.check("cuEventCreate", code)?;
         drop(entered);
         let event = Event { context, raw, queue: Arc::downgrade(&self.queue), through: kept.issued };
@@ -265,10 +292,10 @@ impl Stream {
         query().map_err(|failed: Failed| failed.error("ask stream"))
     }
 
-    /// How many copies the stream still holds memory of.
+    /// How many copies and launches the stream still holds memory of.
     #[must_use]
     pub fn held(&self) -> usize {
-        lock(&self.queue.kept).holds.len()
+        lock(&self.queue.kept).holds.iter().map(|(_, held)| held.count).sum()
     }
 }
 
@@ -348,6 +375,27 @@ impl Event {
         wait().map_err(|failed: Failed| failed.error("wait for event"))?;
         self.release();
         Ok(())
+    }
+
+    /// How long after another point the device got to this one, in microseconds. Both are of
+    /// [`Stream::record_timed`], and the device is past both.
+    ///
+    /// # Errors
+    /// [`hetmem_core::ErrorKind::Os`] if it is not, or cannot tell.
+    pub fn us_since(&self, earlier: &Self) -> Result<f64, StoreError> {
+        let ask = || {
+            let entered = self.context.enter()?;
+            let call = "cuEventElapsedTime_v2";
+            let Some(elapsed) = entered.calls().event_elapsed else {
+                return Err(Failed { call, code: NOT_SUPPORTED, text: "no such function".to_owned() });
+            };
+            let mut elapsed_ms = 0_f32;
+            // SAFETY: a writable place; both events live for the length of the call.
+            let code = unsafe { elapsed(&raw mut elapsed_ms, earlier.raw, self.raw) };
+            entered.calls().check(call, code)?;
+            Ok(f64::from(elapsed_ms) * 1e3)
+        };
+        ask().map_err(|failed: Failed| failed.error("ask how long a device took"))
     }
 
     fn release(&self) {

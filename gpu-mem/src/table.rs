@@ -136,6 +136,7 @@ calls! {
             Opaque, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Opaque, *mut *mut c_void,
             *mut *mut c_void
         );
+        event_elapsed = c"cuEventElapsedTime_v2" (*mut f32, Opaque, Opaque);
         host_address = c"cuMemHostGetDevicePointer_v2" (*mut Address, *mut c_void, c_uint);
         stream_is_capturing = c"cuStreamIsCapturing" (Opaque, *mut c_uint);
     }

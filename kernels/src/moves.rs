@@ -11,6 +11,9 @@ pub const THREADS: u32 = 256;
 /// 16 turns of a block's threads.
 pub const MOVE_LEN_MAX: u64 = 64 << 10;
 
+/// Bytes of a move in the list.
+pub const ENTRY_LEN: usize = 24;
+
 /// One copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Move {

@@ -29,7 +29,7 @@ fn program(name: &str) -> Option<PathBuf> {
         return None;
     }
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda").join(format!("{name}.cu"));
-    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()));
+    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-on-cpu"));
     let built = Command::new(compiler)
         .args(["-x", "c++", "-std=c++17", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-rdynamic"])
         .args(["-DHETMEM_ON_CPU", "-o"])

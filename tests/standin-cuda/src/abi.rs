@@ -92,7 +92,10 @@ pub(crate) struct IpcEventHandle {
     pub(crate) reserved: [u8; 64],
 }
 
-pub(crate) const DRIVER_VERSION: c_int = 12_080;
+/// What the driver says that it supports: CUDA 13.0, whose PTX is what it takes. The functions that changed with it are
+/// there under their older names, as in a driver.
+pub(crate) const DRIVER_VERSION: c_int = 13_000;
+pub(crate) const PTX_VERSION_MAX: (u32, u32) = (9, 0);
 
 pub(crate) const ALLOCATION_PINNED: c_int = 1;
 pub(crate) const HANDLE_NONE: c_int = 0;

@@ -4,6 +4,7 @@
 
 use hetmem_kernels::launch::{self, Fault, Memory, Twin};
 
+use crate::abi::PTX_VERSION_MAX;
 use crate::code::{Code, Outcome};
 use crate::pointers::InParameters;
 
@@ -45,16 +46,22 @@ impl Module {
     /// From PTX text.
     ///
     /// # Errors
-    /// `NO_BINARY_FOR_GPU` for compiled code, `INVALID_PTX` for text that is no PTX.
+    /// `NO_BINARY_FOR_GPU` for compiled code, `INVALID_PTX` for text that is no PTX, `UNSUPPORTED_PTX_VERSION` for that of
+    /// a newer CUDA than the driver's.
     pub(crate) fn load(device: usize, image: Vec<u8>) -> Outcome<Self> {
         const FATBIN: &[u8] = &[0x50, 0xED, 0x55, 0xBA];
         if image.starts_with(b"\x7FELF") || image.starts_with(FATBIN) {
             return Err(Code::NO_BINARY_FOR_GPU);
         }
         let text = String::from_utf8(image).map_err(|_| Code::INVALID_PTX)?;
-        let has = |directive: &str| text.lines().any(|line| line.trim_start().starts_with(directive));
-        if !has(".version") || !has(".target") {
+        let after = |directive: &str| text.lines().find_map(|line| line.trim_start().strip_prefix(directive));
+        let (Some(version), Some(_)) = (after(".version"), after(".target")) else {
             return Err(Code::INVALID_PTX);
+        };
+        let (major, minor) = version.trim().split_once('.').ok_or(Code::INVALID_PTX)?;
+        let number = |digits: &str| digits.parse::<u32>().map_err(|_| Code::INVALID_PTX);
+        if (number(major)?, number(minor)?) > PTX_VERSION_MAX {
+            return Err(Code::UNSUPPORTED_PTX_VERSION);
         }
         Ok(Self { device, text })
     }
@@ -193,5 +200,7 @@ mod tests {
         assert_eq!(refused(b"\x7FELF\x02"), Some(Code::NO_BINARY_FOR_GPU));
         assert_eq!(refused(b"int main() {}"), Some(Code::INVALID_PTX));
         assert_eq!(refused(b"\xFF\xFE"), Some(Code::INVALID_PTX));
+        assert_eq!(refused(b".version nine\n.target sm_80\n"), Some(Code::INVALID_PTX));
+        assert_eq!(refused(b".version 9.1\n.target sm_80\n"), Some(Code::UNSUPPORTED_PTX_VERSION));
     }
 }

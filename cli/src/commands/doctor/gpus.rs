@@ -5,14 +5,18 @@ use std::path::Path;
 
 use hetmem_gpu_mem::flush::{Consumer, FlushDecision, FlushFacts, decide};
 
-use hetmem_gpu_mem::{GpuDevice, GpuProbe, KernelModule, NicAccess, NvmlDevice, Unavailable, topology};
+use hetmem_gpu_mem::{
+    GpuDevice, GpuProbe, KERNELS_DRIVER_VERSION_MIN, KernelModule, NicAccess, NvmlDevice, Unavailable,
+    topology,
+};
 
 use super::Check;
 use crate::output::bytes;
 
 /// Everything about GPUs, of the machine whose file system is at `root`.
 pub(super) fn checks(probe: &GpuProbe, root: &Path) -> Vec<Check> {
-    let mut checks = vec![driver(probe), kernel_module(probe), peer_memory(probe), nvml(probe)];
+    let mut checks =
+        vec![driver(probe), kernels(probe), kernel_module(probe), peer_memory(probe), nvml(probe)];
     for device in &probe.devices {
         let known = nvml_of(probe, device);
         checks.extend([
@@ -59,6 +63,26 @@ fn driver(probe: &GpuProbe) -> Check {
     let name = "GPU driver";
     match &probe.driver {
         Ok(driver) => Check::new(name, true, format!("{driver}, {} devices", probe.devices.len()), ""),
+        Err(why) => absent(name, why),
+    }
+}
+
+/// Whether the driver takes the store's own kernels. Said from its version: to try takes a context.
+fn kernels(probe: &GpuProbe) -> Check {
+    let name = "GPU kernels of the store";
+    match &probe.driver {
+        Ok(driver) if driver.cuda_version >= KERNELS_DRIVER_VERSION_MIN => {
+            let why =
+                "its PTX is of CUDA 13.0: batches of small copies, checksums and conversions on the GPU";
+            Check::new(name, true, why, "")
+        }
+        Ok(driver) => Check::new(
+            name,
+            false,
+            format!("their PTX is of CUDA 13.0, the driver's is of {driver}"),
+            "update the driver to 580 or newer; until then the driver copies one by one, and the processor compares and \
+             converts",
+        ),
         Err(why) => absent(name, why),
     }
 }
