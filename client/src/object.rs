@@ -85,6 +85,10 @@ impl Object {
         &self.held.entry.extent
     }
 
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.held.shared
+    }
+
     pub(crate) fn tier(&self) -> Tier {
         self.held.entry.tier
     }

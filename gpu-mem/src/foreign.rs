@@ -227,7 +227,7 @@ impl Stream {
         kept.hold([Held::new(vec![span.clone()], pins)]);
         let entered = self.device().context().enter().map_err(|failed| failed.error("copy"))?;
         // SAFETY: the queue holds the span, the caller the other end, until the stream is past the copy.
-        let issued = unsafe { copies::issue(&entered, self.raw(), vec![Ok(plan)]) };
+        let issued = unsafe { copies::issue(&entered, self.raw(), vec![Ok(plan)], None) };
         issued.into_iter().try_for_each(|issued| issued.map(drop))
     }
 }

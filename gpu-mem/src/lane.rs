@@ -42,9 +42,9 @@ enum Wait {
 }
 
 impl Lane {
-    /// A job for the thread.
-    pub(crate) fn push(&self, job: Job) {
-        lock(&self.inbox).jobs.push(job);
+    /// Jobs for the thread, which it takes together.
+    pub(crate) fn push(&self, jobs: Vec<Job>) {
+        lock(&self.inbox).jobs.extend(jobs);
         self.wake.notify_one();
     }
 

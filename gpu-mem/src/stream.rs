@@ -12,11 +12,13 @@ use std::sync::{Arc, Mutex, Weak};
 
 use hetmem_core::StoreError;
 
-use crate::context::Context;
+use crate::context::{Context, Entered};
 use crate::copies::{self, Planned};
 use crate::device::Device;
 use crate::failure::{Failed, NOT_READY, SUCCESS};
 use crate::gpus::lock;
+use crate::launches::Gather;
+use crate::lists::Lists;
 use crate::pinned::Hold;
 use crate::span::Span;
 use crate::table::Opaque;
@@ -37,6 +39,8 @@ pub(crate) struct Queue {
     raw: Opaque,
     /// Locked while copies are issued, so that what is held and what the driver knows are in the same order.
     kept: Mutex<Kept>,
+    /// What launches are given.
+    lists: Arc<Lists>,
 }
 
 /// What copies hold, by the number of the call that issued them.
@@ -88,7 +92,14 @@ impl Stream {
             Ok(raw)
         };
         let raw = create().map_err(|failed: Failed| failed.error("create stream"))?;
-        Ok(Self { queue: Arc::new(Queue { device: device.clone(), raw, kept: Mutex::default() }) })
+        Ok(Self {
+            queue: Arc::new(Queue {
+                device: device.clone(),
+                raw,
+                kept: Mutex::default(),
+                lists: Arc::default(),
+            }),
+        })
     }
 
     /// The device.
@@ -106,6 +117,10 @@ impl Stream {
         &self.queue.kept
     }
 
+    pub(crate) fn lists(&self) -> &Arc<Lists> {
+        &self.queue.lists
+    }
+
     /// Queues a copy: between host memory and this device or a peer of it, on the device, between devices. It holds
     /// both spans until the stream was seen to be past it. A copy of host memory that is not pinned may block.
     ///
@@ -117,8 +132,9 @@ impl Stream {
         self.copy_many(&[(from.clone(), to.clone())])
     }
 
-    /// Queues many copies with as few calls as the driver allows. They are in no order among themselves: no one may
-    /// read what another writes.
+    /// Queues many copies with as few calls as the driver allows: many short ones go by a kernel in one launch where the
+    /// device reaches all their memory by itself, others in one call of the driver's. They are in no order among
+    /// themselves: no one may read what another writes.
     ///
     /// # Errors
     /// As [`Stream::copy`], of the first that was refused; the others are queued all the same.
@@ -128,20 +144,55 @@ impl Stream {
 
     /// Queues copies and says for each whether it was accepted, and if so, whether all its memory is pinned.
     pub(crate) fn issue(&self, pairs: &[(Span, Span)]) -> Vec<Result<bool, StoreError>> {
-        let plans: Vec<_> = pairs.iter().map(|(from, to)| Planned::new(self.device(), from, to)).collect();
+        let mut plans: Vec<_> =
+            pairs.iter().map(|(from, to)| Planned::new(self.device(), from, to)).collect();
+        let gather = self.gather_of(pairs, &mut plans);
         let context = self.device().context();
         let mut kept = lock(&self.queue.kept);
+        // What one call holds is let go all at once, so the list goes with any of its copies.
+        let mut list = gather.as_ref().map(Gather::hold);
         let holds = pairs.iter().zip(&plans).filter_map(|((from, to), plan)| {
-            let pins = plan.as_ref().ok()?.pins();
+            let mut pins = plan.as_ref().ok()?.pins();
+            pins.extend(list.take());
             Some(Held::new(vec![from.clone(), to.clone()], pins))
         });
         kept.hold(holds);
         match context.enter() {
             // SAFETY: the queue now holds both ends of every copy, and lets go of them only once the stream is past
             // them or its context is lost; the stream lives while `self` does.
-            Ok(entered) => unsafe { copies::issue(&entered, self.raw(), plans) },
+            Ok(entered) => unsafe { copies::issue(&entered, self.raw(), plans, gather.as_ref()) },
             Err(failed) => plans.iter().map(|_| Err(failed.error("copy"))).collect(),
         }
+    }
+
+    /// The launch that makes the short copies among these, if they are enough and the device reaches their memory. Where a
+    /// kernel cannot be had, the driver copies.
+    fn gather_of(&self, pairs: &[(Span, Span)], plans: &mut [Result<Planned, StoreError>]) -> Option<Gather> {
+        let wanted = self.device().gpus().gather_from();
+        if pairs.len() < wanted {
+            return None;
+        }
+        let device = self.device();
+        let mut moves = Vec::new();
+        for ((from, to), plan) in pairs.iter().zip(plans.iter_mut()) {
+            moves.extend(plan.as_mut().ok().and_then(|plan| plan.short_move(device, from, to)));
+        }
+        let gather = (moves.len() >= wanted).then(|| Gather::new(self, moves.into_iter()).ok()).flatten();
+        if gather.is_none() {
+            plans.iter_mut().flatten().for_each(Planned::leave_to_driver);
+        }
+        gather
+    }
+
+    /// Holds memory, then issues what uses it.
+    pub(crate) fn issue_held(
+        &self,
+        held: impl IntoIterator<Item = Held>,
+        issue: impl FnOnce(&Entered<'_>) -> Result<(), Failed>,
+    ) -> Result<(), Failed> {
+        let mut kept = lock(&self.queue.kept);
+        kept.hold(held);
+        issue(&self.device().context().enter()?)
     }
 
     /// Marks this point in the stream's work.

@@ -69,7 +69,10 @@ impl End {
     }
 
     /// The side, and whether it is pageable host memory.
-    fn find(self, driver: &Driver, len: usize, rights: i32) -> Outcome<(Side, bool)> {
+    ///
+    /// # Errors
+    /// `INVALID_VALUE` for a range that is not all mapped, or without the rights.
+    pub(crate) fn find(self, driver: &Driver, len: usize, rights: i32) -> Outcome<(Side, bool)> {
         let (address, is_tagged) = match self {
             Self::Device(pointer, _) => (pointer.address().ok_or(Code::INVALID_VALUE)?, true),
             Self::Host(pointer) => (pointer.address(), false),
