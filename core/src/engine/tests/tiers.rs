@@ -14,7 +14,7 @@ const OTHER: Tier = Tier::Gpu(1);
 const MIB: u64 = 1 << 20;
 
 /// Nodes with two GPUs of 4 MiB each.
-fn gpus(reached: &[Tier]) -> Shape {
+pub(super) fn gpus(reached: &[Tier]) -> Shape {
     let gpu = |ordinal| GpuUse {
         ordinal,
         uuid: format!("GPU-{ordinal}").into(),
@@ -25,7 +25,7 @@ fn gpus(reached: &[Tier]) -> Shape {
     Shape { gpus: vec![gpu(0), gpu(1)], reached: reached.to_vec(), ..Shape::default() }
 }
 
-fn hinted(tier: Tier, or_host: bool) -> PutHints {
+pub(super) fn hinted(tier: Tier, or_host: bool) -> PutHints {
     PutHints { tier: Some(TierHint { tier, or_host }), ..PutHints::default() }
 }
 
@@ -42,11 +42,11 @@ fn get_on_gpu() -> ClientMessage {
 }
 
 impl World {
-    fn put_in(&mut self, client: ClientId, name: &str, bytes: &[u8], hints: PutHints) -> Answer {
+    pub(super) fn put_in(&mut self, client: ClientId, name: &str, bytes: &[u8], hints: PutHints) -> Answer {
         self.try_put(0, client, name, bytes, hints, IfExists::Keep)
     }
 
-    fn reserve_in(
+    pub(super) fn reserve_in(
         &mut self,
         client: ClientId,
         name: &str,
@@ -69,7 +69,7 @@ impl World {
     }
 
     /// Puts an object that is written in GPU memory.
-    fn put_from(&mut self, client: ClientId, name: &str, bytes: &[u8], writes: Tier) -> Answer {
+    pub(super) fn put_from(&mut self, client: ClientId, name: &str, bytes: &[u8], writes: Tier) -> Answer {
         let hints = PutHints::default();
         let (reservation, extent, tier) =
             self.reserve_in(client, name, bytes.len() as u64, hints, writes).expect("room");
@@ -78,7 +78,7 @@ impl World {
         self.seal(0, client, reservation)
     }
 
-    fn get_in(
+    pub(super) fn get_in(
         &mut self,
         (node, client): (usize, ClientId),
         name: &str,
@@ -99,7 +99,7 @@ impl World {
         })
     }
 
-    fn finish_copies(&mut self) {
+    pub(super) fn finish_copies(&mut self) {
         self.hold_copies = false;
         for (node, generation) in std::mem::take(&mut self.copies) {
             self.feed(node, Input::CopyDone { generation, result: Ok(()) });
@@ -108,7 +108,7 @@ impl World {
     }
 
     /// Checks what was located, and lets go of it.
-    fn read(&mut self, (node, client): (usize, ClientId), located: &Located, expected: &[u8]) {
+    pub(super) fn read(&mut self, (node, client): (usize, ClientId), located: &Located, expected: &[u8]) {
         assert_eq!(self.nodes[node].bytes(located.extent), expected);
         assert_eq!(
             self.nodes[node].tiers[&located.extent.segment], located.tier,
@@ -269,7 +269,8 @@ fn no_room_names_the_tier_and_host_memory_stands_in_only_where_that_is_allowed()
     let client = world.client(0, 1);
     let big = pattern(1, 3 << 20);
     world.put_in(client, "small", &pattern(2, 100), PutHints::default()).expect("sealed");
-    let (fills, ..) = world.reserve_in(client, "fills", 2 * MIB, PutHints::default(), GPU).expect("room");
+    let stays = PutHints { pin: true, ..PutHints::default() };
+    let (fills, ..) = world.reserve_in(client, "fills", 2 * MIB, stays, GPU).expect("room");
     world.seal(0, client, fills).expect("sealed");
     // Written by the client in its own part of the tier, of which it has no more.
     let refused = world.reserve_in(client, "more", 2 * MIB, PutHints::default(), GPU).expect_err("its quota");

@@ -66,6 +66,8 @@ pub(super) struct Node {
     pub(super) address: String,
     reached: Vec<Tier>,
     stages_gpus: bool,
+    /// Objects that have moved to another tier.
+    pub(super) moves: u64,
     /// GPU segments that are made from now on are not registered, whatever is reached.
     pub(super) registers_no_gpu: bool,
     /// The tiers of segments.
@@ -186,6 +188,7 @@ impl Node {
             address: config.member.address.clone(),
             reached: config.fabrics.iter().flat_map(|fabric| fabric.tiers.clone()).collect(),
             stages_gpus: config.fabrics.iter().any(|fabric| fabric.stages_gpus),
+            moves: 0,
             registers_no_gpu: false,
             tiers: BTreeMap::new(),
             engine: Engine::new(config),
@@ -467,7 +470,16 @@ impl World {
                     self.push(node, Input::CopyDone { generation, result: Ok(()) });
                 }
             }
-            Action::Publish { slot, object } => assert!(at.index.insert(slot, object).is_none()),
+            Action::Publish { slot, object } => {
+                let new = (object.key.clone(), object.object, object.generation);
+                if let Some(old) = at.index.insert(slot, object) {
+                    at.moves += 1;
+                    assert!(
+                        (old.key, old.object) == (new.0, new.1) && old.generation < new.2,
+                        "it has moved"
+                    );
+                }
+            }
             Action::Withdraw { slot } => assert!(at.index.remove(&slot).is_some()),
             Action::ScanPins => {
                 let pinned: Pinned = at.pins.values().flatten().copied().collect();
