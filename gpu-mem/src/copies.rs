@@ -17,7 +17,7 @@ use crate::device::Device;
 use crate::failure::Failed;
 use crate::launches::Gather;
 use crate::pinned::Hold;
-use crate::reach::{Access, reached};
+use crate::reach::{Access, Reacher};
 use crate::span::{Place, Span};
 use crate::table::{Address, Calls, Opaque};
 
@@ -36,7 +36,7 @@ pub(crate) struct Planned {
 
 /// Bytes of a copy at most that goes by a kernel with others. One of 64 KiB takes a microsecond on the bus, about what a
 /// copy engine takes to begin; of longer ones the driver's copies lose nothing, and leave the device's threads alone.
-const SHORT_LEN_MAX: usize = 64 << 10;
+pub(crate) const SHORT_LEN_MAX: u64 = 64 << 10;
 
 impl Planned {
     /// Checks a copy for a stream of `device`.
@@ -102,15 +102,15 @@ impl Planned {
 
     /// The copy as a kernel of the device makes it, which it is left to from now on; none if it is long, or out of the
     /// device's reach.
-    pub(crate) fn short_move(&mut self, device: &Device, from: &Span, to: &Span) -> Option<Move> {
-        if self.len == 0 || self.len > SHORT_LEN_MAX || self.contexts.is_some() {
+    pub(crate) fn short_move(&mut self, reacher: &mut Reacher<'_>, from: &Span, to: &Span) -> Option<Move> {
+        let len_bytes = self.len as u64;
+        if !(1..=SHORT_LEN_MAX).contains(&len_bytes) || self.contexts.is_some() {
             return None;
         }
-        // What pins the host's end is held already.
-        let source = reached(device, from, Access::Read)?.address;
-        let target = reached(device, to, Access::Write)?.address;
+        // Both ends, and what pins the host's, are held with the plans.
+        let (source, target) = (reacher.find(from, Access::Read)?, reacher.find(to, Access::Write)?);
         self.is_gathered = true;
-        Some(Move { source, target, len_bytes: self.len as u64 })
+        Some(Move { source, target, len_bytes })
     }
 
     pub(crate) fn leave_to_driver(&mut self) {

@@ -224,7 +224,7 @@ impl Stream {
         let mut pins: Vec<Hold> = plan.pin().into_iter().collect();
         pins.push(std::sync::Arc::new(owner) as Hold);
         let mut kept = lock(self.kept());
-        kept.hold(Held::spans(vec![span.clone()], pins));
+        kept.hold(Held::new(1, vec![span.memory().clone()], pins));
         let entered = self.device().context().enter().map_err(|failed| failed.error("copy"))?;
         // SAFETY: the queue holds the span, the caller the other end, until the stream is past the copy.
         let issued = unsafe { copies::issue(&entered, self.raw(), vec![Ok(plan)], None) };

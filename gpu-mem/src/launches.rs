@@ -19,9 +19,9 @@ use crate::failure::Failed;
 use crate::kernels::{self, Kernel, Ready};
 use crate::lists::Lent;
 use crate::pinned::Hold;
-use crate::reach::{Access, Reached, reached};
+use crate::reach::{Access, Reacher};
 use crate::span::Span;
-use crate::stream::{Event, Held, Stream, add_pin};
+use crate::stream::{Event, Held, Stream};
 use crate::{Device, Unavailable};
 
 /// Copies that are ready to go in one launch. Their ends are held by whoever issues it.
@@ -53,7 +53,7 @@ impl Gathering {
     /// # Errors
     /// [`hetmem_core::ErrorKind::Os`] if the driver refuses. What earlier work met with can show here.
     pub fn launch(&self) -> Result<(), StoreError> {
-        let held = Held::spans(Vec::new(), vec![Arc::clone(&self.held), self.gather.hold()]);
+        let held = Held::new(self.copies, Vec::new(), vec![Arc::clone(&self.held), self.gather.hold()]);
         // SAFETY: the stream holds ends, pins and list from before this on.
         self.stream
             .issue_held(held, |entered| unsafe { self.gather.launch(entered, self.stream.raw()) })
@@ -137,18 +137,19 @@ impl Stream {
     /// # Errors
     /// As [`Stream::gather`].
     pub fn prepare_gather(&self, pairs: &[(Span, Span)]) -> Result<Gathering, StoreError> {
-        let (mut moves, mut pins) = (Vec::with_capacity(pairs.len()), Vec::new());
+        let mut reacher = Reacher::new(self.device());
+        let mut moves = Vec::with_capacity(pairs.len());
         for (from, to) in pairs {
             if from.len_bytes() != to.len_bytes() {
                 let why = format!("{} bytes are copied to a span of {}", from.len_bytes(), to.len_bytes());
                 return Err(StoreError::invalid("gather", why));
             }
-            let (source, target) = (self.reach(from, Access::Read)?, self.reach(to, Access::Write)?);
-            moves.push(Move { source: source.address, target: target.address, len_bytes: from.len_bytes() });
-            source.pin.into_iter().chain(target.pin).for_each(|pin| add_pin(&mut pins, pin));
+            let source = self.reach(&mut reacher, from, Access::Read)?;
+            let target = self.reach(&mut reacher, to, Access::Write)?;
+            moves.push(Move { source, target, len_bytes: from.len_bytes() });
         }
         let gather = Gather::new(self, moves.into_iter())?;
-        let held = Arc::new(Held::pairs(pairs.to_vec(), pins));
+        let held = Arc::new(reacher.held(pairs.len(), None));
         Ok(Gathering { stream: self.clone(), gather, copies: pairs.len(), held })
     }
 
@@ -160,11 +161,10 @@ impl Stream {
     /// [`hetmem_core::ErrorKind::Os`] if the driver refuses. What earlier work met with can show here.
     pub fn checksums(&self, spans: &[Span]) -> Result<Checksums, StoreError> {
         let ready = self.device().context().kernel(Kernel::Checksum)?;
-        let (mut objects, mut pins) = (Vec::with_capacity(spans.len()), Vec::new());
+        let mut reacher = Reacher::new(self.device());
+        let mut objects = Vec::with_capacity(spans.len());
         for span in spans {
-            let reached = self.reach(span, Access::Read)?;
-            objects.push((reached.address, span.len_bytes()));
-            reached.pin.into_iter().for_each(|pin| add_pin(&mut pins, pin));
+            objects.push((self.reach(&mut reacher, span, Access::Read)?, span.len_bytes()));
         }
         let lengths: Vec<u64> = spans.iter().map(Span::len_bytes).collect();
         let parts: Vec<parts::Part> = parts::cut(objects).collect();
@@ -175,8 +175,8 @@ impl Stream {
         if count > 0 {
             let list = Arc::new(self.lists().lend_with(self.device(), &parts::list(parts))?);
             let parameters = [list.address(), count.into(), values.address()];
-            pins.extend([list as Hold, Arc::clone(&values) as Hold]);
-            self.issue_held(Held::spans(spans.to_vec(), pins), |entered| {
+            let held = reacher.held(spans.len(), [list as Hold, Arc::clone(&values) as Hold]);
+            self.issue_held(held, |entered| {
                 // SAFETY: the stream holds spans, list and values from before this on.
                 unsafe { kernels::launch(entered, self.raw(), ready, count, parameters) }
             })
@@ -199,11 +199,12 @@ impl Stream {
             let why = format!("the target has {} bytes, {wanted} are written", to.len_bytes());
             return Err(StoreError::invalid("cast", why));
         }
-        let (source, target) = (self.reach(from, Access::Read)?, self.reach(to, Access::Write)?);
-        for (what, address, element) in [
-            ("source", source.address, cast.source_element_len()),
-            ("target", target.address, cast.target_element_len()),
-        ] {
+        let mut reacher = Reacher::new(self.device());
+        let source = self.reach(&mut reacher, from, Access::Read)?;
+        let target = self.reach(&mut reacher, to, Access::Write)?;
+        for (what, address, element) in
+            [("source", source, cast.source_element_len()), ("target", target, cast.target_element_len())]
+        {
             if !address.is_multiple_of(element) {
                 let why =
                     format!("the {what} is at {address:#x}, no multiple of its elements' {element} bytes");
@@ -217,8 +218,8 @@ impl Stream {
         let ready = self.device().context().kernel(Kernel::Cast(cast))?;
         let blocks = u32::try_from(cast::blocks(count)).ok().filter(|blocks| *blocks <= GRID_MAX);
         let blocks = blocks.ok_or_else(|| too_many("blocks of elements", cast::blocks(count)))?;
-        let parameters = [source.address, target.address, count];
-        let held = Held::spans(vec![from.clone(), to.clone()], pins([source, target]));
+        let parameters = [source, target, count];
+        let held = reacher.held(1, None);
         // SAFETY: the stream holds both spans from before this on.
         self.issue_held(held, |entered| unsafe {
             kernels::launch(entered, self.raw(), ready, blocks, parameters)
@@ -233,8 +234,10 @@ impl Stream {
     /// As [`Stream::cast`].
     pub fn sum(&self, from: &Span, sums: &Span) -> Result<(), StoreError> {
         let ready = self.device().context().kernel(Kernel::Sum)?;
-        let (source, target) = (self.reach(from, Access::Read)?, self.reach(sums, Access::Write)?);
-        if !source.address.is_multiple_of(sum::VECTOR_LEN) || sums.len_bytes() != 8 * sum::SUMS {
+        let mut reacher = Reacher::new(self.device());
+        let source = self.reach(&mut reacher, from, Access::Read)?;
+        let target = self.reach(&mut reacher, sums, Access::Write)?;
+        if !source.is_multiple_of(sum::VECTOR_LEN) || sums.len_bytes() != 8 * sum::SUMS {
             return Err(StoreError::invalid("sum", "a multiple of 16 is summed up into 64 words"));
         }
         let vectors = from.len_bytes() / sum::VECTOR_LEN;
@@ -243,8 +246,8 @@ impl Stream {
         if blocks == 0 {
             return Ok(());
         }
-        let parameters = [source.address, vectors, target.address];
-        let held = Held::spans(vec![from.clone(), sums.clone()], pins([source, target]));
+        let parameters = [source, vectors, target];
+        let held = reacher.held(1, None);
         // SAFETY: the stream holds both spans from before this on.
         self.issue_held(held, |entered| unsafe {
             kernels::launch(entered, self.raw(), ready, blocks, parameters)
@@ -253,11 +256,11 @@ impl Stream {
     }
 
     /// Where kernels find a span.
-    fn reach(&self, span: &Span, access: Access) -> Result<Reached, StoreError> {
+    fn reach(&self, reacher: &mut Reacher<'_>, span: &Span, access: Access) -> Result<u64, StoreError> {
         if access == Access::Write {
             span.check_writable()?;
         }
-        reached(self.device(), span, access).ok_or_else(|| {
+        reacher.find(span, access).ok_or_else(|| {
             StoreError::invalid(
                 "span",
                 format!(
@@ -269,10 +272,6 @@ impl Stream {
             )
         })
     }
-}
-
-fn pins<const N: usize>(ends: [Reached; N]) -> Vec<Hold> {
-    ends.into_iter().filter_map(|end| end.pin).collect()
 }
 
 impl Checksums {

@@ -9,7 +9,7 @@ use hetmem_core::StoreError;
 use crate::device::Device;
 use crate::gpus::lock;
 use crate::host::{HostMemory, PinnedBuffer};
-use crate::reach::{Access, reached};
+use crate::reach::{Access, Reacher};
 use crate::span::{Memory, Span};
 
 /// Buffers that are kept while nobody uses them, and bytes of the smallest: a list of 2,730 moves.
@@ -43,10 +43,9 @@ impl Lists {
         };
         let memory: Arc<dyn HostMemory> = Arc::clone(&buffer) as _;
         let span = Span::new(Memory::Host(memory), 0, buffer.len_bytes())?;
-        let address =
-            reached(device, &span, Access::Write).map(|reached| reached.address).ok_or_else(|| {
-                StoreError::unavailable("GPU kernel", "the driver gives no address of pinned host memory")
-            })?;
+        let address = Reacher::new(device).find(&span, Access::Write).ok_or_else(|| {
+            StoreError::unavailable("GPU kernel", "the driver gives no address of pinned host memory")
+        })?;
         Ok(Lent { pool: Arc::clone(self), buffer: Some(buffer), address })
     }
 

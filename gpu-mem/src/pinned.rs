@@ -31,6 +31,8 @@ struct Pinned {
 pub(crate) struct Mapped {
     /// The first byte that was asked for.
     pub(crate) address: u64,
+    /// How many bytes from there on are of the same range.
+    pub(crate) rest: usize,
     /// Whether kernels may not write it.
     pub(crate) read_only: bool,
     pub(crate) hold: Hold,
@@ -74,14 +76,15 @@ impl PinnedRanges {
         let end = base.checked_add(len)?;
         let mut ranges = lock(&self.ranges);
         let (start, pinned) = ranges.range_mut(..=base).next_back()?;
-        if end > start.checked_add(pinned.len)? {
+        let range_end = start.checked_add(pinned.len)?;
+        if end > range_end {
             return None;
         }
         // Held before the driver is asked, so that it is still pinned then.
         let hold = pinned.owner.upgrade()?;
         let first = *pinned.addresses.entry(ordinal).or_insert_with(|| ask(*start));
         let address = first?.checked_add((base - start) as u64)?;
-        Some(Mapped { address, read_only: pinned.read_only, hold })
+        Some(Mapped { address, rest: range_end - base, read_only: pinned.read_only, hold })
     }
 }
 
@@ -127,7 +130,7 @@ mod tests {
         let owner: Hold = Arc::new(());
         ranges.insert(100, 50, true, &owner);
         let found = ranges.find_mapped(110, 40, 0, |start| Some(start as u64 + 1000)).expect("pinned");
-        assert_eq!((found.address, found.read_only), (1110, true));
+        assert_eq!((found.address, found.rest, found.read_only), (1110, 40, true));
         drop(found);
         let found = ranges.find_mapped(101, 1, 0, |_| panic!("asked twice")).expect("pinned");
         assert_eq!(found.address, 1101);

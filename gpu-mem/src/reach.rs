@@ -6,18 +6,13 @@
 #![allow(unsafe_code)]
 
 use std::ffi::c_void;
+use std::ops::Range;
 
 use crate::device::Device;
 use crate::pinned::Hold;
-use crate::span::{Place, Span};
+use crate::span::{Memory, Place, Span};
+use crate::stream::{Held, add_pin};
 use crate::table::Address;
-
-/// An address for a device's kernels.
-pub(crate) struct Reached {
-    pub(crate) address: u64,
-    /// What keeps host memory pinned.
-    pub(crate) pin: Option<Hold>,
-}
 
 /// What a kernel does with memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,15 +21,66 @@ pub(crate) enum Access {
     Write,
 }
 
-/// Where kernels of a device find the span; none if they do not.
-pub(crate) fn reached(device: &Device, span: &Span, access: Access) -> Option<Reached> {
+/// Finds the spans of one call, and gathers what has to be held for it. Mostly a span lies in the memory of the one before:
+/// then nobody is asked.
+pub(crate) struct Reacher<'a> {
+    device: &'a Device,
+    /// The latest that is read, and the latest that is written.
+    known: [Option<Known>; 2],
+    memories: Vec<Memory>,
+    pins: Vec<Hold>,
+}
+
+/// A part of some memory, by offset, and where kernels find its first byte.
+struct Known {
+    /// Of memory that is held, so that no other has it.
+    identity: *const (),
+    offsets: Range<u64>,
+    address: u64,
+}
+
+impl<'a> Reacher<'a> {
+    pub(crate) fn new(device: &'a Device) -> Self {
+        Self { device, known: [None, None], memories: Vec::new(), pins: Vec::new() }
+    }
+
+    /// Where kernels find the span; none if they do not.
+    pub(crate) fn find(&mut self, span: &Span, access: Access) -> Option<u64> {
+        let place = usize::from(access == Access::Write);
+        let identity = span.memory().identity();
+        let end = span.offset().checked_add(span.len_bytes())?;
+        let known = self.known.get(place)?.as_ref().filter(|known| {
+            known.identity == identity && known.offsets.start <= span.offset() && end <= known.offsets.end
+        });
+        if let Some(known) = known {
+            return Some(known.address + (span.offset() - known.offsets.start));
+        }
+        let (known, pin) = located(self.device, span, access)?;
+        self.memories.push(span.memory().clone());
+        pin.into_iter().for_each(|pin| add_pin(&mut self.pins, pin));
+        let address = known.address + (span.offset() - known.offsets.start);
+        *self.known.get_mut(place)? = Some(known);
+        Some(address)
+    }
+
+    /// What has to be held while `count` copies or launches are under way, and `more`.
+    pub(crate) fn held(mut self, count: usize, more: impl IntoIterator<Item = Hold>) -> Held {
+        self.pins.extend(more);
+        Held::new(count, self.memories, self.pins)
+    }
+}
+
+/// As much of the span's memory as kernels find in a row, the span in it, and what keeps it pinned.
+fn located(device: &Device, span: &Span, access: Access) -> Option<(Known, Option<Hold>)> {
     if access == Access::Write {
         span.check_writable().ok()?;
     }
+    let identity = span.memory().identity();
     match span.place() {
-        Place::Device(address) => {
-            span.is_within_reach(device.ordinal()).then_some(Reached { address, pin: None })
-        }
+        Place::Device(address) => span.is_within_reach(device.ordinal()).then(|| {
+            let offsets = 0..span.memory().len_bytes();
+            (Known { identity, offsets, address: address.saturating_sub(span.offset()) }, None)
+        }),
         Place::Host(base) => {
             let len = usize::try_from(span.len_bytes()).ok()?;
             let found = device
@@ -42,8 +88,11 @@ pub(crate) fn reached(device: &Device, span: &Span, access: Access) -> Option<Re
                 .pinned()
                 .find_mapped(base.addr(), len, device.ordinal(), |start| address_of(device, start))?;
             // What is registered for reading alone faults when a kernel writes it, whatever this process may.
-            (access == Access::Read || !found.read_only)
-                .then_some(Reached { address: found.address, pin: Some(found.hold) })
+            if access == Access::Write && found.read_only {
+                return None;
+            }
+            let offsets = span.offset()..span.offset().checked_add(found.rest as u64)?;
+            Some((Known { identity, offsets, address: found.address }, Some(found.hold)))
         }
     }
 }

@@ -11,16 +11,18 @@ use std::fmt;
 use std::sync::{Arc, Mutex, Weak};
 
 use hetmem_core::StoreError;
+use hetmem_kernels::moves::Move;
 
 use crate::context::{Context, Entered};
-use crate::copies::{self, Planned};
+use crate::copies::{self, Planned, SHORT_LEN_MAX};
 use crate::device::Device;
 use crate::failure::{Failed, NOT_READY, NOT_SUPPORTED, SUCCESS};
 use crate::gpus::lock;
 use crate::launches::Gather;
 use crate::lists::Lists;
 use crate::pinned::Hold;
-use crate::span::Span;
+use crate::reach::{Access, Reacher};
+use crate::span::{Memory, Span};
 use crate::table::Opaque;
 
 /// `CU_STREAM_NON_BLOCKING`: does not wait for the null stream.
@@ -52,27 +54,42 @@ pub(crate) struct Kept {
     holds: VecDeque<(u64, Held)>,
 }
 
-/// Memory of what one call issues: copies with both their ends, other spans, and what keeps host memory pinned. Only ever
+/// Memory of what one call issues, each once where its spans lie in a row, and what keeps host memory pinned. Only ever
 /// dropped.
-#[derive(Default)]
 pub(crate) struct Held {
-    /// How many copies, or other uses of the device.
+    /// How many copies, or launches.
     count: usize,
-    _pairs: Vec<(Span, Span)>,
-    _spans: Vec<Span>,
+    _memories: Vec<Memory>,
     _pins: Vec<Hold>,
 }
 
 impl Held {
-    /// Holds the ends of copies, and what pins the host memory among them.
-    pub(crate) fn pairs(pairs: Vec<(Span, Span)>, pins: Vec<Hold>) -> Self {
-        Self { count: pairs.len(), _pairs: pairs, _pins: pins, ..Self::default() }
+    pub(crate) fn new(count: usize, memories: Vec<Memory>, pins: Vec<Hold>) -> Self {
+        Self { count, _memories: memories, _pins: pins }
     }
 
-    /// Holds spans that are used together.
-    pub(crate) fn spans(spans: Vec<Span>, pins: Vec<Hold>) -> Self {
-        Self { count: 1, _spans: spans, _pins: pins, ..Self::default() }
+    /// Holds the ends of copies, and what pins the host memory among them.
+    fn pairs(pairs: &[(Span, Span)], pins: Vec<Hold>) -> Self {
+        let mut memories = Vec::new();
+        let mut latest = [std::ptr::null(); 2];
+        for (from, to) in pairs {
+            for (latest, span) in latest.iter_mut().zip([from, to]) {
+                if *latest != span.memory().identity() {
+                    *latest = span.memory().identity();
+                    memories.push(span.memory().clone());
+                }
+            }
+        }
+        Self::new(pairs.len(), memories, pins)
     }
+}
+
+/// How copies were issued.
+pub(crate) enum Issued {
+    /// All were accepted, by way of a kernel, which only touches pinned memory.
+    All,
+    /// For each, whether it was accepted, and if so, whether all its memory is pinned.
+    Each(Vec<Result<bool, StoreError>>),
 }
 
 /// Adds what pins memory; mostly it pins what the one before it is in, too.
@@ -147,7 +164,7 @@ impl Stream {
     /// [`hetmem_core::ErrorKind::Denied`] for a target that may only be read, [`hetmem_core::ErrorKind::Os`] if the
     /// driver refuses. What an earlier copy met with can show here.
     pub fn copy(&self, from: &Span, to: &Span) -> Result<(), StoreError> {
-        self.copy_all(vec![(from.clone(), to.clone())])
+        self.copy_many(&[(from.clone(), to.clone())])
     }
 
     /// Queues many copies with as few calls as the driver allows: many short ones go by a kernel in one launch where the
@@ -157,18 +174,21 @@ impl Stream {
     /// # Errors
     /// As [`Stream::copy`], of the first that was refused; the others are queued all the same.
     pub fn copy_many(&self, pairs: &[(Span, Span)]) -> Result<(), StoreError> {
-        self.copy_all(pairs.to_vec())
+        match self.issue(pairs) {
+            Issued::All => Ok(()),
+            Issued::Each(issued) => issued.into_iter().try_for_each(|issued| issued.map(drop)),
+        }
     }
 
-    fn copy_all(&self, pairs: Vec<(Span, Span)>) -> Result<(), StoreError> {
-        self.issue(pairs).into_iter().try_for_each(|issued| issued.map(drop))
-    }
-
-    /// Queues copies and says for each whether it was accepted, and if so, whether all its memory is pinned.
-    pub(crate) fn issue(&self, pairs: Vec<(Span, Span)>) -> Vec<Result<bool, StoreError>> {
+    /// Queues copies.
+    pub(crate) fn issue(&self, pairs: &[(Span, Span)]) -> Issued {
+        let many = pairs.len() >= self.device().gpus().gather_from();
+        if many && self.gather_all(pairs) {
+            return Issued::All;
+        }
         let mut plans: Vec<_> =
             pairs.iter().map(|(from, to)| Planned::new(self.device(), from, to)).collect();
-        let gather = self.gather_of(&pairs, &mut plans);
+        let gather = if many { self.gather_short(pairs, &mut plans) } else { None };
         let context = self.device().context();
         let mut pins: Vec<Hold> = gather.iter().map(Gather::hold).collect();
         plans.iter().flatten().filter_map(Planned::pin).for_each(|pin| add_pin(&mut pins, pin));
@@ -176,27 +196,48 @@ impl Stream {
         if plans.iter().any(Result::is_ok) {
             kept.hold(Held::pairs(pairs, pins));
         }
-        match context.enter() {
+        Issued::Each(match context.enter() {
             // SAFETY: the queue now holds both ends of every copy, and lets go of them only once the stream is past
             // them or its context is lost; the stream lives while `self` does.
             Ok(entered) => unsafe { copies::issue(&entered, self.raw(), plans, gather.as_ref()) },
             Err(failed) => plans.iter().map(|_| Err(failed.error("copy"))).collect(),
-        }
+        })
     }
 
-    /// The launch that makes the short copies among these, if they are enough and the device reaches their memory. Where a
-    /// kernel cannot be had, the driver copies.
-    fn gather_of(&self, pairs: &[(Span, Span)], plans: &mut [Result<Planned, StoreError>]) -> Option<Gather> {
-        let wanted = self.device().gpus().gather_from();
-        if pairs.len() < wanted {
-            return None;
+    /// Has a kernel make all of these copies, if all are short and within the device's reach: the common batch, without a
+    /// plan for each. False if nothing was issued.
+    fn gather_all(&self, pairs: &[(Span, Span)]) -> bool {
+        let mut reacher = Reacher::new(self.device());
+        let mut list = Vec::with_capacity(pairs.len());
+        for (from, to) in pairs {
+            let len_bytes = from.len_bytes();
+            let is_plain = (1..=SHORT_LEN_MAX).contains(&len_bytes) && to.len_bytes() == len_bytes;
+            let ends = is_plain
+                .then(|| Some((reacher.find(from, Access::Read)?, reacher.find(to, Access::Write)?)))
+                .flatten();
+            let Some((source, target)) = ends else { return false };
+            list.push(Move { source, target, len_bytes });
         }
-        let device = self.device();
+        let Ok(gather) = Gather::new(self, list.into_iter()) else { return false };
+        let held = reacher.held(pairs.len(), [gather.hold()]);
+        // SAFETY: the queue holds both ends of every copy, what pins them, and the list from before this on.
+        self.issue_held(held, |entered| unsafe { gather.launch(entered, self.raw()) }).is_ok()
+    }
+
+    /// The launch that makes the short copies among others, if they are enough and the device reaches their memory. Where
+    /// a kernel cannot be had, the driver copies.
+    fn gather_short(
+        &self,
+        pairs: &[(Span, Span)],
+        plans: &mut [Result<Planned, StoreError>],
+    ) -> Option<Gather> {
+        let mut reacher = Reacher::new(self.device());
         let mut moves = Vec::new();
         for ((from, to), plan) in pairs.iter().zip(plans.iter_mut()) {
-            moves.extend(plan.as_mut().ok().and_then(|plan| plan.short_move(device, from, to)));
+            moves.extend(plan.as_mut().ok().and_then(|plan| plan.short_move(&mut reacher, from, to)));
         }
-        let gather = (moves.len() >= wanted).then(|| Gather::new(self, moves.into_iter()).ok()).flatten();
+        let enough = moves.len() >= self.device().gpus().gather_from();
+        let gather = enough.then(|| Gather::new(self, moves.into_iter()).ok()).flatten();
         if gather.is_none() {
             plans.iter_mut().flatten().for_each(Planned::leave_to_driver);
         }
