@@ -416,6 +416,7 @@ mod tests {
         };
         let checks = checks(&machine(device(attributes, vec![1, 2]), Ok(nvml)), Path::new(NOWHERE));
         for (name, part) in [
+            ("GPU kernels of the store", "CUDA 13.0"),
             ("GPU kernel module", "open"),
             ("GPU peer memory module", "nvidia_peermem"),
             ("gpu:0", "compute 9.0, 80.0 GiB, GPU-1, at 0000:3b:00.0"),
@@ -454,13 +455,14 @@ mod tests {
             numa_node: None,
         };
         let mut old = machine(device(GpuAttributes::default(), Vec::new()), Ok(cut));
+        old.driver = Ok(DriverInfo { cuda_version: 12_080 });
         old.system = SystemInfo { kernel_module: None, peer_memory: Err(missing("peer memory")) };
         let without_nvml = machine(device(GpuAttributes::default(), Vec::new()), Err(missing("NVML")));
         let mut nothing = without_nvml.clone();
         nothing.driver = Err(missing("GPU"));
         nothing.devices.clear();
         nothing.unusable.push(missing("gpu:1"));
-        for (probe, lacking) in [(old, 12), (without_nvml, 12), (nothing, 3)] {
+        for (probe, lacking) in [(old, 13), (without_nvml, 12), (nothing, 4)] {
             let checks = checks(&probe, Path::new(NOWHERE));
             let without: Vec<_> = checks.iter().filter(|check| !check.has).collect();
             assert_eq!(without.len(), lacking, "{without:?}");
