@@ -8,8 +8,8 @@ mod stand_in;
 use std::path::Path;
 
 use hetmem_client::{
-    Checksum, Converted, DType, ErrorKind, GetOptions, GpuReserved, Key, ObjectMeta, Path as By, Placed, PutOptions,
-    PutOutcome, Range, Store, StoreError, Tier,
+    Checksum, Converted, DType, ErrorKind, GetOptions, GpuReserved, Key, ObjectMeta, Path as By, Placed,
+    PutOptions, PutOutcome, Range, Store, StoreError, Tier,
 };
 use hetmem_core::checksum;
 use hetmem_gpu_mem::Gpus;
@@ -85,7 +85,10 @@ fn checksums_of_gpu_objects_are_computed_where_they_are() {
         let error = get_gpu(&store, "wrong", true).expect_err("they differ");
         assert_eq!(error.kind(), ErrorKind::Corrupt);
         assert!(error.to_string().contains("wrong") && error.to_string().contains("gpu:0"), "{error}");
-        assert_eq!(get_gpu(&store, "wrong", false).expect("unasked").verify().expect_err("it differs").kind(), ErrorKind::Corrupt);
+        assert_eq!(
+            get_gpu(&store, "wrong", false).expect("unasked").verify().expect_err("it differs").kind(),
+            ErrorKind::Corrupt
+        );
         drop((part, object));
         node.settles(&store, "nothing is held", |status| status.draining == 0 && status.reservations == 0);
         node.assert_sound();
@@ -112,9 +115,11 @@ fn without_kernels_gpu_objects_are_put_and_compared_all_the_same() {
         assert_eq!(get_gpu(&store, "wrong", true).expect_err("it differs").kind(), ErrorKind::Corrupt);
         let numbers = ObjectMeta::tensor(DType::F32, &[100]).expect("a shape");
         put_from_gpu(&gpus, &store, "numbers", numbers, (&[0; 400], Checksum::None, PutOptions::default()));
-        let error = store.get_as(&key("numbers"), GPU, DType::BF16, &GetOptions::default()).expect_err("no kernel");
+        let error =
+            store.get_as(&key("numbers"), GPU, DType::BF16, &GetOptions::default()).expect_err("no kernel");
         assert!(error.kind() == ErrorKind::Unavailable && error.to_string().contains("580"), "{error}");
-        let Ok(Converted::Host { bytes, .. }) = store.get_as(&key("numbers"), Tier::Host, DType::BF16, &GetOptions::default())
+        let Ok(Converted::Host { bytes, .. }) =
+            store.get_as(&key("numbers"), Tier::Host, DType::BF16, &GetOptions::default())
         else {
             panic!("the processor converts")
         };
@@ -192,7 +197,8 @@ fn numbers_come_in_another_format_converted_where_they_are() {
         let folder = tempfile::tempdir().expect("a folder");
         let mut node = node(folder.path(), "numbers").start();
         let store = node.connect();
-        let numbers: Vec<f32> = (0..30_000_u16).map(|number| f32::from(number) * 1.234_567e-4 - 1.0).collect();
+        let numbers: Vec<f32> =
+            (0..30_000_u16).map(|number| f32::from(number) * 1.234_567e-4 - 1.0).collect();
         let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
         let meta = ObjectMeta::tensor(DType::F32, &[300, 100]).expect("a shape");
         put_from_gpu(gpus, &store, "numbers", meta, (&bytes, Checksum::None, PutOptions::default()));
