@@ -92,7 +92,7 @@ fn compare(store: &Store, prefix: &str) -> Result<(), StoreError> {
         while !over.load(Ordering::Acquire) {
             // Some more often than others, each by either way.
             let name = &names[count.pow(2) / 3 % names.len()];
-            let tier = if count % 3 == 0 { Tier::Host } else { Tier::Gpu(0) };
+            let tier = if count.is_multiple_of(3) { Tier::Host } else { Tier::Gpu(0) };
             let hint = TierHint { tier, or_host: true };
             let bytes = match store.get_in(&Key::new(name)?, hint, &GetOptions::default())? {
                 Placed::Host(object) => object.to_vec(),

@@ -62,9 +62,9 @@ pub(crate) enum Return {
 impl End {
     /// Where unified addressing says it is.
     pub(crate) fn of_any(pointer: DevicePtr, device: usize) -> Self {
-        match pointer.address() {
-            Some(_) => Self::Device(pointer, device),
-            None => Self::Host(HostPtr::of_address(pointer.0)),
+        match pointer.is_of_device() {
+            true => Self::Device(pointer, device),
+            false => Self::Host(HostPtr::of_address(pointer.0)),
         }
     }
 
