@@ -83,8 +83,11 @@ impl PinnedRanges {
         // Held before the driver is asked, so that it is still pinned then.
         let hold = pinned.owner.upgrade()?;
         let first = *pinned.addresses.entry(ordinal).or_insert_with(|| ask(*start));
-        let address = first?.checked_add((base - start) as u64)?;
-        Some(Mapped { address, rest: range_end - base, read_only: pinned.read_only, hold })
+        let address = first.and_then(|first| first.checked_add((base - start) as u64));
+        let read_only = pinned.read_only;
+        // Before the owner may be let go of, which then takes its range away.
+        drop(ranges);
+        Some(Mapped { address: address?, rest: range_end - base, read_only, hold })
     }
 }
 
