@@ -17,6 +17,9 @@ struct Part {
 
 static const u32 WARPS = 4;
 static const u32 THREADS = 32 * WARPS;
+// Blocks of threads that a multiprocessor is to hold. With 80 registers a thread keeps all eight loads of two rounds under
+// way, so that 24 warps have 48 KiB; with more blocks and 64 registers the compiler begins only five of them together.
+static const u32 RESIDENT = 6;
 static const u64 BLOCK_LEN = 16384;
 static const u32 STRIPE_LEN = 64;
 // Stripes of a round, and of a round those that one thread takes.
@@ -236,7 +239,7 @@ __device__ __forceinline__ u64 hash_block(const u8 *bytes, u32 len)
     return (u64)bytes % 16 == 0 ? hash_long<true>(bytes, len) : hash_long<false>(bytes, len);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 8) hetmem_checksum(const Part *parts, u64 count, u64 *values)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) hetmem_checksum(const Part *parts, u64 count, u64 *values)
 {
     __shared__ Part part;
     __shared__ u64 found[WARPS];

@@ -42,7 +42,7 @@ fn kernels_have_one_name_in_source_ptx_and_twins() {
         let listed: BTreeSet<&str> = module.entries.iter().copied().collect();
         assert_eq!(names_after(module.text, ".visible .entry"), listed, "{}.ptx", module.name);
         let mut written = names_after(&source, "__global__ void __launch_bounds__(THREADS)");
-        written.extend(names_after(&source, "__launch_bounds__(THREADS, 8)"));
+        written.extend(names_after(&source, "__launch_bounds__(THREADS, RESIDENT)"));
         written
             .extend(source.lines().filter_map(|line| Some(line.strip_prefix("CAST(")?.split_once(',')?.0)));
         written.remove("name");
