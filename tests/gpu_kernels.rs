@@ -113,6 +113,7 @@ fn without_kernels_gpu_objects_are_put_and_compared_all_the_same() {
         put_from_gpu(&gpus, &store, "wrong", meta, (&bytes, Checksum::Xxh3Blocks(2), PutOptions::default()));
         assert_eq!(get_gpu(&store, "given", true).expect("it agrees").verify(), Ok(true));
         assert_eq!(get_gpu(&store, "wrong", true).expect_err("it differs").kind(), ErrorKind::Corrupt);
+        node.says("not made in one launch");
         let numbers = ObjectMeta::tensor(DType::F32, &[100]).expect("a shape");
         put_from_gpu(&gpus, &store, "numbers", numbers, (&[0; 400], Checksum::None, PutOptions::default()));
         let error =

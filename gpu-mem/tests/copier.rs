@@ -105,6 +105,41 @@ fn what_waits_goes_together_and_ends_in_order() {
     });
 }
 
+/// What is handed over at once is issued at once, in whatever state the lane's thread is: short copies are one launch.
+#[test]
+fn what_is_submitted_together_goes_together() {
+    on_gpu("what_is_submitted_together_goes_together", |gpus| {
+        let copier = Copier::new(gpus.clone());
+        let device = gpus.device(0).expect("gpu:0");
+        let memory = segment(&device, 4 * MIB);
+        let bytes = pattern(1 << 20, 6);
+        let source = pinned(&device, &bytes);
+        for round in 1..=5_u64 {
+            let (tell, told) = channel();
+            let copies = (0..200_u64).map(|at| {
+                let tell = tell.clone();
+                let done: hetmem_gpu_mem::Done =
+                    Box::new(move |result| tell.send(result).expect("the test waits"));
+                (on_host(&source, at * 5000, 4096), on_device(&memory, at * 4099, 4096), done)
+            });
+            copier.submit_many(copies);
+            for _ in 0..200 {
+                let copied = told.recv().expect("an end").expect("copied");
+                assert!(copied.pinned && copied.staged_bytes == 0);
+            }
+            if !stand_in::is_real() {
+                assert_eq!(hooks::calls("cuLaunchKernel"), Some(round));
+                assert_eq!(hooks::calls("cuMemcpyHtoDAsync_v2"), Some(0));
+            }
+        }
+        let stream = device.stream().expect("a stream");
+        for at in [0, 1, 199_u64] {
+            let start = usize::try_from(at * 5000).expect("fits");
+            assert_eq!(bytes_of(&stream, &on_device(&memory, at * 4099, 4096)), &bytes[start..][..4096]);
+        }
+    });
+}
+
 #[test]
 fn a_refused_copy_spoils_no_other() {
     on_gpu("a_refused_copy_spoils_no_other", |gpus| {

@@ -144,6 +144,10 @@ impl Tiers {
             return Ok(of(used));
         }
         let device = self.gpus()?.device(ordinal)?;
+        // Loaded beside the context, which takes longer, and not before the first batch that waits for it.
+        if let Err(absent) = device.can_gather() {
+            tracing::warn!(gpu = ordinal, %absent, "many small copies of this GPU are not made in one launch");
+        }
         let used = Used { rings: Rings::new(device.clone()), device };
         Ok(of(devices.entry(ordinal).or_insert(used)))
     }
