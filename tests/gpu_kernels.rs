@@ -95,7 +95,7 @@ fn checksums_of_gpu_objects_are_computed_where_they_are() {
     });
 }
 
-/// A driver that takes no kernel: a put has no checksum, a get compares what it copies back, numbers say what to do.
+/// A driver that takes no kernel: a put has no checksum, a get compares what it copies back, and the processor converts.
 #[test]
 fn without_kernels_gpu_objects_are_put_and_compared_all_the_same() {
     let switches = [("FAIL", "cuModuleLoadData=UNSUPPORTED_PTX_VERSION")];
@@ -115,16 +115,23 @@ fn without_kernels_gpu_objects_are_put_and_compared_all_the_same() {
         assert_eq!(get_gpu(&store, "wrong", true).expect_err("it differs").kind(), ErrorKind::Corrupt);
         node.says("not made in one launch");
         let numbers = ObjectMeta::tensor(DType::F32, &[100]).expect("a shape");
-        put_from_gpu(&gpus, &store, "numbers", numbers, (&[0; 400], Checksum::None, PutOptions::default()));
-        let error =
-            store.get_as(&key("numbers"), GPU, DType::BF16, &GetOptions::default()).expect_err("no kernel");
-        assert!(error.kind() == ErrorKind::Unavailable && error.to_string().contains("580"), "{error}");
+        put_from_gpu(
+            &gpus,
+            &store,
+            "numbers",
+            numbers,
+            (&1_f32.to_le_bytes().repeat(100), Checksum::None, PutOptions::default()),
+        );
+        let on_gpu = store.get_as(&key("numbers"), GPU, DType::BF16, &GetOptions::default());
+        let span = on_gpu.expect("the processor converts").span().expect("on the GPU").expect("inside");
+        let stream = gpus.device(0).expect("gpu:0").stream().expect("a stream");
+        assert_eq!(stand_in::bytes_of(&stream, &span), [0x80, 0x3f].repeat(100), "ones");
         let Ok(Converted::Host { bytes, .. }) =
             store.get_as(&key("numbers"), Tier::Host, DType::BF16, &GetOptions::default())
         else {
             panic!("the processor converts")
         };
-        assert_eq!(bytes, [0; 200]);
+        assert_eq!(bytes, [0x80, 0x3f].repeat(100));
         node.assert_sound();
     });
 }

@@ -55,15 +55,15 @@ impl Converted {
 
 impl Store {
     /// An object of float32, bfloat16 or float16 as another of these, in new memory of this process: converted on the
-    /// device where the object is on a GPU, else by the processor. Rounded to the nearest, ties to even; NaN stays NaN.
+    /// device where the object is on a GPU (a driver that does not take the kernel has the processor do it, by way of host
+    /// memory), else by the processor. Rounded to the nearest, ties to even; NaN stays NaN.
     /// With the element type that it has, it is copied.
     ///
     /// `hint` is where the object is wanted before it is converted, and so where the result is; see [`Store::get_in`].
     ///
     /// # Errors
     /// As [`Store::get_in`]; [`hetmem_core::ErrorKind::Invalid`] for a pair of types that is not converted or a range of
-    /// bytes; [`hetmem_core::ErrorKind::NoSpace`] if the device has no memory for the result;
-    /// [`hetmem_core::ErrorKind::Unavailable`] if its driver does not take the kernel (host memory then does).
+    /// bytes; [`hetmem_core::ErrorKind::NoSpace`] if the device has no memory for the result.
     pub fn get_as(
         &self,
         key: &Key,
@@ -89,12 +89,11 @@ impl Store {
         let memory = Arc::new(object.device().create_segment(meta.len_bytes.max(1))?);
         let stream = self.shared.gpu.streams.of(object.device())?;
         let (from, to) = (object.span()?, Span::new(Memory::Device(Arc::clone(&memory)), 0, meta.len_bytes)?);
+        // Both end before the object is let go of.
         match cast {
-            Some(cast) => stream.cast(&from, &to, cast)?,
-            None => stream.copy(&from, &to)?,
+            Some(cast) => stream.convert(&from, &to, cast)?,
+            None => stream.copy(&from, &to).and_then(|()| stream.record()?.synchronize())?,
         }
-        // The object is let go of after this.
-        stream.record()?.synchronize()?;
         Ok(Converted::Gpu { meta, memory })
     }
 }

@@ -165,6 +165,13 @@ fn without_kernels_the_driver_copies() {
         // The processor takes the kernel's place; where only a kernel will do, the error says what is missing.
         fill(&stream, &on_device(&memory, 0, bytes.len()), &bytes);
         assert_eq!(stream.checksum(&on_device(&memory, 3, 49_000)), Ok(checksum::of(&bytes[3..49_003])));
+        let cast = Cast::new(DType::BF16, DType::F32).expect("a pair");
+        stream
+            .convert(&on_device(&memory, 2, 49_000), &on_device(&memory, MIB, 98_000), cast)
+            .expect("converted");
+        let mut wide = vec![0; 98_000];
+        convert(cast, &bytes[2..49_002], &mut wide).expect("lengths");
+        assert_eq!(bytes_of(&stream, &on_device(&memory, MIB, 98_000)), wide);
         let error = stream.checksums(&[on_device(&memory, 0, 1000)]).expect_err("no kernel");
         let refused = error.to_string();
         assert!(
