@@ -31,6 +31,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("hetmem-client", &["hetmem-core", "hetmem-host-mem", "hetmem-gpu-mem"]),
     ("hetmem-formats", &["hetmem-core"]),
     ("hetmem-cli", LIBRARIES),
+    ("hetmem-python", LIBRARIES),
     ("hetmem-tests", LIBRARIES),
     ("hetmem-standin-cuda", &[]),
     ("hetmem-benches", LIBRARIES),

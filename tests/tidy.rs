@@ -29,6 +29,7 @@ const UNSAFE_FILES: &[&str] = &[
     "host-mem/src/copy.rs",
     "host-mem/src/file.rs",
     "host-mem/src/mapping.rs",
+    "host-mem/src/private.rs",
     "host-mem/src/segment.rs",
     "host-mem/src/view.rs",
     // Registered regions that the kernel and peers read and write.
