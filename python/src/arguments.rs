@@ -165,7 +165,7 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Putting {
                 }
                 _ => {
                     return Err(pyo3::exceptions::PyTypeError::new_err(format!(
-                        "no keyword {name:?}: if_exists, device, pin, cache, ttl, replicas, checksum, seal_copy, zero_copy \
+                        "no keyword {name}: if_exists, device, pin, cache, ttl, replicas, checksum, seal_copy, zero_copy \
                          and timeout are accepted"
                     )));
                 }

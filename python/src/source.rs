@@ -54,6 +54,10 @@ impl Source {
             return Self::of_buffer(py, buffer, None);
         }
         if object.hasattr(pyo3::intern!(py, "__array_interface__"))? {
+            if object.getattr("ndim")?.extract::<usize>()? == 0 {
+                // A buffer without dimensions has no list of them, which PyO3 refuses.
+                return Ok(Self { shape: Vec::new(), ..Self::of(&object.call_method1("reshape", (1,))?)? });
+            }
             return Self::of_named(object);
         }
         let plain =

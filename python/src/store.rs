@@ -195,6 +195,13 @@ impl PyStore {
         if copy { tensor.copied(py) } else { Ok(tensor) }
     }
 
+    /// An array of the store if it is in host memory of this node, else None. Asks nobody, and never waits.
+    fn get_here(&self, py: Python<'_>, key: &str) -> PyResult<Option<PyTensor>> {
+        let key = arguments::key(py, key)?;
+        let found = self.store(py)?.get_here(&key).map_err(|error| to_python(py, &error))?;
+        Ok(found.map(PyTensor::of))
+    }
+
     /// Many arrays at once: a list of hetmem.Tensor in the order of `keys`, for which another node is asked in a few
     /// messages. errors="raise" raises the first error; "return" puts each error in its place of the list.
     #[pyo3(signature = (keys, device=None, *, zero_copy="preferred", timeout=None, verify=false, keep=true, errors="raise"))]
