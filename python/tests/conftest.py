@@ -53,3 +53,14 @@ def alarm():
     """Interrupts the test's process after some seconds, as Ctrl-C would."""
     yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
     signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Skips as every other test of this repository says them, and the count alone on the last line."""
+    stats = terminalreporter.stats
+    for report in stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        terminalreporter.write_line(f"skipped: {reason.removeprefix('Skipped: ')}")
+    failed = len(stats.get("failed", [])) + len(stats.get("error", []))
+    counts = f"{len(stats.get('passed', []))} passed, {failed} failed, {len(stats.get('skipped', []))} skipped"
+    terminalreporter.write_line(counts)
