@@ -6,6 +6,7 @@ mod connection;
 mod dlpack;
 mod dtype;
 mod errors;
+mod files;
 mod fork;
 mod frameworks;
 mod gpu;

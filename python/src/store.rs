@@ -14,6 +14,7 @@ use crate::arguments::{self, Device, Getting, Putting, seconds};
 use crate::connection::Connection;
 use crate::dtype;
 use crate::errors::{invalid, to_python};
+use crate::files;
 use crate::gpu;
 use crate::receipt::{PyReceipt, PyStat};
 use crate::signals::without_gil;
@@ -349,6 +350,32 @@ impl PyStore {
             dict.set_item(key.strip_prefix(&prefix).unwrap_or(key), tensor)?;
         }
         Ok(dict)
+    }
+
+    #[pyo3(signature = (path, prefix, **keywords))]
+    fn _load_safetensors(
+        &self,
+        py: Python<'_>,
+        path: PathBuf,
+        prefix: &str,
+        keywords: Option<Putting>,
+    ) -> PyResult<Vec<String>> {
+        let store = self.store(py)?;
+        let putting = keywords.unwrap_or_else(|| self.putting());
+        without_gil(py, || files::load(&store, &path, prefix, &putting))
+    }
+
+    fn _save_safetensors(
+        &self,
+        py: Python<'_>,
+        path: PathBuf,
+        prefix: &str,
+        timeout: Option<f64>,
+        verify: bool,
+    ) -> PyResult<Vec<String>> {
+        let store = self.store(py)?;
+        let options = self.get_options(py, Getting { timeout, verify, keep: true }, "preferred")?;
+        without_gil(py, || files::save(&store, &path, prefix, &options))
     }
 
     /// Waits until an object of this key exists, at most `timeout` seconds. Raises hetmem.TimedOut.
