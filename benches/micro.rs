@@ -106,6 +106,7 @@ fn engine() -> Engine {
             index_key: RemoteKey(1),
             gather_max: 1_023,
             tiers: Vec::new(),
+            stages_gpus: false,
         }],
         generation_base: 0,
         generation_stride: 128,

@@ -270,11 +270,18 @@ fn objects_come_from_and_to_the_gpus_of_other_nodes() {
                     assert!(bytes == bytes_of(&name, len, 0), "the bytes of {name}");
                     assert_eq!(receipt.path, path, "{name}");
                     assert_eq!((receipt.from.tier, receipt.to.tier), (Some(from), Some(to)), "{name}");
-                    // TCP moves host memory only: what is on a GPU passes through that.
+                    // Over TCP what is on a GPU passes through host memory, in parts if it is large.
                     let staged = if from == GPU || to == GPU { len as u64 } else { receipt.staged_bytes };
                     assert_eq!(receipt.staged_bytes, staged, "{name}");
                 }
             }
+        }
+        // Two of the four large ones were read straight into the GPU, and two out of one: none of these is, or was, an
+        // object in host memory there.
+        let large = LARGE as u64;
+        for (store, gpu_bytes) in [(&there, 2 * large), (&here, 2 * large)] {
+            let tiers = store.status().expect("it answers").tiers;
+            assert!(tiers[0].used_bytes < 3 * large && tiers[1].used_bytes >= gpu_bytes, "{tiers:?}");
         }
         home.kill();
         let soon = GetOptions { timeout: Duration::from_secs(2), ..GetOptions::default() };
@@ -282,6 +289,35 @@ fn objects_come_from_and_to_the_gpus_of_other_nodes() {
         let clear = [ErrorKind::NotFound, ErrorKind::PeerLost, ErrorKind::Unavailable, ErrorKind::TimedOut];
         assert!(clear.contains(&error.kind()), "{error}");
         away.assert_sound();
+    });
+}
+
+/// One of them is given the descriptor of the segment, and the others wait for it.
+#[test]
+fn threads_that_are_granted_one_segment_all_write_in_it() {
+    on_gpu("threads_that_are_granted_one_segment_all_write_in_it", |gpus| {
+        const THREADS: usize = 8;
+        let folder = tempfile::tempdir().expect("a folder");
+        for round in 0..6 {
+            // A node of its own: what was granted to this process goes to no other client of it.
+            let mut node = node(folder.path(), &format!("threads-{round}")).start();
+            let store = node.connect();
+            let ready = std::sync::Barrier::new(THREADS);
+            std::thread::scope(|scope| {
+                for thread in 0..THREADS {
+                    let (store, ready) = (&store, &ready);
+                    scope.spawn(move || {
+                        ready.wait();
+                        put_from_gpu(gpus, store, &format!("{round}-{thread}"), SMALL);
+                    });
+                }
+            });
+            for thread in 0..THREADS {
+                let name = format!("{round}-{thread}");
+                assert!(*store.get(&key(&name)).expect("it was put") == *bytes_of(&name, SMALL, 0), "{name}");
+            }
+            node.assert_sound();
+        }
     });
 }
 

@@ -8,7 +8,9 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use hetmem_client::{ErrorKind, GetOptions, Path as By, Receipt, Store, StoreError};
+use hetmem_client::{
+    ErrorKind, GetOptions, ObjectMeta, Path as By, PutOptions, Receipt, Store, StoreError, Tier,
+};
 use hetmem_tests::content::{bytes_of, key};
 use hetmem_tests::daemon::{Serve, binary, eventually};
 
@@ -166,6 +168,54 @@ fn what_an_owner_pushes_comes_over_verbs_and_receipts_say_so() {
     // The other way it is as always.
     let read = get(&put_at, &format!("{}", LARGE + 1), LARGE + 1, 0).expect("the other one");
     assert_eq!(by_and_over(&read), (By::Read, Some("verbs")));
+}
+
+/// Software devices take no memory of another device: what is on a GPU passes through host memory, which is said once
+/// for each segment, with the reason, and in receipts. The GPUs are those of the stand-in driver.
+#[test]
+fn objects_of_gpus_that_an_adapter_does_not_reach_pass_through_host_memory() {
+    let Some(lab) = Lab::enter() else { return };
+    let library = std::env::var("HETMEM_TEST_STANDIN_CUDA").expect("whoever names a device names this too");
+    let folder = tempfile::tempdir().expect("a folder");
+    for name in ["libcuda.so", "libcuda.so.1"] {
+        std::os::unix::fs::symlink(&library, folder.path().join(name)).expect("a link");
+    }
+    let libraries = folder.path().display().to_string();
+    let node = |name: &str| {
+        lab.node(folder.path(), name, "verbs").flag("gpu", "16MiB").env("LD_LIBRARY_PATH", &libraries)
+    };
+    let owner = node("owner").start();
+    let reader = node("reader").join(&owner.address).start();
+    for said in [&owner, &reader] {
+        said.says("memory of device 0: reads and writes, out of it and into it, FAIL");
+        said.says("it has to be staged through host memory");
+    }
+    let (put_at, get_at) = (owner.connect(), reader.connect());
+    for (name, len, path) in [("small", SMALL, By::Eager), ("large", LARGE, By::Read)] {
+        let options = PutOptions { tier: Some(Tier::Gpu(0).into()), ..PutOptions::default() };
+        let meta = ObjectMeta::bytes(len as u64).expect("a length");
+        put_at.put_with(&key(name), meta, &bytes_of(name, len, 0), &options).expect("room");
+        let receipt = get(&get_at, name, len, 0).expect(name);
+        assert_eq!(by_and_over(&receipt), (path, Some("verbs")));
+        assert_eq!((receipt.from.tier, receipt.staged_bytes), (Some(Tier::Gpu(0)), len as u64));
+        // From GPU to GPU, and back to a file.
+        let file = folder.path().join("bytes");
+        let output = Command::new(binary())
+            .args(["get", name, "--tier", "gpu:0", "--receipt", "--output"])
+            .arg(&file)
+            .arg("--socket")
+            .arg(&reader.socket)
+            .env("LD_LIBRARY_PATH", &libraries)
+            .output()
+            .expect("hetmem runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{said}");
+        assert!(
+            std::fs::read(&file).expect("the file") == bytes_of(name, len, 0),
+            "{name} by way of two GPUs"
+        );
+    }
+    owner.says("its bytes pass through host memory");
 }
 
 #[test]

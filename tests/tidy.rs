@@ -45,6 +45,7 @@ const UNSAFE_FILES: &[&str] = &[
     "transport/src/verbs/steady_tests.rs",
     "transport/src/verbs/slots.rs",
     // libibverbs and librdmacm.
+    "transport/tests/tcp_device.rs",
     "transport/verbs/src/connection.rs",
     "transport/verbs/src/context.rs",
     "transport/verbs/src/device.rs",

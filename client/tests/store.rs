@@ -280,6 +280,30 @@ fn existence_and_deletion() {
     assert!(!store.exists(&key("a")).expect("asked"));
 }
 
+/// Two threads are granted one segment of a GPU, and the descriptor comes with the later answer. There is no such GPU here,
+/// which both are told of: not that one was granted what it cannot have.
+#[test]
+fn who_is_granted_gpu_memory_waits_for_its_descriptor() {
+    let (store, node) = connected();
+    node.fail_with(Fault::LateDescriptor);
+    let reserve = |name: &str| {
+        let meta = ObjectMeta::bytes(100).expect("a length");
+        let options = PutOptions { timeout: Duration::from_secs(20), ..PutOptions::default() };
+        store.reserve_gpu(&key(name), meta, 0, &options).expect_err("no such GPU").to_string()
+    };
+    let (first, second) = std::thread::scope(|scope| {
+        let first = scope.spawn(|| reserve("first"));
+        while node.reservations() == 0 {
+            std::thread::yield_now();
+        }
+        let second = reserve("second");
+        (first.join().expect("a thread"), second)
+    });
+    assert!(!second.contains("without a descriptor"), "{second}");
+    assert_eq!(first, second, "one import, and both hear what came of it");
+    assert_eq!(node.reservations(), 0, "and give back what they cannot use");
+}
+
 /// What a node gets wrong is an error, and leaves no pin behind.
 #[test]
 fn wrong_answers_are_refused() {

@@ -1,4 +1,4 @@
-//! The words and decisions of hetmem: objects, tiers, allocation, eviction, wire messages and the engine.
+//! The words and decisions of hetmem: objects, tiers, allocation, placement, eviction, wire messages and the engine.
 //!
 //! Not a place for effects: nothing here does I/O, reads a clock, logs, or is async. Time and events come in as
 //! arguments, actions go out as values. What a peer, a client or a file sends is checked and never panics.
@@ -12,6 +12,7 @@ mod error;
 pub mod evict;
 mod key;
 mod meta;
+pub mod placement;
 pub mod receipt;
 mod tier;
 pub mod wire;

@@ -17,11 +17,12 @@ use hetmem_host_mem::{IndexEntry, IndexMemory, IndexWriter, NodePage};
 use parking_lot::Mutex;
 
 use crate::clients::Clients;
-use crate::fabrics::Fabrics;
+use crate::fabrics::{Fabrics, VERBS, id_of};
 use crate::outbox::Outbox;
 use crate::rings::Rings;
 use crate::segments::Job;
 use crate::tiers::{TierSegment, Tiers};
+use crate::visibility::Visibility;
 
 /// A descriptor to send beside a reply, kept open until it is sent.
 pub(crate) enum Descriptors {
@@ -79,6 +80,7 @@ pub(crate) struct Driver {
     pub(crate) core: Mutex<Core>,
     pub(crate) fabrics: OnceLock<Arc<Fabrics>>,
     pub(crate) tiers: Tiers,
+    pub(crate) visibility: Visibility,
     /// Itself, for copies that end when they end.
     pub(crate) own: Weak<Self>,
     pub(crate) clients: Clients,
@@ -100,7 +102,12 @@ struct Wanted {
 pub(crate) type Places = (LandingId, Vec<(u64, Extent)>);
 
 impl Driver {
-    pub(crate) fn new(engine: Engine, index: IndexWriter, jobs: Sender<Job>, tiers: Tiers) -> Arc<Self> {
+    pub(crate) fn new(
+        engine: Engine,
+        index: IndexWriter,
+        jobs: Sender<Job>,
+        (tiers, visibility): (Tiers, Visibility),
+    ) -> Arc<Self> {
         let core = Core {
             engine,
             index,
@@ -115,6 +122,7 @@ impl Driver {
             core: Mutex::new(core),
             fabrics: OnceLock::new(),
             tiers,
+            visibility,
             own: Weak::clone(own),
             clients: Clients::default(),
             outbox: Outbox::default(),
@@ -288,6 +296,14 @@ impl Driver {
             }
             Action::Land { landing, start, extent } => {
                 wanted.landing.get_or_insert_with(|| (landing, Vec::new())).1.push((start, extent));
+            }
+            Action::Read { link, transfer, bytes: Some((_, local)), .. } => {
+                if let Some(TierSegment::Gpu(segment)) = core.segments.get(&local.segment)
+                    && id_of(link) == VERBS
+                {
+                    self.visibility.begin(transfer, segment.device().ordinal());
+                }
+                self.outbox.push(action);
             }
             Action::Connect { .. }
             | Action::Disconnect { .. }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use hetmem_core::engine::{FabricId, FabricUse};
 use hetmem_core::wire::Member;
-use hetmem_core::{ErrorKind, LinkId, RemoteKey, SegmentId, StoreError, TransferId};
+use hetmem_core::{ErrorKind, LinkId, RemoteKey, SegmentId, StoreError, Tier, TransferId};
 use hetmem_transport::{
     Access, Fabric, FabricKind, RegionMemory, Scratch, TcpConfig, TcpFabric, VerbsConfig, VerbsFabric,
     verbs_devices,
@@ -23,6 +23,7 @@ use parking_lot::Mutex;
 use crate::config::{Config, FabricChoice};
 use crate::peers::Sink;
 use crate::tiers::Tiers;
+use crate::visibility::Visibility;
 
 pub(crate) const TCP: FabricId = FabricId(0);
 pub(crate) const VERBS: FabricId = FabricId(1);
@@ -167,13 +168,32 @@ impl Fabrics {
         }
     }
 
+    /// What GPUs see of what adapters write into their memory.
+    pub(crate) fn visibility(&self, tiers: &Tiers) -> Visibility {
+        let Some(verbs) = self.verbs() else {
+            return Visibility::default();
+        };
+        let nics = u32::try_from(verbs.adapters()).unwrap_or(u32::MAX);
+        Visibility::of(tiers.described().filter(|device| verbs.reads_into(device.ordinal)), nics)
+    }
+
     /// What the engine is to know, given the keys of the index.
-    pub(crate) fn uses(&self, index_keys: &[(FabricId, RemoteKey)]) -> Vec<FabricUse> {
+    pub(crate) fn uses(
+        &self,
+        index_keys: &[(FabricId, RemoteKey)],
+        tiers: &Tiers,
+        visibility: &Visibility,
+    ) -> Vec<FabricUse> {
         let key_of = |id| index_keys.iter().find(|(of, _)| *of == id).map(|(_, key)| *key);
         self.all()
             .filter_map(|(id, fabric)| {
                 let (name, gather_max) = (fabric.kind().to_string().into(), fabric.gather_max());
-                Some(FabricUse { id, name, index_key: key_of(id)?, gather_max, tiers: Vec::new() })
+                let stages_gpus = id == TCP;
+                let tiers = match stages_gpus {
+                    true => tiers.described().map(|device| Tier::Gpu(device.ordinal)).collect(),
+                    false => visibility.gpus().map(Tier::Gpu).collect(),
+                };
+                Some(FabricUse { id, name, index_key: key_of(id)?, gather_max, tiers, stages_gpus })
             })
             .collect()
     }
@@ -277,14 +297,13 @@ fn start_tcp(config: &Config, sink: &Arc<Sink>) -> Result<Arc<TcpFabric>, StoreE
     TcpFabric::start(tcp, sink.of(FabricKind::Tcp))
 }
 
-/// GPU memory to try RDMA devices with, where there are both. Costs a context on that GPU.
+/// GPU memory to try RDMA devices with, where there are both. Costs a context on each of these GPUs.
 fn scratches(config: &Config, tiers: &Tiers) -> Vec<Arc<dyn Scratch>> {
     let plugin = config.verbs_plugin.as_deref();
     if tiers.uses().is_empty() || !verbs_devices(plugin).is_ok_and(|devices| !devices.is_empty()) {
         return Vec::new();
     }
-    let made = tiers.scratch();
-    made.into_iter().collect()
+    tiers.scratches()
 }
 
 /// Verbs beside an address for TCP: at the port after it, or, if that is to be any, at any.

@@ -17,7 +17,9 @@ mod reactor;
 mod rings;
 mod scratch;
 mod segments;
+mod staging;
 mod tiers;
+mod visibility;
 
 pub use config::{ClientShare, Config, FabricChoice, GpuSize, KEYS, OneGpu, parse_bytes};
 #[doc(hidden)]

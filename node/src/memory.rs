@@ -4,9 +4,11 @@
 
 use std::sync::Arc;
 
-use hetmem_gpu_mem::{HostMemory, Registered};
+use hetmem_gpu_mem::{HostMemory, PinnedBuffer, Registered};
 use hetmem_host_mem::{IndexMemory, Segment};
-use hetmem_transport::{DeviceMemory, RegionMemory};
+use hetmem_transport::{DeviceMemory, RegionMemory, Staging};
+
+use crate::staging::GpuStaging;
 
 pub(crate) struct SegmentRegion(pub(crate) Arc<Segment>);
 
@@ -43,23 +45,47 @@ pub fn copied_memory(segment: Arc<Segment>) -> Arc<dyn HostMemory> {
     Arc::new(CopiedSegment(segment))
 }
 
-/// A segment of a GPU, for adapters.
-pub(crate) struct GpuRegion(pub(crate) Registered);
+/// Host memory by which bytes of a GPU pass.
+pub(crate) struct PinnedRegion(pub(crate) Arc<PinnedBuffer>);
+
+// SAFETY: a pinned buffer is mapped readable and writable at one address and length until it is dropped, which the `Arc`
+// delays until this region is dropped; it hands out no references into its bytes.
+unsafe impl RegionMemory for PinnedRegion {
+    fn base(&self) -> *mut u8 {
+        self.0.base()
+    }
+
+    fn len_bytes(&self) -> u64 {
+        self.0.len_bytes()
+    }
+}
+
+/// A segment of a GPU, for adapters, and for fabrics that its bytes reach by way of host memory.
+pub(crate) struct GpuRegion {
+    pub(crate) registered: Registered,
+    pub(crate) staging: Option<GpuStaging>,
+}
 
 // SAFETY: a GPU segment keeps its address and length until it is dropped, which `Registered` delays until this region is
 // dropped; it is memory of a device (`device()`), which no processor touches.
 unsafe impl RegionMemory for GpuRegion {
     fn base(&self) -> *mut u8 {
         // An address of the device: adapters are told it, nobody follows it.
-        std::ptr::without_provenance_mut(usize::try_from(self.0.segment().address()).unwrap_or_default())
+        let address = usize::try_from(self.registered.segment().address());
+        std::ptr::without_provenance_mut(address.unwrap_or_default())
     }
 
     fn len_bytes(&self) -> u64 {
-        self.0.segment().len_bytes()
+        self.registered.segment().len_bytes()
     }
 
     fn device(&self) -> Option<DeviceMemory<'_>> {
-        Some(DeviceMemory { dma_buf: self.0.segment().dma_buf().ok() })
+        let segment = self.registered.segment();
+        Some(DeviceMemory {
+            number: segment.device().ordinal(),
+            dma_buf: segment.dma_buf().ok(),
+            staging: self.staging.as_ref().map(|staging| staging as &dyn Staging),
+        })
     }
 }
 

@@ -110,13 +110,14 @@ impl Node {
             address: address.to_owned(),
         };
         fabrics.identify(&member);
+        let visibility = fabrics.visibility(&tiers);
         let engine = Engine::new(EngineConfig {
             member,
             join: config.join.clone(),
             capacity_bytes: config.host_bytes,
             client_quota_bytes: config.client_quota_bytes,
             objects_max: config.max_objects,
-            fabrics: fabrics.uses(&index_keys),
+            fabrics: fabrics.uses(&index_keys, &tiers, &visibility),
             generation_base: first - region,
             generation_stride: stride,
             threshold_bytes: config.threshold_bytes,
@@ -129,7 +130,7 @@ impl Node {
         let reserve = Reserve::new(config.host_bytes, config.huge_pages)?;
         let (jobs, received) = channel();
         let shown = index.memory();
-        let driver = Driver::new(engine, index, jobs.clone(), tiers);
+        let driver = Driver::new(engine, index, jobs.clone(), (tiers, visibility));
         let _ = driver.fabrics.set(Arc::clone(fabrics));
         let os = |error: std::io::Error| StoreError::os("starting a thread", error);
         let maker = Maker { reserve, pages: config.huge_pages, registered: HashMap::new() };

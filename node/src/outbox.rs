@@ -89,6 +89,7 @@ impl Driver {
             }
             Action::Read { link, transfer, bytes, word } => {
                 if let Err(why) = read(fabrics, link, transfer, bytes, word) {
+                    self.visibility.forget(transfer);
                     self.feed(Input::ReadDone { transfer, result: Err(why) });
                 }
             }

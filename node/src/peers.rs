@@ -90,6 +90,8 @@ impl FabricSink for SinkOf {
                 }
             },
             FabricEvent::ReadDone { transfer, result } => {
+                let flush = |gpu| driver.tiers.device(gpu).and_then(|device| device.flush_writes());
+                let result = driver.visibility.end(transfer, result, flush);
                 Input::ReadDone { transfer, result: result.map(end_of_read) }
             }
             FabricEvent::SendDone { token, .. } => Input::SendDone { send: token.0 },

@@ -23,7 +23,7 @@ impl GpuScratch {
     pub(crate) fn new(device: &Device) -> Result<Self, StoreError> {
         let segment = Arc::new(device.create_segment(LEN_BYTES)?);
         Ok(Self {
-            region: Arc::new(GpuRegion(segment.register()?)),
+            region: Arc::new(GpuRegion { registered: segment.register()?, staging: None }),
             segment,
             stage: Arc::new(PinnedBuffer::new(device, LEN_BYTES)?),
             stream: device.stream()?,

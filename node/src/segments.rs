@@ -14,6 +14,7 @@ use hetmem_transport::{Access, RegionMemory};
 
 use crate::driver::Driver;
 use crate::memory::{CopiedSegment, GpuRegion, SegmentRegion};
+use crate::staging::GpuStaging;
 use crate::tiers::TierSegment;
 
 pub(crate) enum Job {
@@ -156,7 +157,8 @@ impl Maker {
             let why = format!("its driver makes {} bytes of {len_bytes}", segment.len_bytes());
             return Err(StoreError::unavailable(format!("gpu:{ordinal} as a tier"), why));
         }
-        let region: Arc<dyn RegionMemory> = Arc::new(GpuRegion(segment.register()?));
+        let staging = Some(GpuStaging::new(&segment, driver.tiers.rings(ordinal)?));
+        let region: Arc<dyn RegionMemory> = Arc::new(GpuRegion { registered: segment.register()?, staging });
         let keys = match driver.fabrics.get() {
             Some(fabrics) => fabrics.register_device(id, ordinal, &region, Access::RemoteRead),
             None => Vec::new(),

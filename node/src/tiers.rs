@@ -8,13 +8,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use hetmem_core::engine::GpuUse;
 use hetmem_core::{Extent, StoreError};
-use hetmem_gpu_mem::{Copier, Device, Gpus, Memory, Span, Unavailable, capacity};
+use hetmem_gpu_mem::{Copier, Device, GpuDevice, Gpus, Memory, Span, Unavailable, capacity};
 use hetmem_host_mem::Segment;
 use hetmem_transport::Scratch;
 
 use crate::config::GpuSize;
 use crate::memory::CopiedSegment;
 use crate::scratch::GpuScratch;
+use crate::staging::Rings;
 
 /// What GPU segments are made in multiples of, in bytes, as far as is known before a context is there to ask.
 const GRANULE_BYTES: u64 = 2 << 20;
@@ -59,7 +60,13 @@ pub(crate) struct Tiers {
     why_none: String,
     copier: Mutex<Option<Arc<Copier>>>,
     /// Those of which memory was made: kept, since a context takes long to make.
-    devices: Mutex<BTreeMap<u16, Device>>,
+    devices: Mutex<BTreeMap<u16, Used>>,
+}
+
+/// A GPU that is used.
+struct Used {
+    device: Device,
+    rings: Arc<Rings>,
 }
 
 impl Tiers {
@@ -123,29 +130,42 @@ impl Tiers {
 
     /// A GPU whose memory is used from now on.
     pub(crate) fn device(&self, ordinal: u16) -> Result<Device, StoreError> {
-        let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(device) = devices.get(&ordinal) {
-            return Ok(device.clone());
-        }
-        let device = self.gpus()?.device(ordinal)?;
-        devices.insert(ordinal, device.clone());
-        Ok(device)
+        self.used(ordinal, |used| used.device.clone())
     }
 
-    /// Memory of the first GPU that adapters may reach, to try them with.
-    pub(crate) fn scratch(&self) -> Option<Arc<dyn Scratch>> {
-        let devices = self.gpus.as_ref().ok()?.probe().devices.iter();
-        let reached = |ordinal| self.uses.iter().any(|used| used.ordinal == ordinal);
-        let device =
-            devices.filter(|device| device.attributes.gpudirect_rdma).find(|it| reached(it.ordinal))?;
-        let made = self.device(device.ordinal).and_then(|device| GpuScratch::new(&device));
-        match made {
-            Ok(scratch) => Some(Arc::new(scratch)),
-            Err(error) => {
-                tracing::warn!(gpu = device.ordinal, %error, "RDMA devices are not tried with its memory");
-                None
+    /// The host memory by which its bytes come and go over TCP.
+    pub(crate) fn rings(&self, ordinal: u16) -> Result<Arc<Rings>, StoreError> {
+        self.used(ordinal, |used| Arc::clone(&used.rings))
+    }
+
+    fn used<T>(&self, ordinal: u16, of: impl FnOnce(&Used) -> T) -> Result<T, StoreError> {
+        let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(used) = devices.get(&ordinal) {
+            return Ok(of(used));
+        }
+        let device = self.gpus()?.device(ordinal)?;
+        let used = Used { rings: Rings::new(device.clone()), device };
+        Ok(of(devices.entry(ordinal).or_insert(used)))
+    }
+
+    /// Memory of each GPU that adapters may reach, to try them with.
+    pub(crate) fn scratches(&self) -> Vec<Arc<dyn Scratch>> {
+        let mut scratches: Vec<Arc<dyn Scratch>> = Vec::new();
+        for gpu in
+            self.described().filter(|device| device.attributes.gpudirect_rdma).map(|device| device.ordinal)
+        {
+            match self.device(gpu).and_then(|device| GpuScratch::new(&device)) {
+                Ok(scratch) => scratches.push(Arc::new(scratch)),
+                Err(error) => tracing::warn!(gpu, %error, "RDMA devices are not tried with its memory"),
             }
         }
+        scratches
+    }
+
+    /// The GPUs that are tiers, as the driver describes them.
+    pub(crate) fn described(&self) -> impl Iterator<Item = &GpuDevice> {
+        let all = self.gpus.iter().flat_map(|gpus| &gpus.probe().devices);
+        all.filter(|device| self.uses.iter().any(|used| used.ordinal == device.ordinal))
     }
 
     /// Whether memory of any GPU was made.

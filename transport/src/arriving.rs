@@ -61,7 +61,8 @@ impl Arriving {
                 self.left = self.left.saturating_sub(landed as u64);
                 Some(Ok((landed, rest, drained)))
             }
-            Err(Unmoved::Closed) => {
+            // No target is a device's (`Regions::targets`).
+            Err(Unmoved::Closed | Unmoved::Device(_)) => {
                 self.target_gone();
                 None
             }

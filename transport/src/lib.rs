@@ -14,6 +14,7 @@ mod payload;
 mod region;
 mod seats;
 mod sim;
+mod staged;
 mod tcp;
 mod turn;
 mod verbs;
@@ -23,7 +24,7 @@ pub use fabric::{
     Access, Fabric, FabricEvent, FabricKind, FabricSink, Landing, LandingPart, LandingStats, LandingToken,
     ReadStats, SendToken, Sent,
 };
-pub use memory::{DeviceMemory, HeapRegion, RegionMemory};
+pub use memory::{Copying, DeviceMemory, HeapRegion, RegionMemory, Ring, Staging, StagingWay};
 pub use sim::{SimFabric, SimFaults, SimNet};
 pub use tcp::{TcpConfig, TcpFabric};
 pub use verbs::{

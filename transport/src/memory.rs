@@ -9,6 +9,9 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
+use std::sync::Arc;
+
+use hetmem_core::StoreError;
 
 /// Memory that a fabric may read from and write to.
 ///
@@ -30,11 +33,73 @@ pub unsafe trait RegionMemory: Send + Sync {
     }
 }
 
-/// Memory of a device, a GPU say, as an adapter may come by it.
-#[derive(Clone, Copy, Debug)]
+/// Memory of a device, a GPU say, as a fabric may come by it.
+#[derive(Clone, Copy)]
 pub struct DeviceMemory<'a> {
-    /// Its dma-buf, if its driver exports one, and where in that it starts, in bytes.
+    /// Which of the devices of this process it is, as its owner numbers them: what adapters can do is tried with each.
+    pub number: u16,
+    /// For adapters: its dma-buf, if its driver exports one, and where in that it starts, in bytes.
     pub dma_buf: Option<(BorrowedFd<'a>, u64)>,
+    /// For fabrics whose bytes a processor moves: what copies it, if anything does.
+    pub staging: Option<&'a dyn Staging>,
+}
+
+/// Makes rings of host memory through which bytes of one segment of a device pass.
+pub trait Staging: Send + Sync {
+    /// A ring of so many bytes.
+    ///
+    /// # Errors
+    /// Those of the device's driver.
+    fn ring(&self, len_bytes: usize) -> Result<Box<dyn Ring>, StoreError>;
+}
+
+/// Host memory of which the device copies to and from its segment. Dropped, it waits for its copies.
+pub trait Ring: Send {
+    /// The host memory; none if it was given up.
+    fn memory(&self) -> Option<Arc<dyn RegionMemory>>;
+
+    /// Begins a copy of `len_bytes` bytes between `at` in the ring and `offset` in the segment.
+    ///
+    /// # Errors
+    /// Those of the device's driver; nothing was begun then.
+    fn begin(
+        &mut self,
+        way: StagingWay,
+        at: usize,
+        offset: u64,
+        len_bytes: usize,
+    ) -> Result<Arc<dyn Copying>, StoreError>;
+}
+
+/// Which way a copy of a [`Ring`] goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StagingWay {
+    /// From the ring to the device.
+    In,
+    /// From the device to the ring.
+    Out,
+}
+
+/// A copy that a device makes.
+pub trait Copying: Send + Sync {
+    /// Whether it has ended.
+    fn is_over(&self) -> bool;
+
+    /// Waits until it has ended. Copies end by themselves: nobody has to help them.
+    ///
+    /// # Errors
+    /// Why the bytes are not where they should be.
+    fn wait(&self) -> Result<(), StoreError>;
+}
+
+impl fmt::Debug for DeviceMemory<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DeviceMemory")
+            .field("number", &self.number)
+            .field("dma_buf", &self.dma_buf)
+            .field("staging", &self.staging.is_some())
+            .finish()
+    }
 }
 
 const ALIGNMENT: usize = 4096;

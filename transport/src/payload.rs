@@ -8,6 +8,7 @@ use hetmem_core::{Extent, StoreError};
 
 use crate::fabric::LandingPart;
 use crate::region::{Piece, Regions, Unmoved, receive_targets, send_pieces};
+use crate::staged::Staged;
 
 /// Bytes that are skipped in one call.
 const DISCARD_LEN: usize = 64 << 10;
@@ -50,6 +51,8 @@ pub(crate) struct Gather {
     pieces: Vec<Piece>,
     len: usize,
     at: Cursor,
+    /// The host memory through which it passes, if it is one piece of a device's memory and was begun.
+    staged: Option<Staged>,
 }
 
 impl Gather {
@@ -58,10 +61,10 @@ impl Gather {
     /// # Errors
     /// `Invalid` if one of them is not inside a registered segment.
     pub(crate) fn of(regions: &Regions, extents: &[Extent]) -> Result<Option<Self>, StoreError> {
-        let mut pieces = regions.locals("send", extents.iter().copied())?;
+        let mut pieces = regions.sources(extents.iter().copied())?;
         pieces.retain(|piece| piece.len() > 0);
         let len = pieces.iter().map(Piece::len).sum();
-        Ok((len > 0).then_some(Self { pieces, len, at: Cursor::default() }))
+        Ok((len > 0).then_some(Self { pieces, len, at: Cursor::default(), staged: None }))
     }
 
     /// The next stretch of one piece, as far as it goes but `most` bytes at most, which then counts as gone; none at the
@@ -76,7 +79,30 @@ impl Gather {
 
     /// One piece.
     pub(crate) fn one(piece: Piece) -> Self {
-        Self { len: piece.len(), pieces: vec![piece], at: Cursor::default() }
+        Self { len: piece.len(), pieces: vec![piece], at: Cursor::default(), staged: None }
+    }
+
+    /// Begins what is to be done before it can be sent, if it is of a device.
+    ///
+    /// # Errors
+    /// See `Piece::ring`, `Piece::begin_copy`.
+    pub(crate) fn prime(&mut self) -> Result<(), Unmoved> {
+        match (&mut self.staged, self.pieces.first()) {
+            (None, Some(piece)) if piece.is_of_device() => {
+                let staged = self.staged.insert(Staged::new(piece.clone())?);
+                staged.prime()
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn send_staged(&mut self, socket: BorrowedFd<'_>, head: &[u8], more: bool) -> Result<usize, Unmoved> {
+        self.prime()?;
+        let staged = self.staged.as_mut().ok_or(Unmoved::Closed)?;
+        let (chunk, is_last) = staged.ready()?;
+        let count = chunk.send(socket, head, 0, more || !is_last)?;
+        staged.sent(count.saturating_sub(head.len()));
+        Ok(count)
     }
 
     /// Bytes of all of it.
@@ -87,7 +113,10 @@ impl Gather {
     /// Writes `head`, then what has not gone out yet, as much as one call takes; says how many bytes went. If `more`
     /// follows, the last of them may wait for that.
     pub(crate) fn send(&mut self, socket: BorrowedFd<'_>, head: &[u8], more: bool) -> Result<usize, Unmoved> {
-        let count = match self.pieces.get(self.at.number..).unwrap_or_default() {
+        let rest = self.pieces.get(self.at.number..).unwrap_or_default();
+        let is_of_device = rest.first().is_some_and(Piece::is_of_device);
+        let count = match rest {
+            _ if is_of_device => self.send_staged(socket, head, more)?,
             [] => send_pieces(socket, head, &[], 0, more)?,
             [last] => last.send(socket, head, self.at.done, more)?,
             several => send_pieces(socket, head, several, self.at.done, more)?,

@@ -18,7 +18,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
 
 use crate::fabric::Access;
-use crate::memory::RegionMemory;
+use crate::memory::{Copying, RegionMemory, Ring, StagingWay};
 use crate::payload::Target;
 
 /// Set in `Region::users` once the region is deregistered.
@@ -54,6 +54,8 @@ pub(crate) struct Region {
     /// It is a device's: no processor touches it.
     of_device: bool,
     users: AtomicUsize,
+    /// Copies that the device makes of it, those that have ended among them until the next one begins.
+    copies: Mutex<Vec<Arc<dyn Copying>>>,
     /// Kept only so that it stays mapped; given back by `close`.
     memory: Mutex<Option<Arc<dyn RegionMemory>>>,
 }
@@ -88,21 +90,13 @@ impl Regions {
                 format!("segment {segment} has {} bytes, more than fit in memory", memory.len_bytes()),
             ));
         };
-        let of_device = memory.device().is_some();
-        if of_device && !self.with_devices {
-            let why = "it is a device's, and this fabric moves memory of the host only";
+        let device = memory.device();
+        if !self.with_devices && device.is_some_and(|device| device.staging.is_none()) {
+            let why = "it is a device's, and nothing copies it to where this fabric could move it from";
             return Err(StoreError::unavailable(format!("segment {segment}"), why));
         }
-        let region = Arc::new(Region {
-            segment,
-            key,
-            access,
-            base: memory.base(),
-            len_bytes,
-            of_device,
-            users: AtomicUsize::new(0),
-            memory: Mutex::new(Some(memory)),
-        });
+        let of_device = device.is_some();
+        let region = Arc::new(Region::new((segment, key), access, (memory, len_bytes), of_device));
         let mut tables = self.tables.write();
         if tables.by_segment.contains_key(&segment) || !tables.used_keys.insert(key) {
             return Err(StoreError::invalid(
@@ -152,6 +146,22 @@ impl Regions {
     ) -> Result<Vec<Piece>, StoreError> {
         let tables = self.tables.read();
         extents.map(|extent| tables.local(operation, extent)).collect()
+    }
+
+    /// Own extents that go out as a payload, in their order.
+    ///
+    /// # Errors
+    /// As `local`; `Unavailable` for memory of a device where that passes through host memory: of many small pieces that
+    /// would be a copy each, and whoever has them all copies them better.
+    pub(crate) fn sources(&self, extents: impl Iterator<Item = Extent>) -> Result<Vec<Piece>, StoreError> {
+        let pieces = self.locals("send", extents)?;
+        match pieces.iter().find(|piece| piece.region.of_device && !self.with_devices) {
+            Some(piece) => {
+                let why = "it is a device's, and a processor sends payloads";
+                Err(StoreError::unavailable(format!("segment {}", piece.region.segment), why))
+            }
+            None => Ok(pieces),
+        }
     }
 
     /// Own extents that a processor writes what comes to, in their order.
@@ -224,6 +234,25 @@ impl Tables {
 }
 
 impl Region {
+    fn new(
+        (segment, key): (SegmentId, RemoteKey),
+        access: Access,
+        (memory, len_bytes): (Arc<dyn RegionMemory>, usize),
+        of_device: bool,
+    ) -> Self {
+        Self {
+            segment,
+            key,
+            access,
+            base: memory.base(),
+            len_bytes,
+            of_device,
+            users: AtomicUsize::new(0),
+            copies: Mutex::default(),
+            memory: Mutex::new(Some(memory)),
+        }
+    }
+
     fn piece(self: &Arc<Self>, offset: u64, len_bytes: u64) -> Option<Piece> {
         let end = offset.checked_add(len_bytes)?;
         if end > self.len_bytes as u64 {
@@ -239,11 +268,13 @@ impl Region {
     /// Keeps the memory in place until the returned value is dropped; none once the region is closed, nor if it is a
     /// device's.
     fn enter(&self) -> Option<Entered<'_>> {
-        let entered = Entered(self);
-        if self.users.fetch_add(1, Ordering::Acquire) & CLOSED != 0 || self.of_device {
-            return None;
-        }
-        Some(entered)
+        self.hold().filter(|_| !self.of_device)
+    }
+
+    /// The same, for memory of which kind so ever: not for a processor to touch it.
+    fn hold(&self) -> Option<Entered<'_>> {
+        let held = Entered(self);
+        (self.users.fetch_add(1, Ordering::Acquire) & CLOSED == 0).then_some(held)
     }
 
     /// Waits until nobody touches the memory and gives it back; whoever comes later finds the region closed.
@@ -252,6 +283,10 @@ impl Region {
         // System calls on these bytes never block, so the wait is short.
         while self.users.load(Ordering::Acquire) & !CLOSED != 0 {
             std::thread::yield_now();
+        }
+        for copy in std::mem::take(&mut *self.copies.lock()) {
+            // What it came to is said to whoever began it.
+            let _ = copy.wait();
         }
         self.memory.lock().take();
     }
@@ -273,6 +308,8 @@ pub(crate) enum Unmoved {
     Closed,
     /// The system refused; `Errno::AGAIN` means not now.
     Os(Errno),
+    /// The device whose memory it is did not copy it.
+    Device(StoreError),
 }
 
 /// A part of a region, checked to lie inside it.
@@ -290,6 +327,47 @@ impl Piece {
 
     pub(crate) fn segment(&self) -> SegmentId {
         self.region.segment
+    }
+
+    /// All of a piece of host memory that is no segment.
+    pub(crate) fn of_ring(memory: Arc<dyn RegionMemory>) -> Self {
+        let len_bytes = usize::try_from(memory.len_bytes()).unwrap_or_default();
+        let region = Region::new((SegmentId(0), RemoteKey(0)), Access::Local, (memory, len_bytes), false);
+        Self { region: Arc::new(region), offset: 0, len_bytes }
+    }
+
+    /// Whether no processor touches it.
+    pub(crate) fn is_of_device(&self) -> bool {
+        self.region.of_device
+    }
+
+    /// A ring for bytes of this piece, which is a device's.
+    ///
+    /// # Errors
+    /// `Closed`; `Device` if there can be none.
+    pub(crate) fn ring(&self, len_bytes: usize) -> Result<Box<dyn Ring>, Unmoved> {
+        let memory = self.region.memory.lock().clone().ok_or(Unmoved::Closed)?;
+        let nobody = || StoreError::unavailable("staging", "nothing copies this memory");
+        let staging = memory.device().and_then(|device| device.staging).ok_or_else(nobody);
+        staging.and_then(|staging| staging.ring(len_bytes)).map_err(Unmoved::Device)
+    }
+
+    /// Begins a copy between the start of this piece, which is a device's, and a place in a ring that was made for it.
+    ///
+    /// # Errors
+    /// `Closed`; `Device` for what the device says.
+    pub(crate) fn begin_copy(
+        &self,
+        way: StagingWay,
+        (ring, at): (&mut dyn Ring, usize),
+    ) -> Result<Arc<dyn Copying>, Unmoved> {
+        // Whoever closes the region sees this copy among those of the region, or comes before it.
+        let _held = self.region.hold().ok_or(Unmoved::Closed)?;
+        let copy = ring.begin(way, at, self.offset as u64, self.len_bytes).map_err(Unmoved::Device)?;
+        let mut copies = self.region.copies.lock();
+        copies.retain(|copy| !copy.is_over());
+        copies.push(Arc::clone(&copy));
+        Ok(copy)
     }
 
     /// Where the piece is: its segment, the address of that, and its place in it.
@@ -401,9 +479,10 @@ impl Piece {
         Some(bytes)
     }
 
-    /// Whether `word` serves this piece: 8 bytes at an address divisible by 8.
+    /// Whether `word` serves this piece: 8 bytes at an address divisible by 8, of host memory.
     pub(crate) fn is_word(&self) -> bool {
-        self.len_bytes == WORD_LEN && (self.region.base as usize + self.offset).is_multiple_of(WORD_LEN)
+        let at = self.region.base as usize + self.offset;
+        self.len_bytes == WORD_LEN && at.is_multiple_of(WORD_LEN) && !self.region.of_device
     }
 
     /// The piece's 8 bytes by one atomic load, as they lie in memory; none if the region is gone.

@@ -110,6 +110,8 @@ fn built(workspace: &Workspace) -> Result<(Vec<PathBuf>, PathBuf), String> {
     // As the tests are built, so that nothing is compiled twice.
     let tools = ["build", "--profile", "test", "--package", PLUGIN, "--package", "hetmem-cli"];
     run(&mut workspace.cargo(tools)).map_err(|why| format!("{why} ({PLUGIN_NEEDS})"))?;
+    // As the tests of GPU memory build it for themselves.
+    run(&mut workspace.cargo(["build", "--package", "hetmem-standin-cuda"]))?;
     let program = |program: &Program| workspace.test_program(program.package, program.name);
     let programs = PROGRAMS.iter().map(program).collect::<Result<_, _>>()?;
     Ok((programs, workspace.test_program(PAIR.0, Some(PAIR.1))?))
@@ -150,7 +152,11 @@ fn two_machines(workspace: &Workspace, program: &Path, module: Option<&Path>) ->
 }
 
 /// What test programs are told of what was built.
-fn tools(workspace: &Workspace) -> [(&'static str, PathBuf); 2] {
+fn tools(workspace: &Workspace) -> [(&'static str, PathBuf); 3] {
     let debug = |name: &str| workspace.target.join("debug").join(name);
-    [("HETMEM_VERBS_PLUGIN", debug("libhetmem_verbs.so")), ("HETMEM_TEST_BINARY", debug("hetmem"))]
+    [
+        ("HETMEM_VERBS_PLUGIN", debug("libhetmem_verbs.so")),
+        ("HETMEM_TEST_BINARY", debug("hetmem")),
+        ("HETMEM_TEST_STANDIN_CUDA", debug("libhetmem_standin_cuda.so")),
+    ]
 }

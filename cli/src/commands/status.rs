@@ -66,6 +66,8 @@ fn counters(status: &Status) -> [(&'static str, &'static str, u64); 15] {
         ("outdated", "places found before that held it no more", counted.outdated),
         ("failed", "of them: failed", counted.failed),
         ("evicted", "objects evicted", counted.evicted),
+        ("promoted", "objects moved to a GPU that reads them again and again", counted.promoted),
+        ("demoted", "objects moved from a GPU to host memory, for room", counted.demoted),
         ("served_eager", "objects sent to peers inside an answer", counted.served_eager),
         ("served_grants", "objects granted to peers for Read", counted.served_grants),
         ("replicas", "objects held for good because others asked for it", counted.replicas),

@@ -191,6 +191,14 @@ impl Engine {
             let _ = self.space.free(extent);
             return;
         };
+        // The fabric reaches the tier, but its adapter may not have taken this segment of it.
+        if self.space.tier(extent.segment) != Tier::Host
+            && extent.len_bytes > 0
+            && self.key_for(link, extent.segment).is_none()
+        {
+            let _ = self.space.free(extent);
+            return self.want_space(Purpose::Fetch { fetch: id }, Tier::Host, Owner::Node, extent.len_bytes);
+        }
         self.fetch_has_room(id);
         match source.bytes {
             // An object without bytes has no payload that could be gone.

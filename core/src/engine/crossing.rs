@@ -189,6 +189,8 @@ impl Engine {
             return;
         }
         let from = self.objects.get(source).map_or(Tier::Host, |object| object.tier);
+        let for_clients = readers.iter().any(|reader| matches!(reader, Reader::Client { .. }));
+        let stays = for_clients && self.promote(source, generation);
         for reader in readers {
             match reader {
                 Reader::Client { caller, how } => self.hand_out(caller, generation, how, Some(from)),
@@ -197,8 +199,10 @@ impl Engine {
                 }
             }
         }
-        // From here on only the pins, leases and sends that were just made hold it.
-        self.withdraw_handed_out(generation);
+        // From here on only the pins, leases and sends that were just made hold it, unless it has become the object.
+        if !stays {
+            self.withdraw_handed_out(generation);
+        }
     }
 
     /// The name of what is copied, for errors.

@@ -75,6 +75,9 @@ pub struct FabricUse {
     /// The GPU tiers whose segments it can be given as the target of reads. What is wanted in another one lands in host
     /// memory, and is copied from there.
     pub tiers: Vec<Tier>,
+    /// Whether bytes of a GPU pass through host memory on this fabric, a part of them at a time. They are read then, out of
+    /// a GPU and into it, but they are no payload: what is small is copied by the GPU for all who ask at once.
+    pub stages_gpus: bool,
 }
 
 /// One GPU's memory, as far as the store may use it.

@@ -192,6 +192,8 @@ impl Engine {
             }
         }
         self.timers.set(now.after_ms(self.config.heartbeat_ms), Timer::Heartbeat);
+        self.gpu_grew = true;
+        self.retire_idle();
         if self.directory.is_some() && self.room_has_changed() {
             self.tell_members();
         }

@@ -24,6 +24,7 @@ mod lifecycle;
 mod links;
 mod local;
 mod locations;
+mod moves;
 mod numbers;
 mod objects;
 mod outgoing;
@@ -65,6 +66,7 @@ use keeper::Keeping;
 use links::{Link, Peer};
 use local::Client;
 use locations::Locations;
+use moves::Moves;
 use numbers::Numbered;
 use objects::Objects;
 use outgoing::Outgoing;
@@ -112,6 +114,9 @@ pub struct Engine {
     pending_copies: BTreeMap<Generation, (ClientId, u64)>,
     copy_targets: BTreeMap<Generation, crate::Extent>,
     crossings: Crossings,
+    moves: Moves,
+    /// Whether a GPU has come to hold more, or may move more, than when watermarks were last looked at.
+    gpu_grew: bool,
     waiting_keys: BTreeMap<crate::Key, Vec<WaitingKey>>,
 
     leases: BTreeMap<LeaseId, Lease>,
@@ -181,6 +186,8 @@ impl Engine {
             pending_copies: BTreeMap::new(),
             copy_targets: BTreeMap::new(),
             crossings: Crossings::default(),
+            moves: Moves::default(),
+            gpu_grew: false,
             waiting_keys: BTreeMap::new(),
             leases: BTreeMap::new(),
             next_lease: 1,
@@ -252,11 +259,17 @@ impl Engine {
             Input::CopyDone { generation, result } if self.crossings.is_copying(generation) => {
                 self.crossed(generation, result);
             }
+            Input::CopyDone { generation, result } if self.moves.is_copying(generation) => {
+                self.moved(generation, &result);
+            }
             Input::CopyDone { generation, result } => self.copy_done(generation, result),
         }
         self.run_timers();
         if std::mem::take(&mut self.space_freed) {
             self.retry_space();
+        }
+        if std::mem::take(&mut self.gpu_grew) {
+            self.keep_watermarks();
         }
         self.look_at_changed_keys();
         self.send_noted();

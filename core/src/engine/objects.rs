@@ -51,6 +51,10 @@ pub(super) struct Object {
     pub(super) staged_bytes: u64,
     /// How its bytes came to their place.
     pub(super) path: Path,
+    /// Reads by GPUs since it came to its place.
+    pub(super) gpu_reads: u8,
+    /// It is not moved to another tier before.
+    pub(super) rests_until: Time,
 }
 
 /// What a copy is of, and where its bytes will be.
@@ -88,6 +92,8 @@ impl Object {
             filling: true,
             staged_bytes: 0,
             path,
+            gpu_reads: 0,
+            rests_until: Time::default(),
         }
     }
 
@@ -239,6 +245,31 @@ impl Objects {
         self.keys.insert(object.key.clone(), generation);
         self.slots.insert(slot, generation);
         Ok(slot)
+    }
+
+    /// Makes another place that of a sealed object: what has its bytes there takes its key, its slot and all that is known
+    /// of it, and is not moved before `rests_until`. The old one is out of reach of new readers. Returns the slot.
+    pub(super) fn replace(
+        &mut self,
+        old: Generation,
+        new: Generation,
+        now: Time,
+        rests_until: Time,
+    ) -> Option<SlotId> {
+        let was = self.table.get_mut(old).filter(|was| was.state == State::Sealed)?;
+        was.state.advance(State::Draining, was.key.as_str()).ok()?;
+        let (meta, slot, hints, if_exists) = (was.meta, was.slot.take()?, was.hints, was.if_exists);
+        let (role, replicas, expires, path) = (was.role, was.replicas, was.expires, was.path);
+        let (key, lasting) = (was.key.clone(), std::mem::take(&mut was.lasting));
+        let is = self.table.get_mut(new)?;
+        is.state.advance(State::Sealed, is.key.as_str()).ok()?;
+        (is.meta, is.slot, is.hints, is.if_exists) = (meta, Some(slot), hints, if_exists);
+        (is.role, is.replicas, is.expires, is.path) = (role, replicas, expires, path);
+        (is.lasting, is.rests_until) = (lasting, rests_until);
+        self.keys.insert(key, new);
+        self.slots.insert(slot, new);
+        self.draining.insert(old, now);
+        Some(slot)
     }
 
     /// Takes an object out of reach of new readers. Returns its slot if it had one.

@@ -49,12 +49,15 @@ impl Engine {
                 return true;
             }
         };
-        if tier != Tier::Host && extent.len_bytes > 0 && self.key_for(link, extent.segment).is_none() {
+        let staged = tier != Tier::Host && self.fabric_of(link).is_some_and(|fabric| fabric.stages_gpus);
+        let reached = tier == Tier::Host
+            || (self.key_for(link, extent.segment).is_some() && !(staged && extent.len_bytes <= inline_max));
+        if !reached && extent.len_bytes > 0 {
             let reader = Reader::Peer { link, request, inline_max };
             self.cross(reader, generation, extent, Tier::Host);
             return true;
         }
-        let origin = Origin { tier, staged: false };
+        let origin = Origin { tier, staged };
         self.serve(link, request, (generation, extent), (slot, origin), inline_max);
         true
     }
@@ -112,7 +115,7 @@ impl Engine {
     }
 
     /// What names a segment to the peer of a link.
-    fn key_for(&self, link: LinkId, segment: SegmentId) -> Option<RemoteKey> {
+    pub(super) fn key_for(&self, link: LinkId, segment: SegmentId) -> Option<RemoteKey> {
         let fabric = self.links.get(&link).map(|link| link.fabric)?;
         self.space.key(segment, fabric)
     }

@@ -8,10 +8,11 @@ use super::awaiting::Exclusive;
 use super::objects::Object;
 use super::room::{NewObject, Purpose};
 use super::space::Owner;
-use super::timer::Timer;
+use super::timer::{Time, Timer};
 use super::{Engine, INLINE_PUT_MAX, State};
 use crate::checksum::Checksum;
 use crate::error::StoreError;
+use crate::placement::{self, Room};
 use crate::receipt::Path;
 use crate::tier::{ClientId, Extent, Generation, ObjectId, SegmentId, SlotId, Tier, TierHint};
 use crate::wire::{ClientReply, IfExists, PutHints, Role};
@@ -22,16 +23,22 @@ fn kept((object, slot, tier): (ObjectId, Option<SlotId>, Tier)) -> ClientReply {
 }
 
 impl Engine {
-    /// Where an object is to be that its client writes in this tier.
-    fn final_tier(&self, hints: &PutHints, writes: Tier) -> Result<Tier, StoreError> {
-        hints.tier.map_or(Ok(writes), |hint| self.tier_of(hint))
+    /// Where an object of so many bytes is to be that its client writes in this tier.
+    fn final_tier(&self, hints: &PutHints, writes: Tier, len_bytes: u64) -> Result<Tier, StoreError> {
+        let room = Room {
+            capacity_bytes: self.space.capacity_bytes(writes),
+            used_bytes: self.space.used_bytes(writes),
+            leaving_bytes: 0,
+        };
+        let tier = placement::tier_of_new(hints.tier, writes, len_bytes, room);
+        hints.tier.map_or(Ok(tier), |hint| self.tier_of(hint))
     }
 
     /// Checks a put, and answers at once if the object that is there is kept.
     fn check_new(&self, object: &NewObject, writes: Tier) -> Result<Option<ClientReply>, StoreError> {
         object.meta.check()?;
         object.hints.check(&object.key)?;
-        let tier = self.final_tier(&object.hints, writes)?;
+        let tier = self.final_tier(&object.hints, writes, object.meta.len_bytes)?;
         let or_host = object.hints.tier.is_some_and(|hint| hint.or_host);
         let host = if or_host { self.space.capacity_bytes(Tier::Host) } else { 0 };
         let limit = self.space.capacity_bytes(tier).max(host);
@@ -138,6 +145,8 @@ impl Engine {
             filling: false,
             staged_bytes: 0,
             path,
+            gpu_reads: 0,
+            rests_until: Time::default(),
         })
     }
 
@@ -265,7 +274,8 @@ impl Engine {
             return;
         };
         // A tier that was there when the put began is there now.
-        let tier = self.final_tier(&object.hints, object.tier).unwrap_or(object.tier);
+        let tier =
+            self.final_tier(&object.hints, object.tier, object.extent.len_bytes).unwrap_or(object.tier);
         let moves = object.extent.len_bytes > 0 && tier != object.tier;
         let stays = !object.hints.seal_copy || !object.in_place;
         if stays && !moves {
@@ -414,6 +424,9 @@ impl Engine {
         self.out.push(Action::Publish { slot, object: object.published(generation) });
         if role == Role::Copy || hints.cache {
             self.eviction.insert(tier, generation, key.fingerprint(), len_bytes);
+        }
+        if tier != Tier::Host && len_bytes > 0 {
+            self.eviction.insert_mover(tier, generation, key.fingerprint(), len_bytes);
         }
         if role == Role::Original {
             self.counters.puts += 1;

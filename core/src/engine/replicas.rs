@@ -33,7 +33,8 @@ pub(super) struct Replication {
     /// What the client is told, but for the number of nodes.
     sealed: ClientReply,
     key: Key,
-    generation: Generation,
+    /// Which object: it may move to another place meanwhile.
+    object: ObjectId,
     wanted: u8,
     /// Nodes that hold it, beside this one.
     held_by: BTreeSet<NodeId>,
@@ -83,7 +84,7 @@ impl Engine {
             return self.reply(client, request, Ok(sealed));
         };
         // What is kept instead may have been put elsewhere: then its origin holds it already.
-        let origin = there.id.origin;
+        let (object, origin) = (there.id, there.id.origin);
         if there.role == Role::Copy || there.hints.cache {
             let wanted = Announced { role: Role::Replica, replicas, ..there.announced(self.now) };
             self.become_replica(generation, &wanted, None);
@@ -96,7 +97,7 @@ impl Engine {
             request,
             sealed,
             key: key.clone(),
-            generation,
+            object,
             wanted: replicas,
             held_by: BTreeSet::new(),
             under_way: BTreeMap::new(),
@@ -135,9 +136,14 @@ impl Engine {
         }
     }
 
+    /// The object, if it is still that of its key.
+    fn replicated_here(&self, replication: &Replication) -> Option<(Generation, &Object)> {
+        self.objects.sealed(&replication.key).filter(|(_, object)| object.id == replication.object)
+    }
+
     /// The node that is asked next: one that is known to live and was not tried.
     fn replica_target(&self, replication: &Replication) -> Option<NodeId> {
-        let object = self.objects.get(replication.generation)?;
+        let (_, object) = self.replicated_here(replication)?;
         let told = self.directory.is_some() || self.directory_link.is_some();
         let there = self.peers.iter().filter(|(node, peer)| {
             let dialled = |address: &str| !self.redial.is_paused(address, self.now);
@@ -155,7 +161,8 @@ impl Engine {
             return;
         };
         replication.tried.insert(node);
-        let Some(object) = self.objects.get(replication.generation) else {
+        let found = self.objects.sealed(&replication.key).map(|(_, object)| object);
+        let Some(object) = found.filter(|object| object.id == replication.object) else {
             return;
         };
         let Some(link) = link else {
@@ -233,9 +240,9 @@ impl Engine {
         };
         self.timers.unset(replication.deadline, Timer::Operation(operation));
         let held = 1 + replication.held_by.len();
-        if let Some(object) = self.objects.get_mut(replication.generation)
+        let here = self.replicated_here(&replication).map(|(generation, _)| generation);
+        if let Some(object) = here.and_then(|generation| self.objects.get_mut(generation))
             && object.role.is_lasting()
-            && object.state == super::State::Sealed
         {
             object.replicas = object.replicas.max(replication.wanted);
             let announced = object.announced(self.now);

@@ -86,6 +86,10 @@ pub(super) enum Purpose {
     Cross {
         crossing: CrossingId,
     },
+    /// An object that leaves a GPU for host memory.
+    Move {
+        source: Generation,
+    },
     /// A chunk to publish objects in. Never worth what somebody has stored.
     Ahead {
         client: ClientId,
@@ -133,6 +137,11 @@ impl SpaceRequest {
     }
 }
 
+/// Whether the place of an object is of use to this owner: in a segment of its own, or of the node's, which makes way.
+fn is_of(space: &Space, object: &Object, owner: Owner) -> bool {
+    space.owner(object.extent.segment).is_some_and(|of| of == owner || of == Owner::Node)
+}
+
 enum Outcome {
     Found(Extent),
     Wait,
@@ -161,6 +170,7 @@ impl Engine {
         let wanted = match request.purpose {
             Purpose::Fetch { fetch } => self.fetches.contains(fetch),
             Purpose::Cross { crossing } => self.is_crossing_wanted(crossing),
+            Purpose::Move { source } => self.is_move_wanted(source),
             _ => true,
         };
         if !wanted {
@@ -225,6 +235,10 @@ impl Engine {
             request.recalled = true;
             return Outcome::Wait;
         }
+        if request.rounds < ROUNDS_MAX && self.make_room_on_gpu(tier, owner, len_bytes) {
+            request.rounds += 1;
+            return Outcome::Wait;
+        }
         if request.rounds < ROUNDS_MAX && self.evict(tier, owner, len_bytes) {
             request.rounds += 1;
             request.scanned = true;
@@ -248,6 +262,7 @@ impl Engine {
                 Some(key) => format!("get {key:?}"),
                 None => "get".to_owned(),
             },
+            Purpose::Move { .. } => "move".to_owned(),
             Purpose::Ahead { .. } => "ahead".to_owned(),
         };
         StoreError::NoSpace {
@@ -256,6 +271,20 @@ impl Engine {
             requested: request.len_bytes,
             free: self.space.free_bytes(request.tier),
         }
+    }
+
+    /// Begins to move objects out of a GPU, if what they leave, with what is free or leaves already, is enough. True if
+    /// there will be more room, or may be.
+    fn make_room_on_gpu(&mut self, tier: Tier, owner: Owner, len_bytes: u64) -> bool {
+        if tier == Tier::Host {
+            return false;
+        }
+        let free = self.space.free_bytes(tier).saturating_add(self.room_of(tier).leaving_bytes);
+        if free.saturating_add(self.eviction.mover_bytes(tier)) < len_bytes {
+            return false;
+        }
+        // What leaves may leave holes that are too small: as much again goes with each round.
+        self.demote(tier, len_bytes, |object, space| is_of(space, object, owner))
     }
 
     /// Withdraws objects that may go, if together they can make the room that is wanted. True if any went.
@@ -269,9 +298,7 @@ impl Engine {
         if self.nothing_evictable == Some((tier, owner)) {
             return false;
         }
-        let found = self.evict_where(tier, len_bytes, |object, space| {
-            space.owner(object.extent.segment).is_some_and(|of| of == owner || of == Owner::Node)
-        });
+        let found = self.evict_where(tier, len_bytes, |object, space| is_of(space, object, owner));
         if !found {
             self.nothing_evictable = Some((tier, owner));
         }
@@ -333,6 +360,7 @@ impl Engine {
     }
 
     fn space_found(&mut self, purpose: Purpose, owner: Owner, extent: Extent) {
+        self.gpu_grew |= self.space.tier(extent.segment) != Tier::Host;
         match purpose {
             Purpose::Put { client, request, object, payload } => {
                 self.put_into(client, request, object, payload, extent);
@@ -343,6 +371,7 @@ impl Engine {
             Purpose::Fetch { fetch } => self.fetch_into(fetch, extent),
             Purpose::SealCopy { generation } => self.seal_copy_into(generation, extent),
             Purpose::Cross { crossing } => self.cross_into(crossing, extent),
+            Purpose::Move { source } => self.move_into(source, extent),
             Purpose::Ahead { client, request, ring } => self.ahead_into(client, request, ring, extent),
         }
     }
@@ -355,6 +384,7 @@ impl Engine {
             Purpose::Fetch { fetch } => self.fetch_failed(fetch, &error),
             Purpose::SealCopy { generation } => self.seal_elsewhere(generation, error),
             Purpose::Cross { crossing } => self.cross_missing(crossing, &error),
+            Purpose::Move { source } => self.move_missing(source),
             Purpose::Ahead { client, request, .. } => self.ahead_refused(client, request, error),
         }
     }
@@ -365,7 +395,10 @@ impl Engine {
             Purpose::Put { client, .. } | Purpose::Reserve { client, .. } | Purpose::Ahead { client, .. } => {
                 client != gone
             }
-            Purpose::Fetch { .. } | Purpose::SealCopy { .. } | Purpose::Cross { .. } => true,
+            Purpose::Fetch { .. }
+            | Purpose::SealCopy { .. }
+            | Purpose::Cross { .. }
+            | Purpose::Move { .. } => true,
         });
     }
 
@@ -406,7 +439,18 @@ impl Engine {
     }
 
     fn retire_returned(&mut self) {
-        for segment in self.space.retirable() {
+        let retirable = self.space.retirable();
+        self.retire(retirable);
+    }
+
+    /// Gives memory of GPUs back that has not been used for a while: what else runs there has use for it.
+    pub(super) fn retire_idle(&mut self) {
+        let idle = self.space.idle_on_gpus();
+        self.retire(idle);
+    }
+
+    fn retire(&mut self, empty: Vec<SegmentId>) {
+        for segment in empty {
             if let Some(len_bytes) = self.space.retire(segment) {
                 self.out.push(Action::RetireSegment { segment, len_bytes });
                 self.out.push(Action::Note(Event::SegmentRetired { segment, len_bytes }));
@@ -452,7 +496,7 @@ impl Engine {
             self.out.push(Action::Withdraw { slot });
         }
         if was_sealed {
-            self.eviction.remove(tier, generation);
+            self.eviction.forget(tier, generation);
             self.withdraw_from_directory(announced);
         }
         self.timers.set(self.now.after_ms(DRAIN_MS), Timer::Drain);

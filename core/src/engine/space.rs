@@ -36,7 +36,13 @@ struct SegmentBooks {
     /// Whether its descriptor may go to others than its owner.
     closed_to_writers: bool,
     returned: bool,
+    /// How often it was seen to be empty in a row.
+    seen_empty: u8,
 }
+
+/// How often an empty segment of the node's own on a GPU is seen so, once in each heartbeat, before it is given back: to make
+/// another one takes milliseconds, and others may want its memory for themselves.
+const SEEN_EMPTY_MAX: u8 = 10;
 
 /// What can be done about a lack of room.
 #[derive(Debug, PartialEq, Eq)]
@@ -131,6 +137,7 @@ impl Space {
             keys: Vec::new(),
             closed_to_writers: owner == Owner::Node,
             returned: false,
+            seen_empty: 0,
         };
         self.segments.insert(segment, books);
         segment
@@ -183,6 +190,7 @@ impl Space {
             if let Some(arena) = &mut books.arena
                 && let Some(offset) = arena.allocate(len_bytes.max(1))
             {
+                books.seen_empty = 0;
                 return Some(Extent { segment, offset, len_bytes });
             }
         }
@@ -305,6 +313,23 @@ impl Space {
             }
             _ => false,
         }
+    }
+
+    /// Segments of the node's own on GPUs in which nothing has been for a while. Asked once in each heartbeat.
+    pub(super) fn idle_on_gpus(&mut self) -> Vec<SegmentId> {
+        let mut idle = Vec::new();
+        for (&segment, books) in &mut self.segments {
+            let empty = books.arena.as_ref().is_some_and(Arena::is_empty);
+            if books.tier == Tier::Host || books.owner != Owner::Node || !empty {
+                books.seen_empty = 0;
+                continue;
+            }
+            books.seen_empty = books.seen_empty.saturating_add(1);
+            if books.seen_empty >= SEEN_EMPTY_MAX {
+                idle.push(segment);
+            }
+        }
+        idle
     }
 
     pub(super) fn retirable(&self) -> Vec<SegmentId> {

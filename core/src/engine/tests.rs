@@ -7,6 +7,7 @@ mod batches;
 mod deletes;
 mod local;
 mod locations;
+mod placement;
 mod public_defects;
 mod remote;
 mod replicas;

@@ -378,6 +378,10 @@ pub struct NodeStatus {
     pub replicas: u64,
     /// Times that a peer was dialled over TCP because RDMA did not reach it.
     pub fallbacks: u64,
+    /// Objects that were moved to a GPU because that had read them again.
+    pub promoted: u64,
+    /// Objects that were moved from a GPU to host memory because that had too little room.
+    pub demoted: u64,
 }
 
 /// A node's view of itself and its cluster.

@@ -245,7 +245,7 @@ fn peer_status() -> impl Strategy<Value = PeerStatus> {
 }
 
 fn status() -> impl Strategy<Value = Status> {
-    let counters = any::<[u64; 15]>().prop_map(|n| NodeStatus {
+    let counters = any::<[u64; 17]>().prop_map(|n| NodeStatus {
         puts: n[0],
         hits: n[1],
         gets: n[2],
@@ -261,6 +261,8 @@ fn status() -> impl Strategy<Value = Status> {
         ahead: n[12],
         replicas: n[13],
         fallbacks: n[14],
+        promoted: n[15],
+        demoted: n[16],
     });
     let lists = (vec(tier_status(), 0..3), vec(peer_status(), 0..3));
     let lacking = (prop::option::of(text()), vec(key(), 0..4));

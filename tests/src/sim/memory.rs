@@ -18,9 +18,20 @@ impl World {
         let node = &mut self.nodes[at];
         node.write_word(slot, object.generation.0);
         let before = node.by_key.insert(object.key.clone(), slot);
-        let there = node.index.insert(slot, Shown { object });
-        if before.is_some() || there.is_some() {
-            self.fail(format!("node {at}: slot {slot} or its key is published twice"));
+        let there = node.index.insert(slot, Shown { object: object.clone() });
+        match (before, there) {
+            (None, None) => {}
+            // It has moved to another tier: whoever looks sees the one place or the other.
+            (Some(known), Some(Shown { object: old }))
+                if known == slot
+                    && (&old.key, old.object) == (&object.key, object.object)
+                    && old.generation < object.generation
+                    && old.tier != object.tier =>
+            {
+                node.guards.remove(old.extent.segment, Hold::Published(slot));
+                self.tally.moved += 1;
+            }
+            _ => self.fail(format!("node {at}: slot {slot} or its key is published twice")),
         }
     }
 

@@ -70,6 +70,8 @@ pub struct Tally {
     pub outdated: u64,
     /// Objects evicted.
     pub evicted: u64,
+    /// Objects that have moved to another tier.
+    pub moved: u64,
     /// Keys that every node had to find at the end.
     pub durable: u64,
     /// Objects whose clients were told that they are on several nodes.
@@ -108,6 +110,7 @@ impl Tally {
         self.known += other.known;
         self.outdated += other.outdated;
         self.evicted += other.evicted;
+        self.moved += other.moved;
         self.durable += other.durable;
         self.replicated += other.replicated;
         self.outlived += other.outlived;
@@ -122,7 +125,7 @@ impl fmt::Display for Tally {
         write!(
             f,
             "{} operations, {} faults, {} deaths of clients, {} engine inputs, {} gets compared ({} bytes; {} in place, {} raced a withdrawal), \
-             {} objects handed over in batches, {} objects sealed ({} puts that asked nobody), {} fetched eagerly, {} frames of several messages, {} by read ({} too late; {} at a known place in {} reads, {} places given up), {} completions repeated, {} evicted, {} keys found everywhere at the end, \
+             {} objects handed over in batches, {} objects sealed ({} puts that asked nobody), {} fetched eagerly, {} frames of several messages, {} by read ({} too late; {} at a known place in {} reads, {} places given up), {} completions repeated, {} evicted, {} moved to another tier, {} keys found everywhere at the end, \
              {} objects on several nodes, {} outlived their node, {} replicas held, the directory changed hands {} times, {} deletes known for good",
             self.operations,
             self.faults,
@@ -144,6 +147,7 @@ impl fmt::Display for Tally {
             self.outdated,
             self.repeats,
             self.evicted,
+            self.moved,
             self.durable,
             self.replicated,
             self.outlived,

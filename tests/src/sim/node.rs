@@ -251,6 +251,7 @@ fn config(plan: &Plan, number: usize, epoch: u64, key: RemoteKey) -> EngineConfi
             index_key: key,
             gather_max: plan.network.gather_max,
             tiers: plan.reached(),
+            stages_gpus: plan.stages_gpus,
         }],
         generation_base: 0,
         generation_stride: SLOT_LEN,
@@ -582,6 +583,12 @@ impl World {
         let Some(Payload { send, extents }) = payload else { return };
         for extent in extents {
             self.fabric_reaches(at, *extent);
+            let tier = self.nodes[at].tiers.get(&extent.segment);
+            if self.plan.stages_gpus && tier != Some(&Tier::Host) {
+                self.fail(format!(
+                    "node {at}: {extent:?} of {tier:?} is to be a payload of a fabric that stages it"
+                ));
+            }
             self.hold(at, *extent, Hold::Sending(*send));
         }
         self.nodes[at].sends.insert(*send, extents.clone());

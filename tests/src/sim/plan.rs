@@ -58,10 +58,11 @@ pub(super) struct Plan {
     pub(super) client_deaths: u64,
     /// Pins of one client's page.
     pub(super) pins: usize,
-    /// GPU tiers of each node, the bytes of each, and whether the fabric reaches them.
+    /// GPU tiers of each node, the bytes of each, and whether the fabric reaches them, and then by way of host memory.
     pub(super) gpus: u16,
     pub(super) gpu_bytes: u64,
     pub(super) gpus_reached: bool,
+    pub(super) stages_gpus: bool,
     /// How often deletes and puts come, which decides how full nodes are.
     pub(super) deletes: u64,
     pub(super) puts: u64,
@@ -138,6 +139,7 @@ impl Plan {
             gpus: gpus.weighted(&[(60, 0), (20, 1), (20, 2)]),
             gpu_bytes: gpus.pick(&[64_u64, 256, 1_024]) << 10,
             gpus_reached: gpus.percent(50),
+            stages_gpus: gpus.percent(50),
             network,
             clock_ppm: rng.pick(&[0, 20_000, 50_000]),
             repeats: if weather == Weather::Calm { 0 } else { rng.pick(&[0, 5, 30]) },

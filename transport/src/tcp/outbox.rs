@@ -89,7 +89,12 @@ impl Outbox {
     pub(super) fn write(&mut self, socket: &Socket, settled: &mut Vec<Settled>) -> Result<Wrote, StoreError> {
         let mut budget = WRITE_BUDGET;
         loop {
-            let more = self.queue.get(1).is_some_and(|next| next.word.is_some());
+            let next = self.queue.get_mut(1);
+            let more = next.as_ref().is_some_and(|next| next.word.is_some());
+            if let Some(payload) = next.and_then(|next| next.payload.as_mut()) {
+                // What comes of it is seen when its turn has come.
+                let _ = payload.prime();
+            }
             let Some(front) = self.queue.front_mut() else {
                 return Ok(Wrote::All);
             };
@@ -152,6 +157,7 @@ pub(super) fn write_one(socket: &Socket, outgoing: &mut Outgoing, more: bool) ->
             Err(Unmoved::Os(Errno::AGAIN)) => return Ok(false),
             Err(Unmoved::Os(Errno::INTR)) => {}
             Err(Unmoved::Os(error)) => return Err(Failure::Broken(StoreError::os("send", error))),
+            Err(Unmoved::Device(error)) => return Err(Failure::Broken(error)),
             Err(Unmoved::Closed) => {
                 let why = format!(
                     "the segment of its payload was deregistered after {} of {len} bytes",

@@ -192,6 +192,7 @@ impl ReadStream {
 
     fn give_back(self: &Arc<Self>, shared: &Arc<Shared>, why: &StoreError, guilty: bool) {
         shared.remove(&self.socket);
+        self.answers.lock().end();
         let mut next = Next::default();
         self.link.reads.lock().lost(self, why, guilty, &mut next);
         self.link.report_finished(shared, next.finished);

@@ -145,6 +145,12 @@ impl Adapter {
         Ok(by_push)
     }
 
+    /// Whether it was seen to put peers' bytes into memory of the device with this number.
+    pub(super) fn reads_into(&self, device: u16) -> bool {
+        let proof = self.proofs.iter().find(|proof| proof.kind == MemoryKind::Device(device));
+        proof.is_some_and(Proof::is_target)
+    }
+
     /// Lends a slot to the adapter, to be received into.
     pub(super) fn post_receive(&self, slot: u32) -> Result<(), StoreError> {
         self.pool.post(receive_id(slot), &self.receives.piece(slot, 0, BUFFER_LEN))

@@ -269,7 +269,7 @@ unsafe impl RegionMemory for Foreign {
 
     fn device(&self) -> Option<DeviceMemory<'_>> {
         let dma_buf = self.dma_buf.as_ref().map(|(file, offset)| (file.as_fd(), *offset));
-        Some(DeviceMemory { dma_buf })
+        Some(DeviceMemory { number: 0, dma_buf, staging: None })
     }
 }
 

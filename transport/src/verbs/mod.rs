@@ -206,6 +206,20 @@ impl VerbsFabric {
         self.shared.state.lock().connections_by_device()
     }
 
+    /// Whether reads may be given memory of the device with this number as their target: every adapter was seen to put bytes
+    /// there when the fabric was started.
+    #[must_use]
+    pub fn reads_into(&self, device: u16) -> bool {
+        let state = self.shared.state.lock();
+        !state.adapters.is_empty() && state.adapters.values().all(|adapter| adapter.reads_into(device))
+    }
+
+    /// How many adapters there are.
+    #[must_use]
+    pub fn adapters(&self) -> usize {
+        self.shared.state.lock().adapters.len()
+    }
+
     fn begin_read(
         &self,
         link: LinkId,

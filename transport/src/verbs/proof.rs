@@ -68,23 +68,23 @@ impl Scratch for Arc<HeapRegion> {
 pub enum MemoryKind {
     /// The host's.
     Host,
-    /// A device's, such as a GPU's.
-    Device,
+    /// That of the device with this number, such as a GPU's.
+    Device(u16),
 }
 
 impl MemoryKind {
     /// Of registered memory.
     pub(super) fn of(memory: &dyn RegionMemory) -> Self {
-        if memory.device().is_some() { Self::Device } else { Self::Host }
+        memory.device().map_or(Self::Host, |device| Self::Device(device.number))
     }
 }
 
 impl fmt::Display for MemoryKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Host => "host memory",
-            Self::Device => "device memory",
-        })
+        match self {
+            Self::Host => f.write_str("host memory"),
+            Self::Device(number) => write!(f, "memory of device {number}"),
+        }
     }
 }
 
@@ -170,6 +170,12 @@ impl Proof {
         self.outcomes.iter().all(|(_, outcome)| matches!(outcome, Outcome::Works(_)))
     }
 
+    /// Whether peers' bytes can come into such memory, whichever way they choose.
+    pub(super) fn is_target(&self) -> bool {
+        let works = |of| matches!(self.outcome(of), Some(Outcome::Works(_)));
+        works(Direction::ReadInto) && works(Direction::WriteInto)
+    }
+
     /// Whether an owner of such memory pushes rather than has it read.
     ///
     /// # Errors
@@ -181,11 +187,11 @@ impl Proof {
             (MemoryKind::Host, Some(Outcome::Fails(why)), _) => {
                 Err(StoreError::unavailable("the host's memory by way of the device", why.clone()))
             }
-            (MemoryKind::Device, Some(Outcome::Fails(_)), Some(Outcome::Works(_))) => Ok(true),
-            (MemoryKind::Device, Some(Outcome::Fails(why)), _) => {
+            (MemoryKind::Device(_), Some(Outcome::Fails(_)), Some(Outcome::Works(_))) => Ok(true),
+            (MemoryKind::Device(_), Some(Outcome::Fails(why)), _) => {
                 Err(StoreError::unavailable("a device's memory by way of the RDMA device", why.clone()))
             }
-            (MemoryKind::Device, Some(Outcome::Works(read)), Some(Outcome::Works(write))) => {
+            (MemoryKind::Device(_), Some(Outcome::Works(read)), Some(Outcome::Works(write))) => {
                 Ok(*read > *write * SLOW)
             }
             _ => Ok(false),
@@ -334,14 +340,14 @@ mod tests {
             (Host, works(1_000), works(10), Some(false)),
             (Host, fails(), works(10), None),
             (Host, untried(), untried(), Some(false)),
-            (Device, works(10), works(10), Some(false)),
-            (Device, works(40), works(10), Some(false)),
-            (Device, works(41), works(10), Some(true)),
-            (Device, works(41), fails(), Some(false)),
-            (Device, fails(), works(10), Some(true)),
-            (Device, fails(), fails(), None),
-            (Device, fails(), untried(), None),
-            (Device, untried(), untried(), Some(false)),
+            (Device(0), works(10), works(10), Some(false)),
+            (Device(0), works(40), works(10), Some(false)),
+            (Device(0), works(41), works(10), Some(true)),
+            (Device(0), works(41), fails(), Some(false)),
+            (Device(0), fails(), works(10), Some(true)),
+            (Device(0), fails(), fails(), None),
+            (Device(0), fails(), untried(), None),
+            (Device(0), untried(), untried(), Some(false)),
         ] {
             let proof = proof(kind, read, write);
             assert_eq!(proof.by_push().ok(), expected, "{proof}");
@@ -349,11 +355,33 @@ mod tests {
     }
 
     #[test]
+    fn bytes_of_peers_are_put_only_where_both_ways_of_putting_them_were_seen_to_work() {
+        let with = |into: Outcome, pushed: Outcome| {
+            let mut proof = proof(MemoryKind::Device(3), works(1), works(1));
+            for (direction, outcome) in &mut proof.outcomes {
+                match direction {
+                    Direction::ReadInto => *outcome = into.clone(),
+                    Direction::WriteInto => *outcome = pushed.clone(),
+                    _ => {}
+                }
+            }
+            proof.is_target()
+        };
+        let (fails, untried) = (Outcome::Fails("status 4".to_owned()), Outcome::Untried("alone".to_owned()));
+        assert!(with(works(1), works(1)));
+        for other in [fails, untried] {
+            assert!(!with(works(1), other.clone()) && !with(other, works(1)));
+        }
+    }
+
+    #[test]
     fn a_proof_says_all_that_was_found() {
-        let said = proof(MemoryKind::Device, Outcome::Fails("status 10".to_owned()), works(5)).to_string();
-        for part in
-            ["device memory: reads out of it FAIL: status 10,", "reads into it work", "writes out of it work"]
-        {
+        let said = proof(MemoryKind::Device(0), Outcome::Fails("status 10".to_owned()), works(5)).to_string();
+        for part in [
+            "memory of device 0: reads out of it FAIL: status 10,",
+            "reads into it work",
+            "writes out of it work",
+        ] {
             assert!(said.contains(part), "{said}");
         }
         assert!(!proof(MemoryKind::Host, Outcome::Untried(String::new()), works(1)).is_whole());

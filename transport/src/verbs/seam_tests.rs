@@ -241,7 +241,7 @@ fn a_device_is_tried_in_every_direction_and_of_device_memory_it_is_said_why_not(
     let foreign = ForeignScratch(Arc::new(Foreign(dma_buf().expect("a dma-buf"))));
     let proof = prove(&pair.loopback.context, at, &foreign);
     println!("{proof}");
-    assert_eq!(proof.kind, MemoryKind::Device);
+    assert_eq!(proof.kind, MemoryKind::Device(0));
     assert!(proof.outcomes.iter().all(|(_, outcome)| matches!(outcome, Outcome::Fails(_))), "{proof}");
     assert!(proof.by_push().is_err());
     let nobody = SocketAddr::from(([192, 0, 2, 1], 0));
@@ -301,7 +301,7 @@ unsafe impl RegionMemory for Foreign {
     }
 
     fn device(&self) -> Option<DeviceMemory<'_>> {
-        Some(DeviceMemory { dma_buf: Some((self.0.as_fd(), 0)) })
+        Some(DeviceMemory { number: 0, dma_buf: Some((self.0.as_fd(), 0)), staging: None })
     }
 }
 

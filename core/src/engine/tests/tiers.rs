@@ -14,7 +14,7 @@ const OTHER: Tier = Tier::Gpu(1);
 const MIB: u64 = 1 << 20;
 
 /// Nodes with two GPUs of 4 MiB each.
-fn gpus(reached: &[Tier]) -> Shape {
+pub(super) fn gpus(reached: &[Tier]) -> Shape {
     let gpu = |ordinal| GpuUse {
         ordinal,
         uuid: format!("GPU-{ordinal}").into(),
@@ -25,7 +25,7 @@ fn gpus(reached: &[Tier]) -> Shape {
     Shape { gpus: vec![gpu(0), gpu(1)], reached: reached.to_vec(), ..Shape::default() }
 }
 
-fn hinted(tier: Tier, or_host: bool) -> PutHints {
+pub(super) fn hinted(tier: Tier, or_host: bool) -> PutHints {
     PutHints { tier: Some(TierHint { tier, or_host }), ..PutHints::default() }
 }
 
@@ -42,11 +42,11 @@ fn get_on_gpu() -> ClientMessage {
 }
 
 impl World {
-    fn put_in(&mut self, client: ClientId, name: &str, bytes: &[u8], hints: PutHints) -> Answer {
+    pub(super) fn put_in(&mut self, client: ClientId, name: &str, bytes: &[u8], hints: PutHints) -> Answer {
         self.try_put(0, client, name, bytes, hints, IfExists::Keep)
     }
 
-    fn reserve_in(
+    pub(super) fn reserve_in(
         &mut self,
         client: ClientId,
         name: &str,
@@ -69,7 +69,7 @@ impl World {
     }
 
     /// Puts an object that is written in GPU memory.
-    fn put_from(&mut self, client: ClientId, name: &str, bytes: &[u8], writes: Tier) -> Answer {
+    pub(super) fn put_from(&mut self, client: ClientId, name: &str, bytes: &[u8], writes: Tier) -> Answer {
         let hints = PutHints::default();
         let (reservation, extent, tier) =
             self.reserve_in(client, name, bytes.len() as u64, hints, writes).expect("room");
@@ -78,7 +78,7 @@ impl World {
         self.seal(0, client, reservation)
     }
 
-    fn get_in(
+    pub(super) fn get_in(
         &mut self,
         (node, client): (usize, ClientId),
         name: &str,
@@ -99,7 +99,7 @@ impl World {
         })
     }
 
-    fn finish_copies(&mut self) {
+    pub(super) fn finish_copies(&mut self) {
         self.hold_copies = false;
         for (node, generation) in std::mem::take(&mut self.copies) {
             self.feed(node, Input::CopyDone { generation, result: Ok(()) });
@@ -108,7 +108,7 @@ impl World {
     }
 
     /// Checks what was located, and lets go of it.
-    fn read(&mut self, (node, client): (usize, ClientId), located: &Located, expected: &[u8]) {
+    pub(super) fn read(&mut self, (node, client): (usize, ClientId), located: &Located, expected: &[u8]) {
         assert_eq!(self.nodes[node].bytes(located.extent), expected);
         assert_eq!(
             self.nodes[node].tiers[&located.extent.segment], located.tier,
@@ -269,7 +269,8 @@ fn no_room_names_the_tier_and_host_memory_stands_in_only_where_that_is_allowed()
     let client = world.client(0, 1);
     let big = pattern(1, 3 << 20);
     world.put_in(client, "small", &pattern(2, 100), PutHints::default()).expect("sealed");
-    let (fills, ..) = world.reserve_in(client, "fills", 2 * MIB, PutHints::default(), GPU).expect("room");
+    let stays = PutHints { pin: true, ..PutHints::default() };
+    let (fills, ..) = world.reserve_in(client, "fills", 2 * MIB, stays, GPU).expect("room");
     world.seal(0, client, fills).expect("sealed");
     // Written by the client in its own part of the tier, of which it has no more.
     let refused = world.reserve_in(client, "more", 2 * MIB, PutHints::default(), GPU).expect_err("its quota");
@@ -379,6 +380,52 @@ fn a_link_that_reaches_both_gpus_moves_bytes_from_one_to_the_other() {
         world.read((1, away), &again, &bytes);
         world.assert_drained();
     }
+}
+
+/// What is large is read out of one GPU and into the other, a part at a time through host memory; what is small goes as
+/// a payload, which is copied to host memory first. Both are told as staged.
+#[test]
+fn a_fabric_that_stages_gpus_reads_out_of_them_and_into_them_and_sends_nothing_of_them() {
+    for (threshold, path) in [(Some(0), Path::Read), (Some(u64::MAX), Path::Eager)] {
+        let shape = Shape { threshold_bytes: threshold, stages_gpus: true, ..gpus(&[GPU, OTHER]) };
+        let mut world = World::shaped(2, &shape);
+        let (home, away) = (world.client(0, 1), world.client(1, 1));
+        let bytes = pattern(1, 60_000);
+        world.put_from(home, "k", &bytes, GPU).expect("sealed");
+        let located = world.get_in((1, away), "k", None, TierHint::from(OTHER)).expect("the object");
+        let copied_from = (path == Path::Eager).then_some(Tier::Host);
+        assert_eq!((located.tier, located.path, located.copied_from), (OTHER, path, copied_from));
+        let carried = located.carried.clone().expect("it came from a peer");
+        assert_eq!((carried.from_tier, carried.moved.staged_bytes), (GPU, 60_000));
+        world.read((1, away), &located, &bytes);
+        let remembered = world.nodes[0].sent.iter().any(|message| match message {
+            PeerMessage::Grant { granted, .. } => granted.generation.0 != 0,
+            _ => false,
+        });
+        assert_eq!(remembered, path == Path::Read, "the place of the object itself may be");
+        world.advance(2 * u64::from(LEASE_MS));
+        world.assert_drained();
+    }
+}
+
+/// An adapter may reach a GPU and yet not take one of its segments.
+#[test]
+fn a_segment_that_no_adapter_took_is_neither_read_into_nor_out_of() {
+    let shape = Shape { threshold_bytes: Some(0), ..gpus(&[GPU, OTHER]) };
+    let mut world = World::shaped(2, &shape);
+    let (home, away) = (world.client(0, 1), world.client(1, 1));
+    world.nodes.iter_mut().for_each(|node| node.registers_no_gpu = true);
+    let bytes = pattern(1, 60_000);
+    world.put_from(home, "k", &bytes, GPU).expect("sealed");
+    world.put(0, home, "host", &bytes);
+    for (name, staged_bytes) in [("k", 60_000), ("host", 0)] {
+        let located = world.get_in((1, away), name, None, TierHint::from(OTHER)).expect(name);
+        assert_eq!((located.tier, located.copied_from), (OTHER, Some(Tier::Host)));
+        assert_eq!(located.carried.clone().expect("from a peer").moved.staged_bytes, staged_bytes);
+        world.read((1, away), &located, &bytes);
+    }
+    world.advance(2 * u64::from(LEASE_MS));
+    world.assert_drained();
 }
 
 #[test]

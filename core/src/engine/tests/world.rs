@@ -65,6 +65,11 @@ pub(super) struct Node {
     pub(super) engine: Engine,
     pub(super) address: String,
     reached: Vec<Tier>,
+    stages_gpus: bool,
+    /// Objects that have moved to another tier.
+    pub(super) moves: u64,
+    /// GPU segments that are made from now on are not registered, whatever is reached.
+    pub(super) registers_no_gpu: bool,
     /// The tiers of segments.
     pub(super) tiers: BTreeMap<SegmentId, Tier>,
     pub(super) segments: BTreeMap<SegmentId, Vec<u8>>,
@@ -129,6 +134,8 @@ pub(super) struct Shape {
     pub(super) gpus: Vec<GpuUse>,
     /// The GPU tiers whose segments the fabric knows.
     pub(super) reached: Vec<Tier>,
+    /// Whether their bytes pass through host memory there.
+    pub(super) stages_gpus: bool,
 }
 
 impl Default for Shape {
@@ -140,6 +147,7 @@ impl Default for Shape {
             threshold_bytes: None,
             gpus: Vec::new(),
             reached: Vec::new(),
+            stages_gpus: false,
         }
     }
 }
@@ -162,6 +170,7 @@ pub(super) fn config(name: usize, epoch: u64, join: Vec<String>, shape: &Shape) 
             index_key: RemoteKey(1),
             gather_max: GATHER_MAX,
             tiers: shape.reached.clone(),
+            stages_gpus: shape.stages_gpus,
         }],
         generation_base: 0,
         generation_stride: 64,
@@ -178,6 +187,9 @@ impl Node {
         Self {
             address: config.member.address.clone(),
             reached: config.fabrics.iter().flat_map(|fabric| fabric.tiers.clone()).collect(),
+            stages_gpus: config.fabrics.iter().any(|fabric| fabric.stages_gpus),
+            moves: 0,
+            registers_no_gpu: false,
             tiers: BTreeMap::new(),
             engine: Engine::new(config),
             segments: BTreeMap::new(),
@@ -213,6 +225,13 @@ impl Node {
     fn assert_reached(&self, extent: Extent) {
         let tier = self.tiers[&extent.segment];
         assert!(tier == Tier::Host || self.reached.contains(&tier), "{extent:?} of {tier} is not registered");
+    }
+
+    /// As a payload, too.
+    fn assert_sendable(&self, extent: Extent) {
+        self.assert_reached(extent);
+        let tier = self.tiers[&extent.segment];
+        assert!(tier == Tier::Host || !self.stages_gpus, "{extent:?} of {tier} is no payload");
     }
 
     pub(super) fn bytes(&self, extent: Extent) -> &[u8] {
@@ -451,7 +470,16 @@ impl World {
                     self.push(node, Input::CopyDone { generation, result: Ok(()) });
                 }
             }
-            Action::Publish { slot, object } => assert!(at.index.insert(slot, object).is_none()),
+            Action::Publish { slot, object } => {
+                let new = (object.key.clone(), object.object, object.generation);
+                if let Some(old) = at.index.insert(slot, object) {
+                    at.moves += 1;
+                    assert!(
+                        (old.key, old.object) == (new.0, new.1) && old.generation < new.2,
+                        "it has moved"
+                    );
+                }
+            }
             Action::Withdraw { slot } => assert!(at.index.remove(&slot).is_some()),
             Action::ScanPins => {
                 let pinned: Pinned = at.pins.values().flatten().copied().collect();
@@ -468,7 +496,7 @@ impl World {
                 at.owners.insert(segment, owner);
                 at.tiers.insert(segment, tier);
                 let key = (FABRIC, RemoteKey(u64::from(segment.0) + 100));
-                let reached = tier == Tier::Host || at.reached.contains(&tier);
+                let reached = tier == Tier::Host || (at.reached.contains(&tier) && !at.registers_no_gpu);
                 let keys = reached.then_some(key).into_iter().collect();
                 self.push(node, Input::SegmentReady { segment, keys });
             }
@@ -548,7 +576,7 @@ impl World {
     ) {
         let at = &mut self.nodes[node];
         let extents = payload.iter().flat_map(|payload| &payload.extents);
-        extents.clone().for_each(|extent| at.assert_reached(*extent));
+        extents.clone().for_each(|extent| at.assert_sendable(*extent));
         let bytes: Vec<u8> = extents.flat_map(|extent| at.bytes(*extent)).copied().collect();
         let end = at.links.get(&link).copied();
         if let Some(Payload { send, extents }) = payload {
