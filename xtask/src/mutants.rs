@@ -40,8 +40,32 @@ const MUTANTS: &[Mutant] = &[
     Mutant {
         what: "a link is handed GPU memory that it does not reach",
         file: "core/src/engine/owner.rs",
-        find: "self.key_for(link, extent.segment).is_none()",
-        replace: "self.links.is_empty()",
+        find: "(self.key_for(link, extent.segment).is_some() &&",
+        replace: "(!self.links.is_empty() &&",
+    },
+    Mutant {
+        what: "the payload of a fabric that stages GPUs is gathered from one",
+        file: "core/src/engine/owner.rs",
+        find: "!(staged && extent.len_bytes <= inline_max)",
+        replace: "!(staged && inline_max == u64::MAX)",
+    },
+    Mutant {
+        what: "an object that has moved is shown in its old place",
+        file: "core/src/engine/moves.rs",
+        find: "self.out.push(Action::Publish { slot, object: object.published(new) });",
+        replace: "let _ = slot;",
+    },
+    Mutant {
+        what: "a move whose copy failed is a success",
+        file: "core/src/engine/moves.rs",
+        find: "if result.is_err() || !self.is_movable(source) {",
+        replace: "if !self.is_movable(source) {",
+    },
+    Mutant {
+        what: "the old place of an object that has moved is free at once",
+        file: "core/src/engine/moves.rs",
+        find: "        self.eviction.forget(from, old);\n",
+        replace: "        self.eviction.forget(from, old);\n        self.free_object(old);\n",
     },
     Mutant {
         what: "an object that was moved at seal is still said to be in the tier that it came from",
