@@ -53,7 +53,7 @@ fn status_json(status: &Status) -> Value {
 }
 
 /// Counters with their names, once for text and JSON.
-fn counters(status: &Status) -> [(&'static str, &'static str, u64); 15] {
+fn counters(status: &Status) -> [(&'static str, &'static str, u64); 17] {
     let counted = &status.counters;
     [
         ("puts", "objects sealed by clients", counted.puts),
