@@ -65,7 +65,7 @@ __all__ = [
 _MODULES = ("aio", "jax", "safetensors", "torch")
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> object:
     if name in _MODULES:
         from importlib import import_module
 
@@ -73,5 +73,5 @@ def __getattr__(name):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *_MODULES])

@@ -2,18 +2,19 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, TypeAlias, final, overload
 
 from numpy.typing import NDArray
 
 __version__: str
 
 # Anything with DLPack or the buffer protocol: numpy, torch, jax and cupy arrays, bytes, memoryview.
-Array = Any
+Array: TypeAlias = Any
 # "cpu", "cuda:N" as this process numbers devices, "gpu:N" as the node does; or an object that prints so.
-Device = Any
-ZeroCopy = Literal["preferred", "required"]
+Device: TypeAlias = Any
+ZeroCopy: TypeAlias = Literal["preferred", "required"]
 
+@final
 class Receipt:
     """How one get or put really moved its bytes."""
 
@@ -40,6 +41,7 @@ class Receipt:
     @property
     def replicas(self) -> int: ...
 
+@final
 class Stat:
     """What is known about an object without its bytes."""
 
@@ -56,6 +58,7 @@ class Stat:
     @property
     def holders(self) -> list[str]: ...
 
+@final
 class Tensor:
     """An array in the store, or a copy of one."""
 
@@ -93,6 +96,7 @@ class Tensor:
         copy: bool | None = None,
     ) -> Any: ...
 
+@final
 class Writer:
     """An object that is being written where it will stay."""
 
@@ -112,7 +116,7 @@ class Writer:
     def seal(self) -> None: ...
     def discard(self) -> None: ...
     def __enter__(self) -> Self: ...
-    def __exit__(self, kind: Any, value: Any, traceback: Any) -> None: ...
+    def __exit__(self, kind: object, value: object, traceback: object) -> None: ...
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]: ...
     def __dlpack_device__(self) -> tuple[int, int]: ...
     def __dlpack__(
@@ -124,6 +128,7 @@ class Writer:
         copy: bool | None = None,
     ) -> Any: ...
 
+@final
 class Store:
     """A connection to a node."""
 
@@ -272,7 +277,7 @@ class Store:
     def status(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...
-    def __exit__(self, *exception: Any) -> None: ...
+    def __exit__(self, *exception: object) -> None: ...
 
 def connect(socket: str | PathLike[str] | None = None, *, timeout: float = 30.0) -> Store: ...
 def embed(keys: list[tuple[str, str]], timeout: float) -> Store: ...

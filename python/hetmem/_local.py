@@ -1,5 +1,7 @@
 """A node inside this process: `hetmem.local`."""
 
+from __future__ import annotations
+
 import atexit
 import os
 import shutil
@@ -7,10 +9,24 @@ import weakref
 
 from . import _core
 
-_open = weakref.WeakSet()
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from os import PathLike
+
+_open: weakref.WeakSet[_core.Store] = weakref.WeakSet()
 
 
-def local(host="4GiB", gpu="auto", *, socket=None, listen="127.0.0.1:0", join=None, timeout=30.0, **keys):
+def local(
+    host: str | int = "4GiB",
+    gpu: str | int = "auto",
+    *,
+    socket: str | PathLike[str] | None = None,
+    listen: str = "127.0.0.1:0",
+    join: str | Iterable[str] | None = None,
+    timeout: float = 30.0,
+    **keys: str | int,
+) -> _core.Store:
     """Starts a node inside this process and connects to it; `close()`, the end of a `with` block, or the end of the process
     stops it.
 
@@ -44,13 +60,13 @@ def local(host="4GiB", gpu="auto", *, socket=None, listen="127.0.0.1:0", join=No
     return store
 
 
-def _remove(folder, made_by):
+def _remove(folder: str, made_by: int) -> None:
     # A forked child does not own it.
     if os.getpid() == made_by:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @atexit.register
-def _close_all():
+def _close_all() -> None:
     for store in list(_open):
         store.close()

@@ -53,9 +53,7 @@ class StorageWriter(storage.StorageWriter):
     def prepare_global_plan(self, plans):
         # Keys of its own for each save: objects under keys that exist keep their bytes.
         folder = f"{self.prefix}/data/{secrets.token_hex(8)}"
-        return [
-            dataclasses.replace(plan, storage_data=f"{folder}/{rank}") for rank, plan in enumerate(plans)
-        ]
+        return [dataclasses.replace(plan, storage_data=f"{folder}/{rank}") for rank, plan in enumerate(plans)]
 
     def write_data(self, plan, planner):
         results = []

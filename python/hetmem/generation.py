@@ -1,8 +1,17 @@
 """Versions of a whole state dict, each published at once: `hetmem.Generation`."""
 
+from __future__ import annotations
+
 import time
 
 from . import errors
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Any
+
+    from ._core import Array, Device, Store, Tensor
 
 
 class Generation:
@@ -19,30 +28,30 @@ class Generation:
     deleted when a newer one is published.
     """
 
-    def __init__(self, store, name, *, keep=2):
+    def __init__(self, store: Store, name: str, *, keep: int = 2) -> None:
         if keep < 1:
             raise errors.Invalid(f"invalid keep: {keep}: 1 or more versions are kept")
         self.store = store
         self.name = name
         self.keep = keep
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"hetmem.Generation({self.store!r}, {self.name!r})"
 
-    def _manifest(self, version):
+    def _manifest(self, version: int) -> str:
         # Sorts as numbers do.
         return f"{self.name}/versions/{version:020d}"
 
-    def versions(self):
+    def versions(self) -> list[int]:
         """The versions that are there, in order."""
         prefix = f"{self.name}/versions/"
         return [int(key[len(prefix) :]) for key in self.store.list(prefix)]
 
-    def latest(self):
+    def latest(self) -> int | None:
         """The newest version that is there; None if there is none."""
         return max(self.versions(), default=None)
 
-    def publish(self, state_dict, version=None, **keywords):
+    def publish(self, state_dict: Mapping[str, Array], version: int | None = None, **keywords: Any) -> int:
         """Publishes `state_dict`, a dict of names and arrays, and returns its version: `version`, or the one after the
         newest. Keywords as of `Store.put`.
 
@@ -74,7 +83,7 @@ class Generation:
             self.drop(old)
         return version
 
-    def drop(self, version):
+    def drop(self, version: int) -> bool:
         """Deletes a version; who has it keeps it. Returns whether it was there."""
         names = self._names(version)
         if names is None:
@@ -83,22 +92,23 @@ class Generation:
         self._delete(names.values())
         return existed
 
-    def _delete(self, keys):
+    def _delete(self, keys: Iterable[str]) -> None:
         for key in keys:
             try:
                 self.store.delete(key)
             except errors.Error:
                 pass  # What remains is found by no one, and the error that led here is the one to tell.
 
-    def _names(self, version):
+    def _names(self, version: int) -> dict[str, str] | None:
         import json
 
         try:
-            return json.loads(bytes(self.store.get(self._manifest(version))))["tensors"]
+            found: dict[str, str] = json.loads(bytes(self.store.get(self._manifest(version))))["tensors"]
+            return found
         except errors.NotFound:
             return None
 
-    def wait_for(self, version, timeout=30.0):
+    def wait_for(self, version: int, timeout: float = 30.0) -> int:
         """Waits until `version` or a newer one is there, at most `timeout` seconds; returns the newest.
 
         Raises hetmem.TimedOut.
@@ -117,7 +127,15 @@ class Generation:
             except errors.TimedOut:
                 pass
 
-    def get(self, version=None, *, newer_than=None, timeout=30.0, device=None, names=None):
+    def get(
+        self,
+        version: int | None = None,
+        *,
+        newer_than: int | None = None,
+        timeout: float = 30.0,
+        device: Device = None,
+        names: Iterable[str] | None = None,
+    ) -> tuple[int, dict[str, Tensor]]:
         """A version and its tensors: `(version, {name: hetmem.Tensor})`, of this version, or of the newest one, waiting at
         most `timeout` seconds until there is one newer than `newer_than`. `names`: only these.
 

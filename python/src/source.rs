@@ -155,11 +155,17 @@ impl Source {
         let shape = dims.ok_or_else(|| wrong(format!("a shape of {:?}", foreign.shape)))?;
         let len = shape.iter().try_fold(item, |len, dim| len.checked_mul(usize::try_from(*dim).ok()?));
         let len = len.ok_or_else(|| wrong(format!("a shape of {shape:?}")))?;
+        if foreign.data.is_null() && len > 0 {
+            return Err(wrong(format!("{len} bytes at no address")));
+        }
         let of_bytes = |stride: &i64| isize::try_from(*stride).ok()?.checked_mul(item.cast_signed());
         let strides: Option<Vec<isize>> = match &foreign.strides {
             Some(strides) => strides.iter().map(of_bytes).collect(),
             None => None,
         };
+        if foreign.strides.is_some() && strides.is_none() {
+            return Err(wrong(format!("strides of {:?}", foreign.strides)));
+        }
         let strides = strides.filter(|strides| !is_row_major(&shape, strides, item));
         Ok(Self {
             data: foreign.data,

@@ -16,8 +16,10 @@ TYPES = [
 
 
 def same(one, other):
-    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(
-        one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
     )
 
 

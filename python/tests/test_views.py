@@ -193,3 +193,54 @@ def test_jax(store, key):
         assert found.jax().dtype == given.dtype and (found.jax() == given).all()
     store.put(f"{key}/t", jnp.arange(12.0).reshape(3, 4).T)
     assert (jax.device_get(store.get(f"{key}/t").jax()) == numpy.arange(12.0).reshape(3, 4).T).all()
+
+
+class Hostile:
+    """A producer whose capsule says what it wants."""
+
+    def __init__(self, **fields):
+        self.managed = Versioned()
+        self.managed.major = fields.pop("major", 1)
+        self.shape = (ctypes.c_int64 * 2)(*fields.pop("shape", (2, 3)))
+        self.strides = (ctypes.c_int64 * 2)(*fields.pop("strides", (3, 1)))
+        self.bytes = ctypes.create_string_buffer(64)
+        tensor = self.managed.tensor
+        tensor.data = ctypes.addressof(self.bytes)
+        tensor.ndim, tensor.shape, tensor.strides = 2, self.shape, self.strides
+        tensor.device.kind, tensor.code, tensor.bits, tensor.lanes = 1, 2, 32, 1
+        for name, value in fields.items():
+            setattr(tensor, name, value)
+
+    def __dlpack_device__(self):
+        return (self.managed.tensor.device.kind, 0)
+
+    def __dlpack__(self, **keywords):
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        return new(ctypes.addressof(self.managed), b"dltensor_versioned", None)
+
+
+def test_hostile_capsules_are_refused(store, key):
+    store.put(key + "/good", Hostile())
+    assert store.get(key + "/good").shape == (2, 3)
+    for fields in (
+        {"major": 2},
+        {"ndim": -1},
+        {"ndim": 1000},
+        {"shape": (-1, 3)},
+        {"shape": (1 << 62, 1 << 62)},
+        {"strides": (1 << 62, 1)},
+        {"code": 3},
+        {"bits": 33},
+        {"lanes": 4},
+        {"data": None},
+        {"shape": None},
+    ):
+        if fields.get("shape", 0) is None:
+            hostile = Hostile()
+            hostile.managed.tensor.shape = ctypes.POINTER(ctypes.c_int64)()
+        else:
+            hostile = Hostile(**fields)
+        with pytest.raises((ValueError, BufferError)):
+            store.put(key, hostile)
+    assert not store.exists(key)
