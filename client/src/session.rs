@@ -437,6 +437,11 @@ impl Session for UnixSession {
                 return answers;
             };
             answers.push(ticket.and_then(|ticket| ticket.wait(timeout)));
+            if matches!(answers.last(), Some(Err(_))) && self.is_over() {
+                let rest = messages.get(answers.len()..).unwrap_or_default();
+                answers.extend(rest.iter().map(|message| Err(interrupted(message))));
+                return answers;
+            }
         }
     }
 }

@@ -1,23 +1,27 @@
 """torch.distributed.checkpoint in the store: `hetmem.torch.StorageWriter` and `StorageReader`."""
 
+from __future__ import annotations
+
 import dataclasses
 import io
 import pickle
 import secrets
+from typing import Any
 
 from torch.distributed.checkpoint import storage
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from . import errors
+from ._core import Store
 
 _METADATA = ".metadata"
 
 
-def _done(value):
-    future = Future()
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
     future.set_result(value)
     return future
 
@@ -31,31 +35,31 @@ class StorageWriter(storage.StorageWriter):
     checkpoint that was there under the prefix is replaced then. Keywords as of `Store.put`: `replicas=2` survives a node.
     """
 
-    def __init__(self, store, prefix, **keywords):
+    def __init__(self, store: Store, prefix: str, **keywords: Any) -> None:
         self.store = store
         self.prefix = prefix
         self.keywords = keywords
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id):
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return bool(str(checkpoint_id))
 
-    def reset(self, checkpoint_id=None):
+    def reset(self, checkpoint_id: Any = None) -> None:
         if checkpoint_id is not None:
             self.prefix = str(checkpoint_id)
 
-    def set_up_storage_writer(self, is_coordinator, *arguments, **keywords):
+    def set_up_storage_writer(self, is_coordinator: bool, *arguments: Any, **keywords: Any) -> None:
         pass
 
-    def prepare_local_plan(self, plan):
+    def prepare_local_plan(self, plan: Any) -> Any:
         return plan
 
-    def prepare_global_plan(self, plans):
+    def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
         # Keys of its own for each save: objects under keys that exist keep their bytes.
         folder = f"{self.prefix}/data/{secrets.token_hex(8)}"
         return [dataclasses.replace(plan, storage_data=f"{folder}/{rank}") for rank, plan in enumerate(plans)]
 
-    def write_data(self, plan, planner):
+    def write_data(self, plan: Any, planner: Any) -> Future[Any]:
         results = []
         for number, item in enumerate(plan.items):
             key = f"{plan.storage_data}/{number}"
@@ -70,7 +74,7 @@ class StorageWriter(storage.StorageWriter):
             results.append(WriteResult(index=item.index, size_in_bytes=length, storage_data=key))
         return _done(results)
 
-    def finish(self, metadata, results):
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         metadata.storage_data = {result.index: result.storage_data for rank in results for result in rank}
         metadata.storage_meta = self.storage_meta()
         key = f"{self.prefix}/{_METADATA}"
@@ -84,8 +88,8 @@ class StorageWriter(storage.StorageWriter):
         for old in replaced:
             self.store.delete(old)
 
-    def storage_meta(self):
-        return storage.StorageMeta(checkpoint_id=self.prefix)
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(checkpoint_id=self.prefix)
 
 
 class StorageReader(storage.StorageReader):
@@ -94,34 +98,34 @@ class StorageReader(storage.StorageReader):
     torch.distributed.checkpoint.load(state_dict, storage_reader=hetmem.torch.StorageReader(store, "run/100"))
     """
 
-    def __init__(self, store, prefix, *, timeout=None):
+    def __init__(self, store: Store, prefix: str, *, timeout: float | None = None) -> None:
         self.store = store
         self.prefix = prefix
         self.timeout = timeout
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id):
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return bool(str(checkpoint_id))
 
-    def reset(self, checkpoint_id=None):
+    def reset(self, checkpoint_id: Any = None) -> None:
         if checkpoint_id is not None:
             self.prefix = str(checkpoint_id)
 
-    def read_metadata(self, *arguments, **keywords):
+    def read_metadata(self, *arguments: Any, **keywords: Any) -> Metadata:
         found = pickle.loads(bytes(self.store.get(f"{self.prefix}/{_METADATA}", timeout=self.timeout)))
         assert isinstance(found, Metadata)
         return found
 
-    def set_up_storage_reader(self, metadata, is_coordinator, *arguments, **keywords):
-        self._keys = metadata.storage_data
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *arguments: Any, **keywords: Any) -> None:
+        self._keys: Any = metadata.storage_data
 
-    def prepare_local_plan(self, plan):
+    def prepare_local_plan(self, plan: Any) -> Any:
         return plan
 
-    def prepare_global_plan(self, plans):
+    def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
         return plans
 
-    def read_data(self, plan, planner):
+    def read_data(self, plan: Any, planner: Any) -> Future[None]:
         keys = [self._keys[item.storage_index] for item in plan.items]
         for item, found in zip(plan.items, self.store.get_many(keys, timeout=self.timeout), strict=True):
             if item.type == LoadItemType.BYTE_IO:

@@ -17,7 +17,10 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from . import errors
-from ._core import Device, Receipt, Store
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ._core import Device, Receipt, Store
 
 __all__ = ["TensorDataset", "get_state_dict", "load_state_dict", "put_state_dict"]
 

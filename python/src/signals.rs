@@ -17,6 +17,10 @@ pub(crate) fn is_over() -> bool {
     if rustix::thread::gettid() != rustix::process::getpid() {
         return false;
     }
+    // One interruption ends a call that asks many questions.
+    if RAISED.with_borrow(Option::is_some) {
+        return true;
+    }
     Python::attach(|py| match py.check_signals() {
         Ok(()) => false,
         Err(raised) => {

@@ -60,9 +60,9 @@ impl Source {
             }
             return Self::of_named(object);
         }
-        let plain =
+        let has_gradient =
             object.getattr_opt("requires_grad")?.is_some_and(|flag| flag.is_truthy().unwrap_or(false));
-        let detached = if plain { Some(object.call_method0("detach")?) } else { None };
+        let detached = if has_gradient { Some(object.call_method0("detach")?) } else { None };
         let object = detached.as_ref().unwrap_or(object);
         match Foreign::of(object) {
             Ok(Some(foreign)) => {

@@ -175,6 +175,7 @@ impl PyStore {
         let key = arguments::key(py, key)?;
         let store = self.store(py)?;
         let device = Device::parse(device)?;
+        let options = self.get_options(py, Getting { timeout, verify, keep }, zero_copy)?;
         if device == Device::Host
             && !verify
             && let Some(object) = store.get_here(&key).map_err(|error| to_python(py, &error))?
@@ -182,7 +183,6 @@ impl PyStore {
             let tensor = PyTensor::of(object);
             return if copy { tensor.copied(py) } else { Ok(tensor) };
         }
-        let options = self.get_options(py, Getting { timeout, verify, keep }, zero_copy)?;
         let tensor = if device == Device::Host {
             PyTensor::of(without_gil(py, || store.get_with(&key, &options))?)
         } else {

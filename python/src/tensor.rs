@@ -42,7 +42,12 @@ pub(crate) struct PyTensor {
     /// Where the buffer protocol finds them: an object of Python's does not move.
     dims: [isize; DIMS_MAX],
     strides: [isize; DIMS_MAX],
+    /// `len`, as a dimension.
+    byte_count: isize,
 }
+
+/// The stride of bytes.
+static ONE: isize = 1;
 
 impl PyTensor {
     /// A whole object, or the rows of it that were asked for.
@@ -76,8 +81,16 @@ impl PyTensor {
         dtype: DType,
         shape: impl Iterator<Item = isize>,
     ) -> Self {
-        let mut tensor =
-            Self { memory, start, len, dtype, ndim: 0, dims: [0; DIMS_MAX], strides: [0; DIMS_MAX] };
+        let mut tensor = Self {
+            memory,
+            start,
+            len,
+            dtype,
+            ndim: 0,
+            dims: [0; DIMS_MAX],
+            strides: [0; DIMS_MAX],
+            byte_count: len.cast_signed(),
+        };
         for (place, dim) in tensor.dims.iter_mut().zip(shape) {
             *place = dim;
             tensor.ndim += 1;
@@ -417,24 +430,28 @@ impl PyTensor {
                 tensor.dtype
             )));
         }
-        let described = wants(ffi::PyBUF_ND) && format.is_some();
+        // Elements that the protocol has no name for are bytes to whoever asks for no name.
+        let (dims, strides, item_len) = match format {
+            Some(_) => (tensor.dims(), tensor.strides.as_ptr(), tensor.item_len()),
+            None => (std::slice::from_ref(&tensor.byte_count), &raw const ONE, 1),
+        };
+        let pointer =
+            |wanted: bool, to: *const isize| if wanted { to.cast_mut() } else { std::ptr::null_mut() };
+        let described = wants(ffi::PyBUF_ND);
         // SAFETY: `view` is Python's to fill in. What is pointed to is the tensor's own, which `obj` keeps alive and
         // in its place; nobody writes through the pointers, whose types are C's.
         unsafe {
             (*view).buf = tensor.address().cast();
             (*view).len = tensor.len.cast_signed();
-            (*view).itemsize = if format.is_some() { tensor.item_len().cast_signed() } else { 1 };
+            (*view).itemsize = item_len.cast_signed();
             (*view).readonly = 1;
-            (*view).ndim = if described { c_int::try_from(tensor.ndim).unwrap_or(0) } else { 1 };
+            (*view).ndim = if described { c_int::try_from(dims.len()).unwrap_or(0) } else { 1 };
             (*view).format = match format {
                 Some(format) if wants(ffi::PyBUF_FORMAT) => format.as_ptr().cast_mut(),
                 _ => std::ptr::null_mut(),
             };
-            (*view).shape = if described { tensor.dims.as_ptr().cast_mut() } else { std::ptr::null_mut() };
-            (*view).strides = match described && wants(ffi::PyBUF_STRIDES) {
-                true => tensor.strides.as_ptr().cast_mut(),
-                false => std::ptr::null_mut(),
-            };
+            (*view).shape = pointer(described, dims.as_ptr());
+            (*view).strides = pointer(wants(ffi::PyBUF_STRIDES), strides);
             (*view).suboffsets = std::ptr::null_mut();
             (*view).internal = std::ptr::null_mut();
             (*view).obj = slf.into_any().into_ptr();

@@ -105,7 +105,11 @@ impl PyWriter {
 
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
         let open = match std::mem::replace(&mut *self.state.lock(), State::Over(None)) {
-            State::Open(open) => open,
+            State::Open(open) if open.is_here() => open,
+            State::Open(_) => {
+                let why = "the writer belongs to the parent of this forked process, which seals it";
+                return Err(to_python(py, &StoreError::stale("seal", &self.key, why)));
+            }
             over @ State::Over(_) => {
                 *self.state.lock() = over;
                 return Ok(());

@@ -73,6 +73,17 @@ fn a_wait_ends_when_its_hook_says_so() {
         assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
         assert!(error.to_string().contains("never"), "{error}");
     }
+    // One interruption is for all questions of a call: a node that answers nothing is waited for no more.
+    let pid = rustix::process::Pid::from_raw(node.pid().cast_signed()).expect("a process");
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).expect("stopped");
+    let keys: Vec<_> = (0..3_000).map(|number| key(&format!("none-{number}"))).collect();
+    let kinds: Vec<_> = store
+        .get_many(&keys)
+        .iter()
+        .map(|found| found.as_ref().map_err(|error| error.kind()).err())
+        .collect();
+    rustix::process::kill_process(pid, rustix::process::Signal::CONT).expect("continued");
+    assert!(kinds.iter().all(|kind| *kind == Some(ErrorKind::Busy)) && kinds.len() == 3_000);
     // The session goes on.
     put(&store, "after");
     assert!(store.exists(&key("after")).expect("asked"));
