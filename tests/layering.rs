@@ -31,6 +31,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("hetmem-client", &["hetmem-core", "hetmem-host-mem", "hetmem-gpu-mem"]),
     ("hetmem-formats", &["hetmem-core"]),
     ("hetmem-cli", LIBRARIES),
+    ("hetmem-python", LIBRARIES),
     ("hetmem-tests", LIBRARIES),
     // A test-only member: it runs kernels through their twins.
     ("hetmem-standin-cuda", &["hetmem-kernels"]),

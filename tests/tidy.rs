@@ -32,6 +32,7 @@ const UNSAFE_FILES: &[&str] = &[
     "host-mem/src/copy.rs",
     "host-mem/src/file.rs",
     "host-mem/src/mapping.rs",
+    "host-mem/src/private.rs",
     "host-mem/src/segment.rs",
     "host-mem/src/view.rs",
     // Registered regions that the kernel and peers read and write.
@@ -56,6 +57,13 @@ const UNSAFE_FILES: &[&str] = &[
     "transport/verbs/src/queue.rs",
     // The promise that a segment's mapping outlives its registration.
     "node/src/memory.rs",
+    // Python's buffer protocol and DLPack: structures that C reads and writes, memory of others, forked children.
+    "python/src/dlpack.rs",
+    "python/src/fork.rs",
+    "python/src/gpu.rs",
+    "python/src/source.rs",
+    "python/src/tensor.rs",
+    "python/src/writer.rs",
     // The stand-in libcuda: names for C, pointers from C, mappings, copies, an ioctl; its tests call it.
     "tests/standin-cuda/src/call.rs",
     "tests/standin-cuda/src/dma_buf.rs",

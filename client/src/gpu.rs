@@ -224,6 +224,21 @@ impl GpuSegments {
         Ok(device)
     }
 
+    /// The tier that is on a device of this process.
+    fn tier_of(&self, ordinal: u16) -> Result<Tier, StoreError> {
+        let gpus = self.gpus.lock().get_or_insert_with(Gpus::open).clone()?;
+        let what = || format!("device {ordinal} of this process");
+        let device = gpus.probe().devices.iter().find(|device| device.ordinal == ordinal);
+        let uuid = device.map(|device| &device.uuid).ok_or_else(|| {
+            StoreError::unavailable(what(), "there is no such device: see CUDA_VISIBLE_DEVICES")
+        })?;
+        let tier = self.tiers.iter().find(|tier| tier.uuid == *uuid);
+        tier.map(|tier| Tier::Gpu(tier.ordinal)).ok_or_else(|| {
+            let why = format!("the node has no tier on {uuid}: see the key gpu, and hetmem doctor");
+            StoreError::unavailable(what(), why)
+        })
+    }
+
     /// Lets go of segments that the node has retired, as soon as nobody uses them.
     pub(crate) fn release(&self, segment: SegmentId) {
         self.read.write().remove(&segment);
@@ -313,6 +328,14 @@ impl Store {
             }
             placed => placed,
         }
+    }
+
+    /// The node's tier on a device that this process numbers `ordinal`.
+    ///
+    /// # Errors
+    /// [`hetmem_core::ErrorKind::Unavailable`] if there is no such device, or no tier on it.
+    pub fn tier_of_device(&self, ordinal: u16) -> Result<Tier, StoreError> {
+        self.shared.gpu.tier_of(ordinal)
     }
 
     fn in_tier(&self, key: &Key, hint: TierHint, options: &GetOptions) -> Result<Placed, StoreError> {

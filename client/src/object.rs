@@ -85,11 +85,22 @@ impl Object {
         &self.held.entry.extent
     }
 
-    pub(crate) fn shared(&self) -> &Shared {
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.held.shared
     }
 
-    pub(crate) fn tier(&self) -> Tier {
+    /// Keeps only `len_bytes` bytes from `start` of what there is.
+    ///
+    /// # Errors
+    /// [`hetmem_core::ErrorKind::Invalid`] if any of them lies outside.
+    pub fn slice(mut self, start: u64, len_bytes: u64) -> Result<Self, StoreError> {
+        self.held.entry.extent = self.held.entry.extent.slice(start, len_bytes)?;
+        Ok(self)
+    }
+
+    /// Where it is on this node.
+    #[must_use]
+    pub fn tier(&self) -> Tier {
         self.held.entry.tier
     }
 

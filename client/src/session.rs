@@ -10,7 +10,7 @@ use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::io::{self, IoSlice};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -29,6 +29,9 @@ use rustix::net::{SendAncillaryBuffer, SendFlags};
 /// How long a receive blocks before its caller looks at the clock again. Shorter waits poll first, so that a
 /// timeout is exact and a wait without one costs a single system call.
 const RECEIVE_TICK: Duration = Duration::from_secs(1);
+
+/// How long a caller whom another one reads for sleeps before it asks whether it is to stop, if it is to ask.
+const SLEEP_TICK: Duration = Duration::from_millis(100);
 
 /// How long a caller looks for its answer before it sleeps, giving way to whoever wants the core. Two cores of one
 /// machine wake each other in 20 to 40 us; most answers take 3.
@@ -49,6 +52,8 @@ pub struct UnixSession {
     next_request: AtomicU64,
     desk: Mutex<Desk>,
     late: OnceLock<LateHook>,
+    /// Whether whoever waits in this process is to stop; see [`UnixSession::interrupt_when`].
+    is_over: OnceLock<fn() -> bool>,
 }
 
 /// Who waits, and who reads.
@@ -131,12 +136,28 @@ impl UnixSession {
             next_request: AtomicU64::new(1),
             desk: Mutex::new(Desk { reader: Some(reader), slots: HashMap::new(), lost: None }),
             late: OnceLock::new(),
+            is_over: OnceLock::new(),
         })
     }
 
     /// Says what to do with late answers; only the first call counts. Without it their descriptors are closed.
     pub(crate) fn on_late(&self, hook: LateHook) {
         let _ = self.late.set(hook);
+    }
+
+    /// Has waiting calls ask `is_over` after a signal, and between two ticks; only the first call counts.
+    pub(crate) fn interrupt_when(&self, is_over: fn() -> bool) {
+        let _ = self.is_over.set(is_over);
+    }
+
+    /// The socket.
+    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// Whether to stop waiting. Whoever asks holds no lock: the answer may need one of the caller's.
+    fn is_over(&self) -> bool {
+        self.is_over.get().is_some_and(|is_over| is_over())
     }
 
     /// Sends a question.
@@ -303,7 +324,11 @@ impl UnixSession {
                 Ok(0) => return Err("the connection was closed".into()),
                 Ok(len) => return reader.decode(len).map(Some),
                 Err(error) => match error.kind() {
-                    io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted => {}
+                    io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted => {
+                        if self.is_over.get().is_some() {
+                            return Ok(None);
+                        }
+                    }
                     io::ErrorKind::InvalidData => {
                         let remedy = "raise the limit of open files (ulimit -n) if descriptors were lost";
                         return Err(format!("a packet could not be received: {error} ({remedy})").into());
@@ -412,6 +437,11 @@ impl Session for UnixSession {
                 return answers;
             };
             answers.push(ticket.and_then(|ticket| ticket.wait(timeout)));
+            if matches!(answers.last(), Some(Err(_))) && self.is_over() {
+                let rest = messages.get(answers.len()..).unwrap_or_default();
+                answers.extend(rest.iter().map(|message| Err(interrupted(message))));
+                return answers;
+            }
         }
     }
 }
@@ -495,14 +525,29 @@ impl Ticket<'_> {
             if let Some(mut reader) = desk.reader.take() {
                 drop(desk);
                 let received = session.receive(&mut reader, deadline);
+                let nothing = matches!(received, Ok(None));
                 session.settle(session.desk.lock(), reader, received);
+                if nothing && session.is_over() {
+                    return Err(interrupted(self.message));
+                }
                 desk = session.desk.lock();
             } else if let Some(slot) = desk.slots.get_mut(&self.request) {
                 slot.owner_waits = true;
                 let owner = Arc::clone(&slot.owner);
-                owner.wait_until(&mut desk, deadline);
+                // A sleeper hears of no signal.
+                let tick = session.is_over.get().map(|_| Instant::now() + SLEEP_TICK);
+                let woken = !owner
+                    .wait_until(&mut desk, tick.map_or(deadline, |tick| tick.min(deadline)))
+                    .timed_out();
                 if let Some(slot) = desk.slots.get_mut(&self.request) {
                     slot.owner_waits = false;
+                }
+                if tick.is_some() && !woken {
+                    drop(desk);
+                    if session.is_over() {
+                        return Err(interrupted(self.message));
+                    }
+                    desk = session.desk.lock();
                 }
             }
         }
@@ -539,6 +584,10 @@ impl Reader {
         let answer = reply.map(|reply| Answer { reply, descriptors });
         Ok((header.request, answer))
     }
+}
+
+fn interrupted(message: &ClientMessage) -> StoreError {
+    StoreError::busy(format!("{} {:?}", message.name(), subject(message)), "the wait was interrupted")
 }
 
 fn timed_out(message: &ClientMessage, timeout: Duration) -> StoreError {

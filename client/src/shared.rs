@@ -14,6 +14,7 @@ use hetmem_host_mem::{Answer, ClientPage, IndexReader, Session, WriteMapping};
 use crate::ahead::Ahead;
 use crate::gpu::GpuSegments;
 use crate::options::PutOutcome;
+use crate::private::SegmentFiles;
 use crate::reservation::Written;
 use crate::segments::{Grants, ReadMappings};
 use crate::session::UnixSession;
@@ -24,6 +25,7 @@ pub(crate) struct Shared {
     pub(crate) segments: ReadMappings,
     pub(crate) grants: Grants,
     pub(crate) gpu: GpuSegments,
+    pub(crate) files: SegmentFiles,
     pub(crate) ahead: Ahead,
     pub(crate) index: IndexReader,
     pub(crate) session: Link,
@@ -170,6 +172,7 @@ impl Shared {
             self.segments.release(segment)?;
             self.grants.release(segment);
             self.gpu.release(segment);
+            self.files.release(segment);
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 //! Not the socket and not the mappings. Invariant: what the node answers is checked before it is used.
 
 use std::fmt;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,6 +19,7 @@ use crate::late;
 use crate::list::Listing;
 use crate::object::Object;
 use crate::options::{ConnectOptions, GetOptions, PutOptions, PutOutcome, Stat, ZeroCopy};
+use crate::private::SegmentFiles;
 use crate::reservation::{Reservation, Reserved, Written, check_len};
 use crate::segments::{Grants, ReadMappings};
 use crate::session::UnixSession;
@@ -93,6 +94,7 @@ impl Store {
                 segments: ReadMappings::new(),
                 grants: Grants::default(),
                 gpu: GpuSegments::of(gpus),
+                files: SegmentFiles::default(),
                 ahead: Ahead::default(),
                 index: IndexReader::map(index)?,
                 session,
@@ -147,6 +149,33 @@ impl Store {
     pub fn get_range(&self, key: &Key, start: u64, len_bytes: u64) -> Result<Object, StoreError> {
         let options = GetOptions { range: Some(Range { start, len_bytes }), ..GetOptions::default() };
         self.get_with(key, &options)
+    }
+
+    /// An object, if it is in host memory of this node, without asking anybody.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] when this client holds more objects than it has pins.
+    pub fn get_here(&self, key: &Key) -> Result<Option<Object>, StoreError> {
+        self.local(key).transpose()
+    }
+
+    /// Has calls that wait for the node ask `is_over` once a signal has interrupted them, and every second; where it
+    /// says yes they end at once with [`ErrorKind::Busy`]. It is asked without a lock held. Only the first call counts,
+    /// and a node in this process is not asked.
+    pub fn interrupt_when(&self, is_over: fn() -> bool) {
+        if let Link::Unix(session) = &self.shared.session {
+            session.interrupt_when(is_over);
+        }
+    }
+
+    /// The descriptor of the node's socket, if there is one. A process that was forked from this one must not speak on
+    /// it, and closes it lest the node think that this client lives.
+    #[must_use]
+    pub fn socket(&self) -> Option<BorrowedFd<'_>> {
+        match &self.shared.session {
+            Link::Unix(session) => Some(session.socket()),
+            Link::Other(_) => None,
+        }
     }
 
     /// Many objects: those on this node in place, the others asked for all at once, which costs a few messages and

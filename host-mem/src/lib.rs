@@ -27,6 +27,8 @@ mod page;
 #[cfg(not(loom))]
 mod pages;
 #[cfg(not(loom))]
+mod private;
+#[cfg(not(loom))]
 mod reserve;
 #[cfg(not(loom))]
 mod segment;
@@ -49,6 +51,7 @@ pub use {
     index::{Found, IndexEntry, IndexMemory, IndexReader, IndexWriter, Pinned},
     page::{ClientPage, NodePage, PAGE_LEN, PINS},
     pages::{PageKind, PagePolicy, PagesReport, pages_report},
+    private::PrivateView,
     reserve::Reserve,
     ring::{AheadChunk, AheadClaim, NodeRing, ProducerRing, Refused, Signals},
     segment::{Segment, SegmentOwner},

@@ -13,6 +13,7 @@ mod kill_nodes;
 mod leaks;
 mod limits;
 mod locations;
+mod private;
 mod public_defects;
 mod readers;
 mod receipts;

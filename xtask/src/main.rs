@@ -21,13 +21,14 @@ use tally::Tally;
 use workspace::Workspace;
 
 const USAGE: &str = "\
-usage: cargo xtask test [--only STEP[,STEP...]] [--list]
+usage: cargo xtask test [--with-torch] [--only STEP[,STEP...]] [--list]
        cargo xtask simulate (--seeds N | --hours N) [--from S]
        cargo xtask mutants [WORDS]
        cargo xtask kernels [--check]
        cargo xtask gpu-kit [--check]
 
 test      runs every step in order, to the end, and closes with `N passed, N failed, N skipped`.
+          --with-torch lets the step python install torch, 2 GB to download, and run its tests with it.
           HETMEM_REQUIRE=STEP[,STEP...] makes a skip of these steps a failure.
 simulate  runs the simulation on seeds S, S+1, ... (S is 0 if not given), N of them or for N hours.
 mutants   plants known bugs, one at a time, in a copy of the workspace, and lets the simulation find them;
@@ -39,7 +40,11 @@ gpu-kit   makes target/gpu-kit, a folder that runs the GPU tests and benches on 
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let mut arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let given = arguments.len();
+    arguments.retain(|argument| *argument != "--with-torch");
+    let with_torch = arguments.len() < given;
+    let find = || Workspace::find().map(|workspace| workspace.with_torch(with_torch));
     let result = match arguments.as_slice() {
         ["test", "--list"] => {
             for step in STEPS {
@@ -47,9 +52,9 @@ fn main() -> ExitCode {
             }
             Ok(true)
         }
-        ["test"] => Workspace::find().map(|workspace| test(&workspace, STEPS)),
+        ["test"] => find().map(|workspace| test(&workspace, STEPS)),
         ["test", "--only", names] => {
-            select(names).and_then(|chosen| Workspace::find().map(|workspace| test(&workspace, &chosen)))
+            select(names).and_then(|chosen| find().map(|workspace| test(&workspace, &chosen)))
         }
         ["simulate", options @ ..] => seeds(options)
             .and_then(|(run, from)| Workspace::find().and_then(|w| steps::simulate(&w, &run, from))),

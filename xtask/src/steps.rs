@@ -47,6 +47,7 @@ pub(crate) const STEPS: &[Step] = &[
         what: "RDMA over real libibverbs, soft RoCE and iWARP in virtual machines",
         run: vm::verbs,
     },
+    Step { name: "python", what: "the wheel, in a clean environment: tests and examples", run: python::step },
     Step { name: "safetensors", what: "round trips against the official Python package", run: safetensors },
 ];
 
@@ -127,7 +128,10 @@ fn safetensors(workspace: &Workspace) -> Report {
     if !script.exists() {
         return Report::skipped("tests/safetensors_interop.py is not there");
     }
-    let interpreter = match python::with_packages(&workspace.target, &["safetensors", "numpy", "ml_dtypes"]) {
+    let interpreter = match python::with_packages(
+        &workspace.target.join("xtask-python"),
+        &["safetensors", "numpy", "ml_dtypes"],
+    ) {
         Ok(interpreter) => interpreter,
         Err(why) => return Report::skipped(why),
     };

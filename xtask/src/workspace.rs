@@ -12,6 +12,8 @@ pub(crate) struct Workspace {
     pub(crate) root: PathBuf,
     /// Where cargo puts what it builds.
     pub(crate) target: PathBuf,
+    /// Whether the Python tests are to have torch, which is 2 GB to download.
+    pub(crate) with_torch: bool,
     metadata: Value,
 }
 
@@ -29,9 +31,14 @@ impl Workspace {
             serde_json::from_slice(&output.stdout).map_err(|error| format!("cargo metadata: {error}"))?;
         let path = |field: &str| metadata[field].as_str().map(PathBuf::from);
         match (path("workspace_root"), path("target_directory")) {
-            (Some(root), Some(target)) => Ok(Self { root, target, metadata }),
+            (Some(root), Some(target)) => Ok(Self { root, target, with_torch: false, metadata }),
             _ => Err("cargo metadata: no workspace_root or target_directory in its answer".to_owned()),
         }
+    }
+
+    /// The same, with torch for the Python tests or without.
+    pub(crate) fn with_torch(self, with_torch: bool) -> Self {
+        Self { with_torch, ..self }
     }
 
     /// Whether a package has a program of this name.
