@@ -3,21 +3,27 @@
 //!
 //! Arguments: the node's socket, a mode, a key. `get`: gets the object on gpu:0, compares all bytes with what the tests
 //! put under this key, and writes `same` and the receipt's path. `host`: the same through host memory. `hold`: gets the
-//! object on gpu:0 and reserves as much beside it, writes `holding`, and waits until its standard input closes.
+//! object on gpu:0 and reserves as much beside it, writes `holding`, and waits until its standard input closes. `compare`:
+//! gets the objects KEY-0, KEY-1 and so on, as many as there are, again and again, on gpu:0 and in host memory by turns, and
+//! compares all their bytes, until its standard input closes; then writes how many it got.
 
 use std::io::{Read as _, Write as _};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use hetmem_client::{GetOptions, GpuReserved, Key, ObjectMeta, Placed, PutOptions, Store, StoreError, Tier};
+use hetmem_client::{
+    GetOptions, GpuObject, GpuReserved, Key, ObjectMeta, Placed, PutOptions, Store, StoreError, Tier,
+    TierHint,
+};
 use hetmem_gpu_mem::{HostMemory, Memory, PinnedBuffer, Span};
 use hetmem_tests::content::{bytes_of, key};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [socket, mode, name] = &arguments[..] else {
-        say("usage: SOCKET get|host|hold KEY");
+        say("usage: SOCKET get|host|hold|compare KEY");
         return ExitCode::from(2);
     };
     match run(Path::new(socket), mode, name) {
@@ -46,6 +52,7 @@ fn run(socket: &Path, mode: &str, name: &str) -> Result<(), StoreError> {
             say(&object.receipt().path.to_string());
             Ok(())
         }
+        "compare" => compare(&store, name),
         _ => hold(&store, &key),
     }
 }
@@ -54,6 +61,13 @@ fn get(store: &Store, key: &Key, name: &str) -> Result<(), StoreError> {
     let Placed::Gpu(object) = store.get_in(key, Tier::Gpu(0), &GetOptions::default())? else {
         return Err(StoreError::protocol("it is in host memory"));
     };
+    let bytes = copied(&object)?;
+    say(if bytes == bytes_of(name, bytes.len(), 0) { "same" } else { "other bytes" });
+    say(&object.receipt().path.to_string());
+    Ok(())
+}
+
+fn copied(object: &GpuObject) -> Result<Vec<u8>, StoreError> {
     let target = Arc::new(PinnedBuffer::new(object.device(), object.len_bytes())?);
     let to = Span::new(Memory::Host(Arc::clone(&target) as Arc<dyn HostMemory>), 0, object.len_bytes())?;
     let stream = object.device().stream()?;
@@ -61,9 +75,37 @@ fn get(store: &Store, key: &Key, name: &str) -> Result<(), StoreError> {
     stream.synchronize()?;
     let mut bytes = vec![0; usize::try_from(object.len_bytes()).unwrap_or_default()];
     target.read(0, &mut bytes)?;
-    say(if bytes == bytes_of(name, bytes.len(), 0) { "same" } else { "other bytes" });
-    say(&object.receipt().path.to_string());
-    Ok(())
+    Ok(bytes)
+}
+
+fn compare(store: &Store, prefix: &str) -> Result<(), StoreError> {
+    let listed = store.list(&format!("{prefix}-"));
+    let names: Vec<String> =
+        listed.map(|listed| Ok(listed?.key.to_string())).collect::<Result<_, StoreError>>()?;
+    let over = AtomicBool::new(false);
+    let mut count = 0_usize;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let _ = std::io::stdin().read_to_end(&mut Vec::new());
+            over.store(true, Ordering::Release);
+        });
+        while !over.load(Ordering::Acquire) {
+            // Some more often than others, each by either way.
+            let name = &names[count.pow(2) / 3 % names.len()];
+            let tier = if count.is_multiple_of(3) { Tier::Host } else { Tier::Gpu(0) };
+            let hint = TierHint { tier, or_host: true };
+            let bytes = match store.get_in(&Key::new(name)?, hint, &GetOptions::default())? {
+                Placed::Host(object) => object.to_vec(),
+                Placed::Gpu(object) => copied(&object)?,
+            };
+            if bytes != bytes_of(name, bytes.len(), 0) {
+                return Err(StoreError::corrupt(name, "other bytes than were put"));
+            }
+            count += 1;
+        }
+        say(&count.to_string());
+        Ok(())
+    })
 }
 
 fn hold(store: &Store, key: &Key) -> Result<(), StoreError> {

@@ -12,7 +12,7 @@ use hetmem_client::{
     ErrorKind, GetOptions, ObjectMeta, Path as By, PutOptions, Receipt, Store, StoreError, Tier,
 };
 use hetmem_tests::content::{bytes_of, key};
-use hetmem_tests::daemon::{Serve, binary, eventually};
+use hetmem_tests::daemon::{Daemon, Serve, binary, eventually};
 
 const SMALL: usize = 1_000;
 const LARGE: usize = 3 << 20;
@@ -170,42 +170,40 @@ fn what_an_owner_pushes_comes_over_verbs_and_receipts_say_so() {
     assert_eq!(by_and_over(&read), (By::Read, Some("verbs")));
 }
 
-/// Software devices take no memory of another device: what is on a GPU passes through host memory, which is said once
-/// for each segment, with the reason, and in receipts. The GPUs are those of the stand-in driver.
-#[test]
-fn objects_of_gpus_that_an_adapter_does_not_reach_pass_through_host_memory() {
-    let Some(lab) = Lab::enter() else { return };
-    let library = std::env::var("HETMEM_TEST_STANDIN_CUDA").expect("whoever names a device names this too");
-    let folder = tempfile::tempdir().expect("a folder");
-    for name in ["libcuda.so", "libcuda.so.1"] {
-        std::os::unix::fs::symlink(&library, folder.path().join(name)).expect("a link");
+/// GPUs of the stand-in driver, for processes that find it in this folder.
+struct Gpus {
+    folder: tempfile::TempDir,
+}
+
+impl Gpus {
+    fn standing_in() -> Self {
+        let library =
+            std::env::var("HETMEM_TEST_STANDIN_CUDA").expect("whoever names a device names this too");
+        let folder = tempfile::tempdir().expect("a folder");
+        for name in ["libcuda.so", "libcuda.so.1"] {
+            std::os::unix::fs::symlink(&library, folder.path().join(name)).expect("a link");
+        }
+        Self { folder }
     }
-    let libraries = folder.path().display().to_string();
-    let node = |name: &str| {
-        lab.node(folder.path(), name, "verbs").flag("gpu", "16MiB").env("LD_LIBRARY_PATH", &libraries)
-    };
-    let owner = node("owner").start();
-    let reader = node("reader").join(&owner.address).start();
-    for said in [&owner, &reader] {
-        said.says("memory of device 0: reads and writes, out of it and into it, FAIL");
-        said.says("it has to be staged through host memory");
+
+    fn libraries(&self) -> String {
+        self.folder.path().display().to_string()
     }
-    let (put_at, get_at) = (owner.connect(), reader.connect());
-    for (name, len, path) in [("small", SMALL, By::Eager), ("large", LARGE, By::Read)] {
-        let options = PutOptions { tier: Some(Tier::Gpu(0).into()), ..PutOptions::default() };
-        let meta = ObjectMeta::bytes(len as u64).expect("a length");
-        put_at.put_with(&key(name), meta, &bytes_of(name, len, 0), &options).expect("room");
-        let receipt = get(&get_at, name, len, 0).expect(name);
-        assert_eq!(by_and_over(&receipt), (path, Some("verbs")));
-        assert_eq!((receipt.from.tier, receipt.staged_bytes), (Some(Tier::Gpu(0)), len as u64));
-        // From GPU to GPU, and back to a file.
-        let file = folder.path().join("bytes");
+
+    fn node(&self, lab: &Lab, name: &str, fabric: &str) -> Serve {
+        let node = lab.node(self.folder.path(), name, fabric).flag("gpu", "16MiB");
+        node.env("LD_LIBRARY_PATH", &self.libraries())
+    }
+
+    /// Gets an object in GPU memory, by a process that writes it to a file; what that says of how its bytes came.
+    fn get_on_gpu(&self, node: &Daemon, name: &str, len: usize) -> String {
+        let file = self.folder.path().join("bytes");
         let output = Command::new(binary())
-            .args(["get", name, "--tier", "gpu:0", "--receipt", "--output"])
+            .args(["get", name, "--tier", "gpu:0", "--receipt", "--json", "--output"])
             .arg(&file)
             .arg("--socket")
-            .arg(&reader.socket)
-            .env("LD_LIBRARY_PATH", &libraries)
+            .arg(&node.socket)
+            .env("LD_LIBRARY_PATH", self.libraries())
             .output()
             .expect("hetmem runs");
         let said = String::from_utf8_lossy(&output.stderr);
@@ -214,8 +212,80 @@ fn objects_of_gpus_that_an_adapter_does_not_reach_pass_through_host_memory() {
             std::fs::read(&file).expect("the file") == bytes_of(name, len, 0),
             "{name} by way of two GPUs"
         );
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+}
+
+fn put_on_gpu(store: &Store, name: &str, len: usize) {
+    let options = PutOptions { tier: Some(Tier::Gpu(0).into()), ..PutOptions::default() };
+    let meta = ObjectMeta::bytes(len as u64).expect("a length");
+    store.put_with(&key(name), meta, &bytes_of(name, len, 0), &options).expect("room");
+}
+
+/// Software devices take no memory of another device: what is on a GPU passes through host memory, which is said once
+/// for each segment, with the reason, and in receipts.
+#[test]
+fn gpu_memory_that_an_adapter_refuses_is_staged_in_host_memory() {
+    let Some(lab) = Lab::enter() else { return };
+    let gpus = Gpus::standing_in();
+    let owner = gpus.node(&lab, "owner", "verbs").start();
+    let reader = gpus.node(&lab, "reader", "verbs").join(&owner.address).start();
+    for said in [&owner, &reader] {
+        said.says("memory of device 0: reads and writes, out of it and into it, FAIL");
+        said.says("it has to be staged through host memory");
+    }
+    let (put_at, get_at) = (owner.connect(), reader.connect());
+    for (name, len, path) in [("small", SMALL, By::Eager), ("large", LARGE, By::Read)] {
+        put_on_gpu(&put_at, name, len);
+        let receipt = get(&get_at, name, len, 0).expect(name);
+        assert_eq!(by_and_over(&receipt), (path, Some("verbs")));
+        assert_eq!((receipt.from.tier, receipt.staged_bytes), (Some(Tier::Gpu(0)), len as u64));
+        let receipts = gpus.get_on_gpu(&reader, name, len);
+        assert!(receipts.contains(&format!("\"staged_bytes\": {len}")), "{receipts}");
     }
     owner.says("its bytes pass through host memory");
+}
+
+/// The same GPUs, with addresses that software devices register as host memory: what nvidia-peermem makes of those of a GPU.
+/// Nothing is staged then, and the GPU is flushed before anybody hears of what was written there.
+#[test]
+fn gpu_memory_that_an_adapter_takes_is_read_and_written_by_it() {
+    let Some(lab) = Lab::enter() else { return };
+    for (fabric, path) in [("verbs", By::Read), ("verbs-push", By::Push)] {
+        let gpus = Gpus::standing_in();
+        let log = gpus.folder.path().join("calls");
+        let node = |name: &str, fabric: &str| {
+            gpus.node(&lab, name, fabric)
+                .env("HETMEM_STANDIN_PEER_MEMORY", "1")
+                .env("HETMEM_STANDIN_WITHOUT", "dma-buf")
+                .env("HETMEM_STANDIN_LOG", &log.display().to_string())
+        };
+        let owner = node("owner", fabric).start();
+        let reader = node("reader", "verbs").join(&owner.address).start();
+        for said in [&owner, &reader] {
+            said.says(
+                "proof=memory of device 0: reads out of it work, reads into it work, writes out of it work",
+            );
+        }
+        let (put_at, get_at) = (owner.connect(), reader.connect());
+        let flushes = || {
+            let log = std::fs::read_to_string(&log).expect("the log");
+            let of_reader = format!("{} cuFlushGPUDirectRDMAWrites", reader.pid());
+            log.lines().filter(|line| line.starts_with(&of_reader)).count()
+        };
+        put_on_gpu(&put_at, "large", LARGE);
+        put_on_gpu(&put_at, "other", LARGE + 5);
+        owner.says("memory of a device is registered");
+        // Into host memory: nobody flushes for that.
+        let before = flushes();
+        let receipt = get(&get_at, "other", LARGE + 5, 0).expect("other");
+        assert_eq!((by_and_over(&receipt), receipt.staged_bytes), ((path, Some("verbs")), 0));
+        assert_eq!((receipt.from.tier, flushes()), (Some(Tier::Gpu(0)), before));
+        let receipts = gpus.get_on_gpu(&reader, "large", LARGE);
+        assert!(receipts.contains("\"staged_bytes\": 0"), "{receipts}");
+        assert_eq!(flushes(), before + 1, "once, before the object was there");
+        assert_eq!(get_at.stat(&key("large")).expect("it was kept").tier, Some(Tier::Gpu(0)));
+    }
 }
 
 #[test]

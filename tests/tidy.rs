@@ -21,7 +21,10 @@ const UNSAFE_FILES: &[&str] = &[
     "gpu-mem/src/driver.rs",
     "gpu-mem/src/foreign.rs",
     "gpu-mem/src/host.rs",
+    "gpu-mem/src/kernels.rs",
+    "gpu-mem/src/launches.rs",
     "gpu-mem/src/physical.rs",
+    "gpu-mem/src/reach.rs",
     "gpu-mem/src/stream.rs",
     "gpu-mem/src/table.rs",
     // Mappings, and memory that other processes write.

@@ -1,16 +1,13 @@
-//! Objects of GPU memory on their way to a file: copied to pinned host memory in pieces, and compared with their checksums.
-//! Not how they came to the GPU (`hetmem_client`). Invariant: while one piece is handed out, the next is being copied, into
-//! the other buffer.
+//! Objects of GPU memory on their way to a file: copied to pinned host memory in pieces. Not how they came to the GPU, nor their
+//! checksums (`hetmem_client`). Invariant: while one piece is handed out, the next is being copied, into the other buffer.
 
 use std::sync::Arc;
 
-use hetmem_client::{Checksum, GpuObject, Key, StoreError};
-use hetmem_core::checksum::{self, Root};
+use hetmem_client::{GpuObject, StoreError};
 use hetmem_gpu_mem::{Device, Event, HostMemory, Memory, PinnedBuffer, Span, Stream};
 
-/// Bytes of a piece: long enough for the speed of the link, and whole blocks of the checksum.
+/// Bytes of a piece: long enough for the speed of the link.
 const PIECE_LEN: u64 = 16 << 20;
-const _: () = assert!(PIECE_LEN.is_multiple_of(checksum::BLOCK_LEN as u64));
 
 /// Takes bytes, in order.
 pub(crate) type Sink<'a> = &'a mut dyn FnMut(&[u8]) -> Result<(), StoreError>;
@@ -39,47 +36,18 @@ struct UnderWay {
 }
 
 impl CopyBack {
-    /// Hands out all bytes of an object. With `verify` they are compared with the object's checksum, which is known
-    /// after the last of them: until this returns, they are to be shown to nobody.
+    /// Hands out all bytes of an object.
     ///
     /// # Errors
-    /// What the device refused; [`hetmem_client::ErrorKind::Corrupt`]; what `sink` returns.
-    pub(crate) fn hand_out(
-        &mut self,
-        key: &Key,
-        object: &GpuObject,
-        verify: bool,
-        sink: Sink<'_>,
-    ) -> Result<(), StoreError> {
+    /// What the device refused; what `sink` returns.
+    pub(crate) fn hand_out(&mut self, object: &GpuObject, sink: Sink<'_>) -> Result<(), StoreError> {
         let len_bytes = object.len_bytes();
-        let expected = match object.meta().checksum {
-            Checksum::Xxh3Blocks(expected) if verify && len_bytes == object.meta().len_bytes => {
-                Some(expected)
-            }
-            _ => None,
-        };
-        let mut root = Root::new(len_bytes);
         if len_bytes > 0 {
             let lane = self.lane(object.device(), len_bytes.min(PIECE_LEN))?;
-            lane.pieces(&object.span()?, &mut |piece| {
-                if expected.is_some() {
-                    piece.chunks(checksum::BLOCK_LEN).for_each(|block| root.add(checksum::block(block)));
-                }
-                sink(piece)
-            })?;
+            lane.pieces(&object.span()?, sink)?;
         }
         self.len_bytes += len_bytes;
-        let found = root.finish();
-        match expected.filter(|expected| *expected != found) {
-            None => Ok(()),
-            Some(expected) => Err(StoreError::corrupt(
-                key,
-                format!(
-                    "checksum xxh3-blocks is {found:016x}, {expected:016x} was stored ({len_bytes} bytes of {})",
-                    object.tier()
-                ),
-            )),
-        }
+        Ok(())
     }
 
     /// The lane of this device, for pieces of this length at least.

@@ -13,9 +13,10 @@ use hetmem_core::wire::{ClientMessage, ClientReply, GpuTier};
 use hetmem_core::{
     Checksum, ErrorKind, Extent, Generation, Key, ObjectId, ObjectMeta, SegmentId, StoreError, Tier, TierHint,
 };
-use hetmem_gpu_mem::{AccessRights, Device, Gpus, Imported, Memory, Span, Stream, Unavailable};
+use hetmem_gpu_mem::{AccessRights, Device, Gpus, Imported, Memory, Span, Unavailable};
 use parking_lot::{Condvar, Mutex, RwLock};
 
+use crate::checked::Streams;
 use crate::object::Object;
 use crate::options::{GetOptions, PutOptions, PutOutcome};
 use crate::reservation::{Reservation, Written};
@@ -79,6 +80,10 @@ impl GpuObject {
     pub fn span(&self) -> Result<Span, StoreError> {
         let Extent { offset, len_bytes, .. } = *self.object.extent();
         Span::new(Memory::Imported(Arc::clone(&self.memory)), offset, len_bytes)
+    }
+
+    pub(crate) fn shared(&self) -> &Shared {
+        self.object.shared()
     }
 
     /// What the bytes of the whole object mean.
@@ -159,21 +164,16 @@ impl GpuReservation {
         Span::new(Memory::Imported(Arc::clone(&self.memory)), offset, len_bytes)
     }
 
-    /// Makes the object readable once all that was queued on `stream` before has ended: nobody sees a byte earlier.
-    /// Blocks until then. The object has no checksum, unless one is given.
-    ///
-    /// # Errors
-    /// What the device or the node refused with; the memory goes back.
-    pub fn seal_after(self, stream: &Stream, checksum: Checksum) -> Result<PutOutcome, StoreError> {
-        stream.synchronize()?;
-        self.seal(checksum)
+    pub(crate) fn options(&self) -> &PutOptions {
+        self.reservation.options()
     }
 
-    /// The same for a caller that has waited itself until its last write to the memory has ended.
-    ///
-    /// # Errors
-    /// What the node refused with.
-    pub fn seal(self, checksum: Checksum) -> Result<PutOutcome, StoreError> {
+    pub(crate) fn shared(&self) -> &Shared {
+        self.reservation.shared()
+    }
+
+    /// Makes the object readable: its bytes are there.
+    pub(crate) fn seal_with(self, checksum: Checksum) -> Result<PutOutcome, StoreError> {
         self.reservation.seal_written(checksum)
     }
 }
@@ -189,6 +189,7 @@ pub(crate) struct GpuSegments {
     gpus: Mutex<Option<Result<Gpus, Unavailable>>>,
     /// Kept once used: a context takes long to make.
     devices: Mutex<BTreeMap<u16, Device>>,
+    pub(crate) streams: Streams,
     read: RwLock<HashMap<SegmentId, Arc<Imported>>>,
     granted: Mutex<HashMap<SegmentId, Granted>>,
     /// A granted segment was added.
@@ -313,8 +314,7 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::get_with`]; [`hetmem_core::ErrorKind::NoSpace`] naming the tier;
-    /// [`hetmem_core::ErrorKind::Unavailable`] if the node has no such tier, if this process does not see its device, or
-    /// for `options.verify` of an object in GPU memory: its checksum is computed in host memory only.
+    /// [`hetmem_core::ErrorKind::Unavailable`] if the node has no such tier or if this process does not see its device.
     pub fn get_in(
         &self,
         key: &Key,
@@ -362,17 +362,17 @@ impl Store {
     }
 
     fn on_gpu(&self, key: &Key, object: Object, options: &GetOptions) -> Result<GpuObject, StoreError> {
-        if options.verify {
-            let why = format!("get {key:?}: it is in {}; get it in host memory to verify it", object.tier());
-            return Err(StoreError::unavailable("the checksum of GPU memory", why));
-        }
         let memory = self.shared.gpu_segment(object.extent().segment, object.tier())?;
         let Extent { segment, offset, len_bytes } = *object.extent();
         if offset.checked_add(len_bytes).is_none_or(|end| end > memory.len_bytes()) {
             let why = format!("{len_bytes} bytes at {offset} are not inside segment {segment}");
             return Err(StoreError::protocol(why));
         }
-        Ok(GpuObject { object, memory })
+        let object = GpuObject { object, memory };
+        if options.verify {
+            object.verify_as(key)?;
+        }
+        Ok(object)
     }
 
     /// The object, if it is in this tier of this node. Asks nobody once its segment is mapped.

@@ -18,6 +18,8 @@
 #![forbid(unsafe_code)]
 
 mod ahead;
+mod checked;
+mod converted;
 mod gpu;
 mod late;
 mod list;
@@ -31,6 +33,7 @@ mod session;
 mod shared;
 mod store;
 
+pub use converted::Converted;
 pub use gpu::{GpuObject, GpuReservation, GpuReserved, Placed};
 pub use hetmem_core::receipt::{Path, Place, Receipt};
 pub use hetmem_core::wire::{IfExists, Listed, REPLICAS_MAX, Range, Status};

@@ -72,6 +72,14 @@ impl Reservation {
         Ok(self)
     }
 
+    pub(crate) fn options(&self) -> &PutOptions {
+        &self.options
+    }
+
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
     /// The object's name.
     #[must_use]
     pub fn key(&self) -> &Key {

@@ -11,6 +11,7 @@ use std::marker::PhantomData;
 
 use crate::Unavailable;
 use crate::failure::{Failed, NOT_SUPPORTED};
+use crate::kernels::Kernels;
 use crate::table::{Calls, Opaque};
 
 /// `CU_FLUSH_GPU_DIRECT_RDMA_WRITES_TARGET_CURRENT_CTX`.
@@ -24,6 +25,7 @@ pub(crate) struct Context {
     /// The driver's number of the device, and of its context.
     device: c_int,
     raw: Opaque,
+    kernels: Kernels,
 }
 
 /// A context that is current for this thread. It belongs to the thread, as being current does.
@@ -43,12 +45,17 @@ impl Context {
         // SAFETY: `raw` is a writable pointer-sized place; `device` came from cuDeviceGet.
         let code = unsafe { (calls.primary_retain)(&raw mut raw, device) };
         calls.check("cuDevicePrimaryCtxRetain", code)?;
-        Ok(Self { calls, device, raw })
+        Ok(Self { calls, device, raw, kernels: Kernels::default() })
     }
 
     /// The driver's handle, good while `self` lives.
     pub(crate) fn raw(&self) -> Opaque {
         self.raw
+    }
+
+    /// What is loaded into it.
+    pub(crate) fn kernels(&self) -> &Kernels {
+        &self.kernels
     }
 
     /// The driver's number of the device.
@@ -111,6 +118,11 @@ impl Drop for Entered<'_> {
 
 impl Drop for Context {
     fn drop(&mut self) {
+        // Others of this process may go on using the context, so what was loaded into it does not go by itself.
+        let mut kernels = std::mem::take(&mut self.kernels);
+        if let Ok(entered) = self.enter() {
+            kernels.unload(entered.calls());
+        }
         // SAFETY: retained once by `retain`, released once here; everything that uses it holds it.
         let _ = unsafe { (self.calls.primary_release)(self.device) };
     }

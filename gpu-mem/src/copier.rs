@@ -87,14 +87,30 @@ impl Copier {
     /// `done` is called before this returns only where no device can copy: both ends are host memory, or its thread
     /// cannot start. After an error the target's bytes are undefined.
     pub fn submit(&self, from: Span, to: Span, done: Done) {
-        let done = Pending(Some(done));
-        let Some(device) = to.memory().device().or_else(|| from.memory().device()).cloned() else {
-            return done
-                .finish(Err(StoreError::invalid("copy", "both ends are host memory, which no GPU copies")));
-        };
-        match self.lane(&device) {
-            Ok(lane) => lane.push(Job { from, to, done }),
-            Err(error) => done.finish(Err(error)),
+        self.submit_many([(from, to, done)]);
+    }
+
+    /// The same for many, of which those of one device reach its thread all at once: short ones are then one launch.
+    pub fn submit_many(&self, copies: impl IntoIterator<Item = (Span, Span, Done)>) {
+        let mut by_device: BTreeMap<u16, (Device, Vec<Job>)> = BTreeMap::new();
+        for (from, to, done) in copies {
+            let done = Pending(Some(done));
+            match to.memory().device().or_else(|| from.memory().device()).cloned() {
+                Some(device) => {
+                    let jobs = by_device.entry(device.ordinal()).or_insert_with(|| (device, Vec::new()));
+                    jobs.1.push(Job { from, to, done });
+                }
+                None => {
+                    let why = "both ends are host memory, which no GPU copies";
+                    done.finish(Err(StoreError::invalid("copy", why)));
+                }
+            }
+        }
+        for (device, jobs) in by_device.into_values() {
+            match self.lane(&device) {
+                Ok(lane) => lane.push(jobs),
+                Err(error) => jobs.into_iter().for_each(|job| job.done.finish(Err(error.clone()))),
+            }
         }
     }
 

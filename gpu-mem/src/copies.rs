@@ -9,12 +9,15 @@ use std::mem::zeroed;
 
 use cudarc::driver::sys;
 use hetmem_core::StoreError;
+use hetmem_kernels::moves::Move;
 
 use crate::Gpus;
 use crate::context::Entered;
 use crate::device::Device;
 use crate::failure::Failed;
+use crate::launches::Gather;
 use crate::pinned::Hold;
+use crate::reach::{Access, Reacher};
 use crate::span::{Place, Span};
 use crate::table::{Address, Calls, Opaque};
 
@@ -27,7 +30,13 @@ pub(crate) struct Planned {
     contexts: Option<(Opaque, Opaque)>,
     /// What keeps the host's end pinned; none where there is no such end or it is not pinned.
     pin: Option<Hold>,
+    /// It goes with others by a kernel.
+    is_gathered: bool,
 }
+
+/// Bytes of a copy at most that goes by a kernel with others. One of 64 KiB takes a microsecond on the bus, about what a
+/// copy engine takes to begin; of longer ones the driver's copies lose nothing, and leave the device's threads alone.
+pub(crate) const SHORT_LEN_MAX: u64 = 64 << 10;
 
 impl Planned {
     /// Checks a copy for a stream of `device`.
@@ -65,7 +74,7 @@ impl Planned {
             _ => None,
         };
         let pin = from.pin(device.gpus()).or_else(|| to.pin(device.gpus()));
-        Ok(Self { from: from.place(), to: to.place(), len, contexts, pin })
+        Ok(Self { from: from.place(), to: to.place(), len, contexts, pin, is_gathered: false })
     }
 
     /// A copy of which one end is no span. `span` is the other, of the copy's length.
@@ -78,12 +87,12 @@ impl Planned {
     ) -> Result<Self, StoreError> {
         let len = usize::try_from(span.len_bytes())
             .map_err(|_| StoreError::invalid("copy", format!("{} bytes", span.len_bytes())))?;
-        Ok(Self { from, to, len, contexts, pin: span.pin(gpus) })
+        Ok(Self { from, to, len, contexts, pin: span.pin(gpus), is_gathered: false })
     }
 
     /// What must be held beside the ends.
-    pub(crate) fn pins(&self) -> Vec<Hold> {
-        self.pin.iter().cloned().collect()
+    pub(crate) fn pin(&self) -> Option<Hold> {
+        self.pin.clone()
     }
 
     /// Whether no end is host memory that the driver must stage.
@@ -91,30 +100,55 @@ impl Planned {
         self.pin.is_some() || matches!((self.from, self.to), (Place::Device(_), Place::Device(_)))
     }
 
+    /// The copy as a kernel of the device makes it, which it is left to from now on; none if it is long, or out of the
+    /// device's reach.
+    pub(crate) fn short_move(&mut self, reacher: &mut Reacher<'_>, from: &Span, to: &Span) -> Option<Move> {
+        let len_bytes = self.len as u64;
+        if !(1..=SHORT_LEN_MAX).contains(&len_bytes) || self.contexts.is_some() {
+            return None;
+        }
+        // Both ends, and what pins the host's, are held with the plans.
+        let (source, target) = (reacher.find(from, Access::Read)?, reacher.find(to, Access::Write)?);
+        self.is_gathered = true;
+        Some(Move { source, target, len_bytes })
+    }
+
+    pub(crate) fn leave_to_driver(&mut self) {
+        self.is_gathered = false;
+    }
+
     /// Whether it can go with others in one call.
     fn is_batchable(&self) -> bool {
-        self.len > 0 && self.contexts.is_none() && self.is_pinned()
+        self.len > 0 && self.contexts.is_none() && self.is_pinned() && !self.is_gathered
     }
 }
 
 /// Issues copies on a stream of the entered context; one result for each, in order: whether all its memory is pinned.
 ///
 /// # Safety
-/// The caller holds both ends of every copy, and what pins them, until the stream is past them or its context is
-/// lost; `stream` is a living stream of the entered context.
+/// The caller holds both ends of every copy, what pins them, and what `gather` has to be held, until the stream is past
+/// them or its context is lost; `stream` is a living stream of the entered context, and `gather`, made for its device, makes
+/// those copies that are left to it.
 pub(crate) unsafe fn issue(
     entered: &Entered<'_>,
     stream: Opaque,
-    plans: Vec<Result<Planned, StoreError>>,
+    mut plans: Vec<Result<Planned, StoreError>>,
+    gather: Option<&Gather>,
 ) -> Vec<Result<bool, StoreError>> {
     let calls = entered.calls();
+    // SAFETY: the caller's promise.
+    let launched = gather.is_some_and(|gather| unsafe { gather.launch(entered, stream) }.is_ok());
+    if !launched {
+        // A kernel that was refused has copied nothing.
+        plans.iter_mut().flatten().for_each(Planned::leave_to_driver);
+    }
     let batch: Vec<&Planned> =
         plans.iter().filter_map(|plan| plan.as_ref().ok()).filter(|plan| plan.is_batchable()).collect();
     // SAFETY: the caller's promise.
     let batched = batch.len() > 1 && unsafe { issue_batch(calls, stream, &batch) };
     let issued = plans.into_iter().map(|plan| {
         let plan = plan?;
-        if !(batched && plan.is_batchable()) {
+        if !(plan.is_gathered || batched && plan.is_batchable()) {
             // SAFETY: the caller's promise.
             unsafe { issue_one(calls, stream, &plan) }.map_err(|failed| failed.error("copy"))?;
         }

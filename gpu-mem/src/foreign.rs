@@ -221,13 +221,13 @@ impl Stream {
         // The memory's device has a context already; this keeps it for the length of the copy.
         let owner = self.device().gpus().device(ordinal)?;
         let plan = copies::Planned::with_address(self.device(), address, &owner, span, way)?;
-        let mut pins = plan.pins();
+        let mut pins: Vec<Hold> = plan.pin().into_iter().collect();
         pins.push(std::sync::Arc::new(owner) as Hold);
         let mut kept = lock(self.kept());
-        kept.hold([Held::new(vec![span.clone()], pins)]);
+        kept.hold(Held::new(1, vec![span.memory().clone()], pins));
         let entered = self.device().context().enter().map_err(|failed| failed.error("copy"))?;
         // SAFETY: the queue holds the span, the caller the other end, until the stream is past the copy.
-        let issued = unsafe { copies::issue(&entered, self.raw(), vec![Ok(plan)]) };
+        let issued = unsafe { copies::issue(&entered, self.raw(), vec![Ok(plan)], None) };
         issued.into_iter().try_for_each(|issued| issued.map(drop))
     }
 }

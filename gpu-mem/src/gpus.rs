@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use hetmem_core::StoreError;
@@ -13,6 +14,10 @@ use crate::device::Device;
 use crate::pinned::PinnedRanges;
 use crate::table::Calls;
 use crate::{GpuDevice, GpuProbe, Unavailable};
+
+/// From how many short copies on a batch goes by a kernel: a launch costs a few microseconds, about what two or three
+/// copies cost each by itself, and its list another one or two. Reasoned, not measured: `hetmem bench gpu` measures it.
+const GATHER_FROM: usize = 8;
 
 /// The GPUs of this machine. Clones are the same GPUs.
 #[derive(Clone)]
@@ -27,6 +32,8 @@ struct Shared {
     /// The devices whose driver has refused a read-only mapping, so that it is asked once.
     read_only_refused: Mutex<BTreeSet<u16>>,
     pinned: Arc<PinnedRanges>,
+    /// How many short copies go by a kernel.
+    gather_from: AtomicUsize,
 }
 
 /// The state behind these locks is whole between any two statements, so a thread that panicked left it whole.
@@ -59,6 +66,7 @@ impl Gpus {
                 contexts: Mutex::default(),
                 read_only_refused: Mutex::default(),
                 pinned: Arc::default(),
+                gather_from: AtomicUsize::new(GATHER_FROM),
             }),
         })
     }
@@ -83,6 +91,21 @@ impl Gpus {
                     .into(),
             }),
         }
+    }
+
+    /// From how many short copies on [`Stream::copy_many`](crate::Stream::copy_many) has a kernel make them all, in one
+    /// launch; `usize::MAX` for never. For tests and benches: the default is meant to be right.
+    pub fn set_gather_from(&self, copies: usize) {
+        self.shared.gather_from.store(copies, Ordering::Relaxed);
+    }
+
+    /// The default again.
+    pub fn restore_gather_from(&self) {
+        self.set_gather_from(GATHER_FROM);
+    }
+
+    pub(crate) fn gather_from(&self) -> usize {
+        self.shared.gather_from.load(Ordering::Relaxed)
     }
 
     /// The device with this ordinal. Its primary context is retained from the first call until the last of its

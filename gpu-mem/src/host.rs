@@ -20,6 +20,8 @@ use crate::pinned::{Hold, PinnedRanges};
 
 /// `CU_MEMHOSTREGISTER_PORTABLE` and `CU_MEMHOSTALLOC_PORTABLE`: pinned for every device, not only the current one.
 const PORTABLE: c_uint = 1;
+/// `CU_MEMHOSTREGISTER_DEVICEMAP` and `CU_MEMHOSTALLOC_DEVICEMAP`: kernels reach it.
+const DEVICE_MAP: c_uint = 2;
 /// `CU_MEMHOSTREGISTER_READ_ONLY`.
 const READ_ONLY: c_uint = 8;
 
@@ -78,7 +80,8 @@ impl Gpus {
         let context = self.any_context()?;
         let can_read_only =
             self.probe().devices.iter().all(|device| device.attributes.read_only_host_register);
-        let flags = PORTABLE | if read_only && can_read_only { READ_ONLY } else { 0 };
+        let read_only = read_only && can_read_only;
+        let flags = PORTABLE | DEVICE_MAP | if read_only { READ_ONLY } else { 0 };
         let base = memory.base();
         let entered = context.enter().map_err(|failed| failed.error(OPERATION))?;
         // SAFETY: `memory` promises these bytes until it is dropped, and `Registered` unregisters them before.
@@ -90,7 +93,7 @@ impl Gpus {
         drop(entered);
         let registered = Arc::new(Registered { ranges: Arc::clone(self.pinned()), context, memory });
         let hold: Hold = Arc::clone(&registered) as Hold;
-        self.pinned().insert(base.addr(), len, &hold);
+        self.pinned().insert(base.addr(), len, read_only, &hold);
         Ok(HostRegistration { registered })
     }
 }
@@ -169,8 +172,8 @@ impl PinnedBuffer {
         let context = device.context();
         let mut base: *mut c_void = ptr::null_mut();
         let entered = context.enter().map_err(|failed| failed.error(OPERATION))?;
-        // SAFETY: a writable pointer; the flag exists.
-        let code = unsafe { (entered.calls().host_alloc)(&raw mut base, len, PORTABLE) };
+        // SAFETY: a writable pointer; the flags exist.
+        let code = unsafe { (entered.calls().host_alloc)(&raw mut base, len, PORTABLE | DEVICE_MAP) };
         entered
             .calls()
             .check("cuMemHostAlloc", code)
@@ -186,7 +189,7 @@ impl PinnedBuffer {
         let pinned =
             Arc::new(Pinned { ranges, context: Arc::clone(context), address, base: SendPointer(base) });
         let hold: Hold = Arc::clone(&pinned) as Hold;
-        device.gpus().pinned().insert(address, len, &hold);
+        device.gpus().pinned().insert(address, len, false, &hold);
         Ok(Self { base: first, len, pinned })
     }
 

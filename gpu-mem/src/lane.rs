@@ -11,7 +11,7 @@ use hetmem_core::StoreError;
 use crate::Device;
 use crate::copier::{Copied, Job, Pending};
 use crate::gpus::lock;
-use crate::stream::{Event, Stream};
+use crate::stream::{Event, Issued, Stream};
 
 /// Looks at events this often without sleeping: most small copies end within.
 const EAGER_LOOKS: u32 = 64;
@@ -42,9 +42,9 @@ enum Wait {
 }
 
 impl Lane {
-    /// A job for the thread.
-    pub(crate) fn push(&self, job: Job) {
-        lock(&self.inbox).jobs.push(job);
+    /// Jobs for the thread, which it takes together.
+    pub(crate) fn push(&self, jobs: Vec<Job>) {
+        lock(&self.inbox).jobs.extend(jobs);
         self.wake.notify_one();
     }
 
@@ -193,15 +193,22 @@ impl Way {
         };
         let (pairs, dones): (Vec<_>, Vec<_>) =
             jobs.into_iter().map(|job| ((job.from, job.to), job.done)).unzip();
-        let issued = stream.issue(&pairs);
-        drop(pairs);
-        let mut accepted = Vec::new();
-        for (done, issued) in dones.into_iter().zip(issued) {
-            match issued {
-                Ok(pinned) => accepted.push((done, Copied { staged_bytes: 0, pinned })),
-                Err(error) => done.finish(Err(error)),
+        let mut accepted = Vec::with_capacity(dones.len());
+        match stream.issue(&pairs) {
+            Issued::All => {
+                accepted
+                    .extend(dones.into_iter().map(|done| (done, Copied { staged_bytes: 0, pinned: true })));
+            }
+            Issued::Each(issued) => {
+                for (done, issued) in dones.into_iter().zip(issued) {
+                    match issued {
+                        Ok(pinned) => accepted.push((done, Copied { staged_bytes: 0, pinned })),
+                        Err(error) => done.finish(Err(error)),
+                    }
+                }
             }
         }
+        drop(pairs);
         if accepted.is_empty() {
             self.stream = Some(stream);
             return;

@@ -1,11 +1,12 @@
 //! GPU memory: what GPUs this machine has, or why it has none ([`probe`], [`Gpus`]); segments of their memory that other
-//! processes and NICs can have ([`Segment`], [`Imported`]); and copies between all kinds of memory ([`Stream`],
-//! [`Copier`]).
+//! processes and NICs can have ([`Segment`], [`Imported`]); copies between all kinds of memory, checksums and conversions
+//! ([`Stream`], [`Copier`]).
 //!
 //! Not what lies in the memory, and not a reason to fail: absence is a value with a cause and a remedy. Nothing here
 //! panics on what a driver answers, prints, or creates a context of a device that nobody has named. Invariant: a
 //! [`GpuProbe`] with an unavailable driver lists no devices, and memory is never unmapped under a copy.
 
+mod by_host;
 pub mod capacity;
 mod context;
 mod copier;
@@ -18,11 +19,15 @@ mod foreign;
 mod gpus;
 mod host;
 mod imported;
+mod kernels;
 mod lane;
+mod launches;
+mod lists;
 mod nic_access;
 mod nvml;
 mod physical;
 mod pinned;
+mod reach;
 mod segment;
 mod span;
 mod stream;
@@ -40,8 +45,10 @@ use serde::Serialize;
 pub use copier::{Copied, Copier, Done};
 pub use device::{Device, MemoryInfo};
 pub use gpus::Gpus;
+pub use hetmem_kernels::cast::{Cast, convert};
 pub use host::{HostMemory, HostRegistration, PinnedBuffer};
 pub use imported::Imported;
+pub use launches::{Checksums, Gathering};
 pub use nic_access::NicAccess;
 pub use physical::AccessRights;
 pub use segment::{Registered, Segment};
@@ -52,6 +59,10 @@ pub use system::{KernelModule, SystemInfo};
 /// The oldest driver that this build works with, as `1000 * major + 10 * minor` of the CUDA version that it
 /// supports: the version of the bindings.
 pub const DRIVER_VERSION_MIN: u32 = 12_080;
+
+/// The oldest driver that takes the store's kernels: their PTX is of CUDA 13.0. An older one copies, and leaves the rest to
+/// the processor.
+pub const KERNELS_DRIVER_VERSION_MIN: u32 = 13_000;
 
 /// Something that is not here: what, why, and what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

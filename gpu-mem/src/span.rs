@@ -44,6 +44,15 @@ impl Memory {
         }
     }
 
+    /// What tells it from all other memory that lives.
+    pub(crate) fn identity(&self) -> *const () {
+        match self {
+            Self::Device(segment) => Arc::as_ptr(segment).cast(),
+            Self::Imported(imported) => Arc::as_ptr(imported).cast(),
+            Self::Host(host) => Arc::as_ptr(host).cast(),
+        }
+    }
+
     /// Whether copies may write it.
     fn is_writable(&self) -> bool {
         match self {

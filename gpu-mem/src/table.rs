@@ -128,6 +128,16 @@ calls! {
         );
         range_handle = c"cuMemGetHandleForAddressRange" (*mut c_int, Address, usize, c_uint, c_ulonglong);
         flush_writes = c"cuFlushGPUDirectRDMAWrites" (c_uint, c_uint);
+        // Absent from no driver; kernels are, where any of them is.
+        module_load = c"cuModuleLoadData" (*mut Opaque, *const c_void);
+        module_unload = c"cuModuleUnload" (Opaque);
+        module_function = c"cuModuleGetFunction" (*mut Opaque, Opaque, *const c_char);
+        launch = c"cuLaunchKernel" (
+            Opaque, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Opaque, *mut *mut c_void,
+            *mut *mut c_void
+        );
+        event_elapsed = c"cuEventElapsedTime_v2" (*mut f32, Opaque, Opaque);
+        host_address = c"cuMemHostGetDevicePointer_v2" (*mut Address, *mut c_void, c_uint);
         stream_is_capturing = c"cuStreamIsCapturing" (Opaque, *mut c_uint);
     }
 }

@@ -95,7 +95,7 @@ fn what_waits_goes_together_and_ends_in_order() {
         assert!(waiting.iter().all(|receiver| ended(receiver).is_ok()));
         assert_eq!(*order.lock().expect("whole"), (0..100).collect::<Vec<_>>());
         if !stand_in::is_real() {
-            assert_eq!(hooks::calls("cuMemcpyBatchAsync"), Some(1));
+            assert_eq!(hooks::calls("cuLaunchKernel"), Some(1));
         }
         let stream = device.stream().expect("a stream");
         for at in 0..100_u64 {

@@ -6,7 +6,7 @@ use std::sync::Weak;
 use hetmem_core::engine::{Event, Input};
 use hetmem_core::wire::LocatedMany;
 use hetmem_core::{Generation, StoreError};
-use hetmem_gpu_mem::{Copied, Span};
+use hetmem_gpu_mem::{Copied, Done, Span};
 
 use crate::driver::{Driver, Later};
 
@@ -26,24 +26,33 @@ impl Driver {
                 tracing::warn!(%client, error = %why, "a client is closed");
                 self.clients.close(client);
             }
-            Later::Copy { generation, from, to } => self.copy(generation, from, to),
+            Later::Copy { generation, from, to } => self.copy([(generation, from, to)]),
             Later::Note(event) => note(&event),
         }
     }
 
-    /// Has a GPU copy. What it reports comes from a thread of its own.
-    fn copy(&self, generation: Generation, from: Span, to: Span) {
+    /// Has GPUs copy, all that one pass wants at once. What they report comes from threads of their own.
+    pub(crate) fn copy(&self, copies: impl IntoIterator<Item = (Generation, Span, Span)>) {
+        let mut copies = copies.into_iter().peekable();
+        if copies.peek().is_none() {
+            return;
+        }
         let Some(copier) = self.tiers.copier() else {
-            let result = Err(StoreError::unavailable("a copy", "this node has no GPU"));
-            return self.feed(Input::CopyDone { generation, result });
-        };
-        let driver = Weak::clone(&self.own);
-        let done = move |result: Result<Copied, StoreError>| {
-            if let Some(driver) = driver.upgrade() {
-                driver.feed(Input::CopyDone { generation, result: result.map(|_| ()) });
+            for (generation, ..) in copies {
+                let result = Err(StoreError::unavailable("a copy", "this node has no GPU"));
+                self.feed(Input::CopyDone { generation, result });
             }
+            return;
         };
-        copier.submit(from, to, Box::new(done));
+        copier.submit_many(copies.map(|(generation, from, to)| {
+            let driver = Weak::clone(&self.own);
+            let done = move |result: Result<Copied, StoreError>| {
+                if let Some(driver) = driver.upgrade() {
+                    driver.feed(Input::CopyDone { generation, result: result.map(|_| ()) });
+                }
+            };
+            (from, to, Box::new(done) as Done)
+        }));
     }
 
     pub(crate) fn refuse(&self) {

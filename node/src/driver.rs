@@ -171,9 +171,14 @@ impl Driver {
     fn with_core(&self, work: impl FnOnce(&mut Core, &mut Wanted)) -> Option<Places> {
         let mut wanted = Wanted::default();
         work(&mut self.core.lock(), &mut wanted);
+        let mut copies = Vec::new();
         for later in wanted.later {
-            self.carry_out(later);
+            match later {
+                Later::Copy { generation, from, to } => copies.push((generation, from, to)),
+                later => self.carry_out(later),
+            }
         }
+        self.copy(copies);
         self.drain_outbox();
         wanted.landing
     }

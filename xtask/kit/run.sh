@@ -41,6 +41,10 @@ if [ "${HETMEM_KIT_STANDIN:-}" = 1 ]; then
     label=$stand_in
     LD_LIBRARY_PATH=$kit/standin${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
     export LD_LIBRARY_PATH
+else
+    # Objects move under readers for this long; a trial is over sooner.
+    HETMEM_TEST_MOVES_S=${HETMEM_TEST_MOVES_S:-300}
+    export HETMEM_TEST_MOVES_S
 fi
 
 # limited SECONDS PROGRAM... - stops it then, where there is a `timeout`.

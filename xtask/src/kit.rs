@@ -90,7 +90,7 @@ fn add_tests(workspace: &Workspace, folder: &Folder) -> Result<Vec<String>, Stri
         );
         return Ok(notes);
     }
-    let built = build_tests(workspace, "hetmem-tests", &["--test", "gpu"])?;
+    let built = build_tests(workspace, "hetmem-tests", &["--test", "gpu", "--test", "gpu_kernels"])?;
     for program in &built {
         if program.is_test {
             folder.copy_stripped(&program.path, &place("hetmem-tests", program))?;

@@ -1,8 +1,9 @@
 //! `cargo xtask test`: everything that CI runs; `cargo xtask simulate` and `cargo xtask mutants`: parts of it at length;
-//! `cargo xtask gpu-kit`: what runs on other machines. Not a build system: cargo builds, this says what to run and counts.
-//! Invariant: the last line of `test` is its count, and the exit status agrees with it.
+//! `cargo xtask kernels`: the PTX; `cargo xtask gpu-kit`: what runs on other machines. Not a build system: cargo builds,
+//! this says what to run and counts. Invariant: the last line of `test` is its count, and the exit status agrees with it.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod kernels;
 mod kit;
 mod mutants;
 mod process;
@@ -23,6 +24,7 @@ const USAGE: &str = "\
 usage: cargo xtask test [--with-torch] [--only STEP[,STEP...]] [--list]
        cargo xtask simulate (--seeds N | --hours N) [--from S]
        cargo xtask mutants [WORDS]
+       cargo xtask kernels [--check]
        cargo xtask gpu-kit [--check]
 
 test      runs every step in order, to the end, and closes with `N passed, N failed, N skipped`.
@@ -31,6 +33,8 @@ test      runs every step in order, to the end, and closes with `N passed, N fai
 simulate  runs the simulation on seeds S, S+1, ... (S is 0 if not given), N of them or for N hours.
 mutants   plants known bugs, one at a time, in a copy of the workspace, and lets the simulation find them;
           with WORDS only those whose description contains them.
+kernels   makes kernels/ptx/ from kernels/cuda/ with the nvcc of CUDA 13.0, which it installs from PyPI under target/;
+          with --check it changes nothing, and fails if a byte differs or an assembler refuses the PTX.
 gpu-kit   makes target/gpu-kit, a folder that runs the GPU tests and benches on a machine without Rust;
           with --check the stand-in driver is in it, and it is run here on that.";
 
@@ -55,6 +59,8 @@ fn main() -> ExitCode {
         ["simulate", options @ ..] => seeds(options)
             .and_then(|(run, from)| Workspace::find().and_then(|w| steps::simulate(&w, &run, from))),
         ["mutants"] => Workspace::find().and_then(|w| planted(&w, None)),
+        ["kernels"] => Workspace::find().and_then(|w| kernels::kernels(&w, false)),
+        ["kernels", "--check"] => Workspace::find().and_then(|w| kernels::kernels(&w, true)),
         ["gpu-kit"] => Workspace::find().and_then(|w| kit::gpu_kit(&w, false)),
         ["gpu-kit", "--check"] => Workspace::find().and_then(|w| kit::gpu_kit(&w, true)),
         ["mutants", words] => Workspace::find().and_then(|w| planted(&w, Some(words))),

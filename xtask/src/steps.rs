@@ -5,6 +5,7 @@ use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::Command;
 
+use crate::kernels;
 use crate::mutants;
 use crate::process::{run, run_counting, run_tests, succeeds};
 use crate::python;
@@ -39,6 +40,7 @@ pub(crate) const STEPS: &[Step] = &[
     Step { name: "loom", what: "index and pins under every interleaving", run: loom },
     Step { name: "simulation", what: "many nodes in one thread, 10,000 seeds", run: simulation },
     Step { name: "mutants", what: "the simulation finds bugs that were planted for it", run: mutants },
+    Step { name: "kernels", what: "the PTX is what the compiler makes of its source", run: kernels::step },
     Step { name: "demo", what: "two real nodes, a state dict of 64 MiB from one to the other", run: demo },
     Step {
         name: "verbs",

@@ -1,9 +1,10 @@
-//! `hetmem bench gpu`: GPU tiers beside the driver's own copies, and what mapping and registering cost. Not kernels, not
-//! NICs. Invariant: no figure of a stand-in driver is written to a file, and each that is shown is marked.
+//! `hetmem bench gpu`: GPU tiers beside the driver's own copies, kernels beside the device's own memory, and what mapping and
+//! registering cost. Not NICs. Invariant: no figure of a stand-in driver is written to a file, and each that is shown is marked.
 
 mod copies;
 mod costs;
 mod gets;
+mod kernels;
 mod other_end;
 
 use std::path::PathBuf;
@@ -94,6 +95,7 @@ pub(super) fn run(args: &Args, out: Output) -> Result<(), Failure> {
     let bench = Bench::open(args)?;
     let mut rows = Vec::new();
     copies::measure(&bench, &mut rows)?;
+    kernels::measure(&bench, &mut rows)?;
     gets::measure(&bench, &mut rows)?;
     costs::measure(&bench, &mut rows)?;
     let told = told(&bench, &rows);
@@ -126,6 +128,7 @@ fn told(bench: &Bench, rows: &[Row]) -> Value {
         "gpu": bench.device.ordinal(),
         "stand_in": bench.is_stand_in(),
         "batch_copies": bench.gpus.batch_copies().is_ok(),
+        "kernels": bench.device.can_gather().is_ok(),
         "granularity_bytes": bench.device.granularity_bytes().ok(),
         "probe": probe,
     })
@@ -160,6 +163,7 @@ fn attributes(bench: &Bench, out: Output) -> Result<(), Failure> {
                 ("flush options", attributes.flush_writes_options.to_string()),
                 ("writes ordering", attributes.writes_ordering.to_string()),
                 ("batch copies", yes(bench.gpus.batch_copies().is_ok()).to_owned()),
+                ("kernels", yes(bench.device.can_gather().is_ok()).to_owned()),
                 ("granularity bytes", granularity),
                 ("peers", format!("{:?}", device.peers)),
             ] {

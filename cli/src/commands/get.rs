@@ -7,7 +7,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use hetmem_client::{ErrorKind, GetOptions, Key, ObjectMeta, Placed, Store, StoreError, Tier, TierHint};
+use hetmem_client::{ErrorKind, GetOptions, Key, ObjectMeta, Placed, Store, StoreError, TierHint};
 use serde_json::json;
 
 use crate::commands::{all_under, connect, metadata_key};
@@ -60,21 +60,19 @@ struct Asking {
 
 /// How their bytes are handed on, and what is to be told of it.
 struct Handing {
-    verify: bool,
     back: CopyBack,
     receipts: Receipts,
 }
 
 pub(crate) fn run(args: &Args, socket: Option<&Path>, out: Output) -> Result<(), Failure> {
-    let verify = !args.no_verify;
     let options = GetOptions {
         timeout: Duration::from_millis(args.timeout_ms),
-        verify,
+        verify: !args.no_verify,
         zero_copy: args.copies.zero_copy(),
         ..GetOptions::default()
     };
     let asking = Asking { store: connect(socket)?, options, wanted: args.place.hint() };
-    let mut handing = Handing { verify, back: CopyBack::default(), receipts: Receipts::new(args.copies) };
+    let mut handing = Handing { back: CopyBack::default(), receipts: Receipts::new(args.copies) };
     if args.output.as_os_str() == "-" {
         return to_standard_output(&asking, &mut handing, &Key::new(&args.key)?);
     }
@@ -107,15 +105,7 @@ impl Asking {
     fn one(&self, key: &Key) -> Result<Placed, StoreError> {
         match self.wanted {
             None => self.store.get_with(key, &self.options).map(Placed::Host),
-            Some(hint @ TierHint { tier: Tier::Host, .. }) => self.store.get_in(key, hint, &self.options),
-            // The client compares no bytes that are on a GPU; they are compared on their way back.
-            Some(hint) => {
-                let placed = self.store.get_in(key, hint, &GetOptions { verify: false, ..self.options })?;
-                if let (Placed::Host(object), true) = (&placed, self.options.verify) {
-                    object.meta().checksum.verify(key.as_str(), object)?;
-                }
-                Ok(placed)
-            }
+            Some(hint) => self.store.get_in(key, hint, &self.options),
         }
     }
 
@@ -143,7 +133,7 @@ impl Handing {
             }
             Placed::Gpu(object) => {
                 self.receipts.add(key, || object.receipt());
-                self.back.hand_out(key, object, self.verify, sink)?;
+                self.back.hand_out(object, sink)?;
                 Ok(object.len_bytes())
             }
         }
@@ -152,10 +142,6 @@ impl Handing {
 
 fn to_standard_output(asking: &Asking, handing: &mut Handing, key: &Key) -> Result<(), Failure> {
     let object = asking.one(key)?;
-    // What has gone out cannot be taken back: a checksum that is taken on the way comes too late.
-    if let (Placed::Gpu(object), true) = (&object, handing.verify) {
-        CopyBack::default().hand_out(key, object, true, &mut |_| Ok(()))?;
-    }
     let mut stdout = io::stdout().lock();
     let mut written = Ok(());
     handing.hand_out(key, &object, &mut |bytes| {

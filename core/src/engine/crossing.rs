@@ -8,7 +8,6 @@ use std::collections::BTreeMap;
 use super::Engine;
 use super::action::Action;
 use super::local::Caller;
-use super::objects::{NewCopy, Object};
 use super::room::Purpose;
 use super::space::Owner;
 use crate::error::StoreError;
@@ -128,14 +127,7 @@ impl Engine {
             self.end_crossing(id);
             return;
         };
-        let copy = Object::arriving(NewCopy {
-            key: object.key.clone(),
-            id: object.id,
-            meta: object.meta,
-            extent: to,
-            tier: self.space.tier(to.segment),
-            path: Path::LocalCopy,
-        });
+        let copy = object.copied_to(to, self.space.tier(to.segment));
         let generation = self.objects.insert(copy);
         self.crossings.copying.insert(generation, id);
         self.out.push(Action::Copy { generation, from, to });

@@ -6,14 +6,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::action::Action;
-use super::objects::{NewCopy, Object};
+use super::objects::Object;
 use super::room::{DRAIN_MS, Purpose};
 use super::space::{Owner, Space};
 use super::timer::{Time, Timer};
 use super::{Engine, State};
 use crate::error::StoreError;
 use crate::placement::{self, Candidate, Room};
-use crate::receipt::Path;
 use crate::tier::{Extent, Generation, Tier};
 use crate::wire::Role;
 
@@ -145,14 +144,7 @@ impl Engine {
             return self.end_move(source);
         };
         let from = object.extent;
-        let copy = Object::arriving(NewCopy {
-            key: object.key.clone(),
-            id: object.id,
-            meta: object.meta,
-            extent: to,
-            tier: self.space.tier(to.segment),
-            path: Path::LocalCopy,
-        });
+        let copy = object.copied_to(to, self.space.tier(to.segment));
         let generation = self.objects.insert(copy);
         self.moves.copying.insert(generation, source);
         self.out.push(Action::Copy { generation, from, to });

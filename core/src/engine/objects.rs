@@ -97,6 +97,12 @@ impl Object {
         }
     }
 
+    /// A copy of it, or of a part of it, whose bytes are on their way to another place on this node.
+    pub(super) fn copied_to(&self, extent: Extent, tier: Tier) -> Self {
+        let (key, id, meta, path) = (self.key.clone(), self.id, self.meta, Path::LocalCopy);
+        Self::arriving(NewCopy { key, id, meta, extent, tier, path })
+    }
+
     pub(super) fn announced(&self, now: Time) -> Announced {
         Announced {
             key: self.key.clone(),

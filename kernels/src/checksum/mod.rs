@@ -1,12 +1,15 @@
-//! The object checksum as a GPU computes it: eight threads per block of 16 KiB, one accumulator lane each.
+//! The object checksum as a GPU computes it: a warp of 32 threads per block of 16 KiB, four threads for each of the eight
+//! accumulators. [`parts`] is what a launch is made of.
 //!
 //! Not the definition, which is `hetmem_core::checksum`. Invariant: [`of`] equals `hetmem_core::checksum::of` for
 //! every input.
 //!
-//! A lane never reads another lane's accumulator: what its neighbour contributes are input words, which it reads
-//! itself. So the eight lanes of a block run without a barrier or a shuffle up to the merge, and the blocks of an
-//! object without any contact at all. The root over the block values (8 bytes per 16 KiB) is left to the host.
+//! A thread never reads another one's accumulator: what a neighbour contributes are input words, which it reads itself.
+//! Between two scrambles what stripes add is added in any order, so four threads share the stripes of a round and join
+//! their sums before it is scrambled. The blocks of an object have no contact at all. The root over the block values
+//! (8 bytes per 16 KiB) is left to the host.
 
+pub mod parts;
 mod short;
 mod words;
 
@@ -15,12 +18,16 @@ use hetmem_core::checksum::{BLOCK_LEN, Root};
 use words::{PRIME32_1, PRIME32_2, PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME64_5};
 use words::{SECRET, avalanche, fold, read_u64};
 
-/// Accumulators of a block: one thread each.
+/// The kernel's entry.
+pub const CHECKSUM: &str = "hetmem_checksum";
+/// Accumulators of a block.
 pub const LANES: usize = 8;
 /// Bytes that all lanes take in together: one 64-bit word each.
 pub const STRIPE_LEN: usize = 8 * LANES;
 /// Stripes between two scrambles: the secret moves by 8 bytes per stripe until its end is reached.
 const STRIPES_PER_ROUND: usize = (SECRET.len() - STRIPE_LEN) / 8;
+/// Threads that share an accumulator, and so the stripes of a round: every fourth is one thread's.
+const SHARERS: usize = 4;
 /// Where the secret is read for the last stripe and for the merge; odd, so that no earlier key comes again.
 const SECRET_LAST: usize = SECRET.len() - STRIPE_LEN - 7;
 const SECRET_MERGE: usize = 11;
@@ -56,26 +63,37 @@ pub fn block(bytes: &[u8]) -> u64 {
     merge(std::array::from_fn(|at| lane(bytes, at)), bytes.len() as u64)
 }
 
-/// What one thread computes: accumulator `at` after all stripes of `bytes`, which are longer than a stripe.
+/// What the threads of accumulator `at` compute: its value after all stripes of `bytes`, which are longer than a stripe.
 fn lane(bytes: &[u8], at: usize) -> u64 {
     let mut accumulator = START[at];
     // The last stripe ends with the input and may overlap the one before it, so it is not among these.
     let stripes = (bytes.len() - 1) / STRIPE_LEN;
-    for stripe in 0..stripes {
-        let step = stripe % STRIPES_PER_ROUND;
-        accumulator = accumulate(accumulator, &bytes[stripe * STRIPE_LEN..], at, step * 8);
-        if step == STRIPES_PER_ROUND - 1 {
-            accumulator = scramble(accumulator, at);
-        }
+    let rounds = stripes / STRIPES_PER_ROUND;
+    for round in 0..rounds {
+        let joined = joined(bytes, at, round * STRIPES_PER_ROUND, STRIPES_PER_ROUND);
+        accumulator = scramble(accumulator.wrapping_add(joined), at);
     }
-    accumulate(accumulator, &bytes[bytes.len() - STRIPE_LEN..], at, SECRET_LAST)
+    let rest = joined(bytes, at, rounds * STRIPES_PER_ROUND, stripes % STRIPES_PER_ROUND);
+    let last = product(&bytes[bytes.len() - STRIPE_LEN..], at, SECRET_LAST);
+    accumulator.wrapping_add(rest).wrapping_add(last)
 }
 
-/// Takes in one stripe: the own word multiplied by its key, and the neighbour's word as it is.
-fn accumulate(accumulator: u64, stripe: &[u8], at: usize, secret_at: usize) -> u64 {
+/// What `count` stripes from `first` on add to accumulator `at`: the sum of what its threads have found.
+fn joined(bytes: &[u8], at: usize, first: usize, count: usize) -> u64 {
+    let share = |sharer: usize| {
+        let steps = (sharer..count).step_by(SHARERS);
+        steps
+            .map(|step| product(&bytes[(first + step) * STRIPE_LEN..], at, step * 8))
+            .fold(0, u64::wrapping_add)
+    };
+    (0..SHARERS).map(share).fold(0, u64::wrapping_add)
+}
+
+/// What one stripe adds: the own word under its key as two halves multiplied, and the neighbour's word as it is.
+fn product(stripe: &[u8], at: usize, secret_at: usize) -> u64 {
     let keyed = read_u64(stripe, 8 * at) ^ read_u64(&SECRET, secret_at + 8 * at);
     let neighbour = read_u64(stripe, 8 * (at ^ 1));
-    accumulator.wrapping_add(neighbour).wrapping_add((keyed & 0xffff_ffff) * (keyed >> 32))
+    neighbour.wrapping_add((keyed & 0xffff_ffff) * (keyed >> 32))
 }
 
 /// Spreads the high bits of an accumulator, which the 32-bit products of a round leave weak.
@@ -84,7 +102,7 @@ fn scramble(accumulator: u64, at: usize) -> u64 {
     (accumulator ^ (accumulator >> 47) ^ key).wrapping_mul(PRIME32_1)
 }
 
-/// What one thread of the eight computes at the end: the block's value.
+/// What the warp computes at the end: the block's value.
 fn merge(lanes: [u64; LANES], len_bytes: u64) -> u64 {
     let mut value = len_bytes.wrapping_mul(PRIME64_1);
     for pair in 0..LANES / 2 {

@@ -3,11 +3,15 @@
 
 use std::ffi::{c_int, c_uchar, c_uint, c_ushort};
 use std::fmt;
+use std::ops::Range;
+
+use crate::config;
 
 // Device pointers are `unsigned long long`; here they are the size of an address as well.
 const _: () = assert!(size_of::<usize>() == 8);
 
-/// A device pointer. Its value is that of the real mapping with [`DevicePtr::TAG`] added.
+/// A device pointer. Its value is that of the real mapping with [`DevicePtr::TAG`] added; with
+/// `HETMEM_STANDIN_PEER_MEMORY` that of the real mapping, which lies in [`DevicePtr::WINDOW`] then.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct DevicePtr(pub(crate) usize);
@@ -17,13 +21,24 @@ impl DevicePtr {
     /// processor that loads from such an address faults.
     pub(crate) const TAG: usize = 1 << 52;
 
+    /// Addresses that a process of 64-bit Linux is not given unless it asks for them.
+    pub(crate) const WINDOW: Range<usize> = 1 << 44..1 << 45;
+
     pub(crate) fn of_address(address: usize) -> Self {
-        Self(address + Self::TAG)
+        Self(if config::get().peer_memory { address } else { address + Self::TAG })
     }
 
-    /// The address behind it; none if this is a host pointer.
+    /// The address behind what is a device pointer, as whoever passes it says; none if it cannot be one.
     pub(crate) fn address(self) -> Option<usize> {
+        if config::get().peer_memory {
+            return Some(self.0);
+        }
         self.0.checked_sub(Self::TAG).filter(|address| *address < Self::TAG)
+    }
+
+    /// Whether it is a device pointer and not a host one, where it may be either.
+    pub(crate) fn is_of_device(self) -> bool {
+        if config::get().peer_memory { Self::WINDOW.contains(&self.0) } else { self.address().is_some() }
     }
 }
 
@@ -92,7 +107,10 @@ pub(crate) struct IpcEventHandle {
     pub(crate) reserved: [u8; 64],
 }
 
-pub(crate) const DRIVER_VERSION: c_int = 12_080;
+/// What the driver says that it supports: CUDA 13.0, whose PTX is what it takes. The functions that changed with it are
+/// there under their older names, as in a driver.
+pub(crate) const DRIVER_VERSION: c_int = 13_000;
+pub(crate) const PTX_VERSION_MAX: (u32, u32) = (9, 0);
 
 pub(crate) const ALLOCATION_PINNED: c_int = 1;
 pub(crate) const HANDLE_NONE: c_int = 0;

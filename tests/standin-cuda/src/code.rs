@@ -64,6 +64,7 @@ mod table {
         CONTEXT_IS_DESTROYED = 709, "context is destroyed";
         HOST_MEMORY_ALREADY_REGISTERED = 712, "part or all of the requested memory range is already mapped";
         HOST_MEMORY_NOT_REGISTERED = 713, "pointer does not correspond to a registered memory region";
+        MISALIGNED_ADDRESS = 716, "misaligned address";
         LAUNCH_FAILED = 719, "unspecified launch failure";
         NOT_PERMITTED = 800, "operation not permitted";
         NOT_SUPPORTED = 801, "operation not supported";

@@ -21,6 +21,8 @@ pub(crate) struct Config {
     pub(crate) memory_bytes: usize,
     /// Whether what a NIC writes needs a flush to be seen.
     pub(crate) stale: bool,
+    /// Whether device pointers are addresses that a NIC can be given.
+    pub(crate) peer_memory: bool,
     without: HashSet<String>,
     fail: Vec<Failure>,
     log: Option<File>,
@@ -78,19 +80,21 @@ impl Config {
                 None => complain("HETMEM_STANDIN_FAIL", &item, "not function=code or function=code@n"),
             }
         }
-        let stale = match get("HETMEM_STANDIN_STALE").as_deref() {
+        let mut switch = |name: &str| match get(name).as_deref() {
             None | Some("" | "0") => false,
             Some("1") => true,
             Some(value) => {
-                complain("HETMEM_STANDIN_STALE", value, "not 0 or 1");
+                complain(name, value, "not 0 or 1");
                 false
             }
         };
+        let (stale, peer_memory) = (switch("HETMEM_STANDIN_STALE"), switch("HETMEM_STANDIN_PEER_MEMORY"));
         let log = get("HETMEM_STANDIN_LOG").filter(|path| !path.is_empty()).and_then(|path| {
             let file = OpenOptions::new().append(true).create(true).open(&path);
             file.map_err(|error| complain("HETMEM_STANDIN_LOG", &path, &error.to_string())).ok()
         });
-        Self { devices: devices.min(DEVICES_MAX), memory_bytes, stale, without, fail, log, complaint }
+        let devices = devices.min(DEVICES_MAX);
+        Self { devices, memory_bytes, stale, peer_memory, without, fail, log, complaint }
     }
 }
 

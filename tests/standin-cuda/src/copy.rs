@@ -62,14 +62,17 @@ pub(crate) enum Return {
 impl End {
     /// Where unified addressing says it is.
     pub(crate) fn of_any(pointer: DevicePtr, device: usize) -> Self {
-        match pointer.address() {
-            Some(_) => Self::Device(pointer, device),
-            None => Self::Host(HostPtr::of_address(pointer.0)),
+        match pointer.is_of_device() {
+            true => Self::Device(pointer, device),
+            false => Self::Host(HostPtr::of_address(pointer.0)),
         }
     }
 
     /// The side, and whether it is pageable host memory.
-    fn find(self, driver: &Driver, len: usize, rights: i32) -> Outcome<(Side, bool)> {
+    ///
+    /// # Errors
+    /// `INVALID_VALUE` for a range that is not all mapped, or without the rights.
+    pub(crate) fn find(self, driver: &Driver, len: usize, rights: i32) -> Outcome<(Side, bool)> {
         let (address, is_tagged) = match self {
             Self::Device(pointer, _) => (pointer.address().ok_or(Code::INVALID_VALUE)?, true),
             Self::Host(pointer) => (pointer.address(), false),

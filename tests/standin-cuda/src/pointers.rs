@@ -33,6 +33,11 @@ pub(crate) struct OutText(*mut c_char);
 #[derive(Clone, Copy)]
 pub(crate) struct InText(*const c_char);
 
+/// The parameters of a kernel: a pointer to each.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub(crate) struct InParameters(*const *const c_void);
+
 /// Memory of the caller, for longer than the call: what a copy reads or writes. An address, until `run` uses it.
 #[repr(transparent)]
 #[derive(Clone, Copy)]
@@ -47,7 +52,7 @@ macro_rules! shown_as_addresses {
         }
     )* };
 }
-shown_as_addresses!([T] Out<T>, [T] In<T>, [] OutAny, [] OutText, [] InText, [] HostPtr);
+shown_as_addresses!([T] Out<T>, [T] In<T>, [] OutAny, [] OutText, [] InText, [] InParameters, [] HostPtr);
 
 impl<T> Out<T> {
     /// # Errors
@@ -133,6 +138,21 @@ impl InText {
     /// `INVALID_VALUE` for a null pointer or what is not UTF-8.
     pub(crate) fn get(self) -> Outcome<String> {
         String::from_utf8(self.bytes()?).map_err(|_| Code::INVALID_VALUE)
+    }
+}
+
+impl InParameters {
+    /// Numbers of these many bytes each, at most 8.
+    ///
+    /// # Errors
+    /// `INVALID_VALUE` for a null pointer where there are parameters.
+    pub(crate) fn get_all(self, lens: &[usize]) -> Outcome<Vec<u64>> {
+        let pointers = In(self.0).get_all(lens.len())?;
+        let each = pointers.into_iter().zip(lens).map(|(pointer, len)| {
+            let bytes = In(pointer.cast::<u8>()).get_all((*len).min(8))?;
+            Ok(bytes.iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte)))
+        });
+        each.collect()
     }
 }
 

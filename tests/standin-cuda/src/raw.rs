@@ -6,13 +6,18 @@
 use std::ffi::{c_int, c_void};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::{null_mut, with_exposed_provenance, with_exposed_provenance_mut};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mmap_anonymous, mprotect, munmap};
 
+use crate::abi::DevicePtr;
 use crate::code::{Code, Outcome};
+use crate::config;
 
 pub(crate) const PAGE: usize = 4096;
+/// What device memory starts at a multiple of, in the window.
+const WINDOW_STEP: usize = 2 << 20;
 
 /// Address space of this process, reserved or mapped, that is given back when dropped.
 #[derive(Debug)]
@@ -23,6 +28,16 @@ pub(crate) struct Pages {
 
 fn pointer(address: usize) -> *mut c_void {
     with_exposed_provenance_mut(address)
+}
+
+/// Where device memory of `len` bytes should be: anywhere, or at the next place in the window of device pointers.
+fn wanted(len: usize) -> *mut c_void {
+    static NEXT: AtomicUsize = AtomicUsize::new(DevicePtr::WINDOW.start);
+    if !config::get().peer_memory {
+        return null_mut();
+    }
+    // A gap between neighbours, so that running over an end shows.
+    pointer(NEXT.fetch_add(len.next_multiple_of(WINDOW_STEP) + WINDOW_STEP, Ordering::Relaxed))
 }
 
 fn read_write() -> ProtFlags {
@@ -37,8 +52,8 @@ impl Pages {
     pub(crate) fn reserve(len: usize, alignment: usize) -> Outcome<Self> {
         let all = len.checked_add(alignment).ok_or(Code::INVALID_VALUE)?;
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-        // SAFETY: the kernel chooses a free range.
-        let start = unsafe { mmap_anonymous(null_mut(), all, ProtFlags::empty(), flags) };
+        // SAFETY: the kernel chooses a free range, the wanted one if that is free.
+        let start = unsafe { mmap_anonymous(wanted(all), all, ProtFlags::empty(), flags) };
         let start = start.map_err(Code::of_system)?.expose_provenance();
         let address = start.next_multiple_of(alignment);
         // What surrounds the aligned part, which is a number of pages on both sides, is given back.
@@ -63,8 +78,8 @@ impl Pages {
     /// # Errors
     /// What the system refused.
     pub(crate) fn of_file(file: impl AsFd, offset: usize, len: usize) -> Outcome<Self> {
-        // SAFETY: the kernel chooses a free range.
-        let start = unsafe { mmap(null_mut(), len, read_write(), MapFlags::SHARED, file, offset as u64) };
+        // SAFETY: the kernel chooses a free range, the wanted one if that is free.
+        let start = unsafe { mmap(wanted(len), len, read_write(), MapFlags::SHARED, file, offset as u64) };
         Ok(Self { address: start.map_err(Code::of_system)?.expose_provenance(), len })
     }
 

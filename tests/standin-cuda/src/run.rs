@@ -6,11 +6,14 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use crate::abi::{ACCESS_READ, ACCESS_READ_WRITE};
+use hetmem_kernels::launch::{Fault, Memory};
+
+use crate::abi::{ACCESS_READ, ACCESS_READ_WRITE, DevicePtr};
 use crate::call;
 use crate::code::{Code, Outcome};
-use crate::copy::{Copy, Fill, Side};
+use crate::copy::{Copy, End, Fill, Side};
 use crate::device::Device;
+use crate::driver::{self, Driver};
 use crate::event::Event;
 use crate::module::Launch;
 use crate::raw::{copy_out, fill_bytes, move_bytes};
@@ -56,7 +59,10 @@ pub(crate) fn carry_out(work: Work, device: &Device) -> Outcome {
         _ if device.check().is_err() => {}
         Work::Copy(copy) => move_all(&copy)?,
         Work::Fill(fill) => fill_all(&fill)?,
-        Work::Launch(launch) => launch.carry_out()?,
+        Work::Launch(launch) => {
+            let driver = driver::get().ok_or(Code::NOT_INITIALIZED)?;
+            launch.carry_out(&mut Reached { driver, device: device.ordinal })?;
+        }
         Work::Call(HostCall { function, argument }) => call::as_host_function(|| function(argument)),
     }
     Ok(())
@@ -66,6 +72,39 @@ pub(crate) fn carry_out(work: Work, device: &Device) -> Outcome {
 pub(crate) fn stage(address: usize, len: usize) -> Box<[u8]> {
     // SAFETY: the caller vouches for its memory until the copy that it asks for is over.
     unsafe { copy_out(address, len) }
+}
+
+/// Memory as kernels of a device see it: all that is mapped with rights for it, and pinned host memory.
+struct Reached {
+    driver: &'static Driver,
+    device: usize,
+}
+
+impl Reached {
+    fn side(&self, address: u64, len: usize, rights: i32) -> Result<Side, Fault> {
+        let fault = Fault::Address { address, len_bytes: len as u64 };
+        let pointer = DevicePtr(usize::try_from(address).map_err(|_| fault)?);
+        let found = End::Device(pointer, self.device).find(self.driver, len, rights);
+        found.map(|(side, _)| side).map_err(|_| fault)
+    }
+
+    fn copy(&self, copy: &Copy, address: u64) -> Result<(), Fault> {
+        move_all(copy).map_err(|_| Fault::Address { address, len_bytes: copy.len as u64 })
+    }
+}
+
+impl Memory for Reached {
+    fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), Fault> {
+        let (source, len) = (self.side(address, bytes.len(), ACCESS_READ)?, bytes.len());
+        let target = Side::Host(bytes.as_mut_ptr().expose_provenance());
+        self.copy(&Copy { target, source, len }, address)
+    }
+
+    fn write(&mut self, address: u64, bytes: &[u8]) -> Result<(), Fault> {
+        let (target, len) = (self.side(address, bytes.len(), ACCESS_READ_WRITE)?, bytes.len());
+        let source = Side::Host(bytes.as_ptr().expose_provenance());
+        self.copy(&Copy { target, source, len }, address)
+    }
 }
 
 /// A part of one side that lies in one mapping, or in none.

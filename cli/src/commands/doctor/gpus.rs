@@ -5,14 +5,18 @@ use std::path::Path;
 
 use hetmem_gpu_mem::flush::{Consumer, FlushDecision, FlushFacts, decide};
 
-use hetmem_gpu_mem::{GpuDevice, GpuProbe, KernelModule, NicAccess, NvmlDevice, Unavailable, topology};
+use hetmem_gpu_mem::{
+    GpuDevice, GpuProbe, KERNELS_DRIVER_VERSION_MIN, KernelModule, NicAccess, NvmlDevice, Unavailable,
+    topology,
+};
 
 use super::Check;
 use crate::output::bytes;
 
 /// Everything about GPUs, of the machine whose file system is at `root`.
 pub(super) fn checks(probe: &GpuProbe, root: &Path) -> Vec<Check> {
-    let mut checks = vec![driver(probe), kernel_module(probe), peer_memory(probe), nvml(probe)];
+    let mut checks =
+        vec![driver(probe), kernels(probe), kernel_module(probe), peer_memory(probe), nvml(probe)];
     for device in &probe.devices {
         let known = nvml_of(probe, device);
         checks.extend([
@@ -59,6 +63,26 @@ fn driver(probe: &GpuProbe) -> Check {
     let name = "GPU driver";
     match &probe.driver {
         Ok(driver) => Check::new(name, true, format!("{driver}, {} devices", probe.devices.len()), ""),
+        Err(why) => absent(name, why),
+    }
+}
+
+/// Whether the driver takes the store's own kernels. Said from its version: to try takes a context.
+fn kernels(probe: &GpuProbe) -> Check {
+    let name = "GPU kernels of the store";
+    match &probe.driver {
+        Ok(driver) if driver.cuda_version >= KERNELS_DRIVER_VERSION_MIN => {
+            let why =
+                "its PTX is of CUDA 13.0: batches of small copies, checksums and conversions on the GPU";
+            Check::new(name, true, why, "")
+        }
+        Ok(driver) => Check::new(
+            name,
+            false,
+            format!("their PTX is of CUDA 13.0, the driver's is of {driver}"),
+            "update the driver to 580 or newer; until then the driver copies one by one, and the processor compares and \
+             converts",
+        ),
         Err(why) => absent(name, why),
     }
 }
@@ -392,6 +416,7 @@ mod tests {
         };
         let checks = checks(&machine(device(attributes, vec![1, 2]), Ok(nvml)), Path::new(NOWHERE));
         for (name, part) in [
+            ("GPU kernels of the store", "CUDA 13.0"),
             ("GPU kernel module", "open"),
             ("GPU peer memory module", "nvidia_peermem"),
             ("gpu:0", "compute 9.0, 80.0 GiB, GPU-1, at 0000:3b:00.0"),
@@ -430,13 +455,14 @@ mod tests {
             numa_node: None,
         };
         let mut old = machine(device(GpuAttributes::default(), Vec::new()), Ok(cut));
+        old.driver = Ok(DriverInfo { cuda_version: 12_080 });
         old.system = SystemInfo { kernel_module: None, peer_memory: Err(missing("peer memory")) };
         let without_nvml = machine(device(GpuAttributes::default(), Vec::new()), Err(missing("NVML")));
         let mut nothing = without_nvml.clone();
         nothing.driver = Err(missing("GPU"));
         nothing.devices.clear();
         nothing.unusable.push(missing("gpu:1"));
-        for (probe, lacking) in [(old, 12), (without_nvml, 12), (nothing, 3)] {
+        for (probe, lacking) in [(old, 13), (without_nvml, 12), (nothing, 4)] {
             let checks = checks(&probe, Path::new(NOWHERE));
             let without: Vec<_> = checks.iter().filter(|check| !check.has).collect();
             assert_eq!(without.len(), lacking, "{without:?}");

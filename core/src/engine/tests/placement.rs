@@ -339,16 +339,10 @@ impl Model {
                 self.count = self.count.wrapping_add(1);
                 let bytes = pattern(self.count, len);
                 let hints = PutHints { pin, ..hinted(tier, false) };
-                let (reservation, extent, _) =
-                    match world.try_reserve(client, &format!("{name}"), len as u64, hints) {
-                        Some(reserved) => reserved,
-                        None => {
-                            return assert!(
-                                self.objects.contains_key(&name),
-                                "an object of the key is there"
-                            );
-                        }
-                    };
+                let reserved = world.try_reserve(client, &format!("{name}"), len as u64, hints);
+                let Some((reservation, extent, _)) = reserved else {
+                    return assert!(self.objects.contains_key(&name), "an object of the key is there");
+                };
                 world.write(0, extent, &bytes);
                 match world.seal(0, client, reservation) {
                     Ok(_) => {

@@ -9,8 +9,8 @@ use crate::code::{Code, Outcome};
 use crate::device;
 use crate::driver::Driver;
 use crate::exports::streams;
-use crate::module::{Launch, Module};
-use crate::pointers::{HostPtr, InText, Out};
+use crate::module::{Grid, Launch, Module};
+use crate::pointers::{HostPtr, InParameters, InText, Out};
 use crate::run::Work;
 
 export! {
@@ -62,15 +62,20 @@ export! {
         block_z: c_uint,
         shared_bytes: c_uint,
         stream: Handle,
-        parameters: HostPtr,
+        parameters: InParameters,
         extra: HostPtr,
     ) |driver| {
         let (function, stream) = (driver.functions.get(function)?, streams::find(driver, stream)?);
-        let (_, _, _) = (shared_bytes, parameters, extra);
-        if [grid_x, grid_y, grid_z, block_x, block_y, block_z].contains(&0) {
+        // A stream of another device than the function's cannot run it.
+        if function.device != stream.device().ordinal || extra.address() != 0 {
+            return Err(Code::INVALID_HANDLE);
+        }
+        // cuda.h: without asking for more.
+        if shared_bytes > 48 << 10 {
             return Err(Code::INVALID_VALUE);
         }
-        stream.submit(driver, Work::Launch(Launch::new(&function)?))
+        let grid = Grid { blocks: [grid_x, grid_y, grid_z], threads: [block_x, block_y, block_z] };
+        stream.submit(driver, Work::Launch(Launch::new(&function, grid, parameters)?))
     }
 }
 

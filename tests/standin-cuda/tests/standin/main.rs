@@ -3,6 +3,7 @@
 
 mod copies;
 mod driver;
+mod kernels;
 mod library;
 mod process;
 mod sharing;

@@ -163,7 +163,7 @@ fn calls_are_written_down() {
 }
 
 #[test]
-fn functions_are_looked_up_and_not_run() {
+fn functions_are_looked_up_and_without_a_twin_not_run() {
     isolated(&[], || {
         let (driver, mut module, mut function) = (start(), 0, 0);
         assert!(driver.load_module(&mut module, &c("no code")).is_err());
