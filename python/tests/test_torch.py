@@ -197,3 +197,33 @@ def test_cuda_tensors(key):
         assert torch.equal(store.get(key + "/t", device="cuda:0").torch(), given.t())
         store.put(key + "/up", torch.ones(10), device="cuda:0")
         assert store.get(key + "/up", device="cuda:0").torch().sum() == 10
+
+
+def rank_of_two(rank, socket, key, rendezvous):
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as checkpoint
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    try:
+        with hetmem.connect(socket) as store:
+            whole = torch.arange(40.0).reshape(10, 4)
+            mesh = init_device_mesh("cpu", (2,))
+            state = {"weight": distribute_tensor(whole, mesh, [Shard(0)]), "bias": torch.full((3,), 7.0)}
+            checkpoint.save(state, storage_writer=hetmem.torch.StorageWriter(store, key))
+            # Read back cut the other way.
+            other = {"weight": distribute_tensor(torch.zeros(10, 4), mesh, [Shard(1)]), "bias": torch.zeros(3)}
+            checkpoint.load(other, storage_reader=hetmem.torch.StorageReader(store, key))
+            assert torch.equal(other["weight"].full_tensor(), whole) and (other["bias"] == 7).all()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_distributed_checkpoints_of_two_ranks(store, key, tmp_path):
+    import torch.distributed.checkpoint as checkpoint
+
+    torch.multiprocessing.spawn(rank_of_two, (store.socket, key, str(tmp_path / "rendezvous")), nprocs=2)
+    # A program of one process reads what two have written.
+    loaded = {"weight": torch.zeros(10, 4), "bias": torch.zeros(3)}
+    checkpoint.load(loaded, storage_reader=hetmem.torch.StorageReader(store, key), no_dist=True)
+    assert torch.equal(loaded["weight"], torch.arange(40.0).reshape(10, 4)) and (loaded["bias"] == 7).all()
