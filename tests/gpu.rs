@@ -186,6 +186,7 @@ fn a_full_gpu_says_so_and_host_memory_stands_in_only_where_that_is_allowed() {
         let mut node = node(folder.path(), "full").flag("gpu", "16MiB").host("128MiB").start();
         let store = node.connect();
         put_from_gpu(gpus, &store, "first", 9 << 20);
+        store.pin(&key("first"), true).expect("it is to stay");
         let meta = ObjectMeta::bytes(9 << 20).expect("a length");
         let bytes = bytes_of("second", 9 << 20, 0);
         let error = store.put_with(&key("second"), meta, &bytes, &on(GPU)).expect_err("it is full");
@@ -210,6 +211,12 @@ fn a_full_gpu_says_so_and_host_memory_stands_in_only_where_that_is_allowed() {
         let strict = PutOptions { zero_copy: ZeroCopy::Required, ..on(GPU) };
         let error = store.put_with(&key("strict"), meta, &bytes, &strict).expect_err("it would be staged");
         assert!(error.to_string().contains("gpu:0"), "{error}");
+        // Once it may go, it makes room.
+        store.pin(&key("first"), false).expect("it may go");
+        let outcome = store.put_with(&key("fourth"), meta, &bytes, &on(GPU)).expect("room");
+        assert_eq!(outcome.receipt.to.tier, Some(GPU));
+        assert_eq!(store.stat(&key("first")).expect("it is here").tier, Some(Tier::Host));
+        assert!(*store.get(&key("first")).expect("it is there") == *bytes_of("first", 9 << 20, 0));
         node.assert_sound();
     });
 }

@@ -39,6 +39,15 @@ impl Converted {
         }
     }
 
+    /// Where they are on a GPU: the address on the device, and the device as this process numbers it.
+    #[must_use]
+    pub fn on_gpu(&self) -> Option<(u64, u16)> {
+        match self {
+            Self::Host { .. } => None,
+            Self::Gpu { memory, .. } => Some((memory.address(), memory.device().ordinal())),
+        }
+    }
+
     /// The bytes, to copy from, where they are on a GPU.
     ///
     /// # Errors

@@ -207,6 +207,7 @@ class Store:
         key: str,
         device: Device = None,
         *,
+        dtype: Any = None,
         zero_copy: ZeroCopy = "preferred",
         timeout: float | None = None,
         copy: bool = False,

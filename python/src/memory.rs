@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use hetmem_client::{GpuObject, Object, PrivateBytes, StoreError};
+use hetmem_client::{Converted, GpuObject, Object, PrivateBytes, StoreError};
 
 use crate::fork::OfProcess;
 
@@ -12,6 +12,11 @@ const COPIED_LEN_MAX: usize = 64 << 10;
 
 /// What frameworks want the first byte to be a multiple of.
 const ALIGNMENT: usize = 64;
+
+/// An address that only the device follows.
+fn on_device(address: u64) -> *mut u8 {
+    std::ptr::without_provenance_mut(usize::try_from(address).unwrap_or(0))
+}
 
 /// The bytes of a tensor.
 #[derive(Debug)]
@@ -24,6 +29,8 @@ pub(crate) enum Memory {
     Owned(Owned),
     /// An object in GPU memory.
     Gpu(OfProcess<GpuObject>),
+    /// Memory of this process on a GPU, which holds what was converted.
+    Converted(OfProcess<Converted>),
 }
 
 impl Memory {
@@ -37,9 +44,17 @@ impl Memory {
             Self::Shared(object) => object.as_ptr().cast_mut(),
             Self::Private(bytes) => bytes.address(),
             Self::Owned(owned) => owned.bytes().as_ptr().cast_mut(),
-            Self::Gpu(object) => {
-                std::ptr::without_provenance_mut(usize::try_from(object.address()).unwrap_or(0))
-            }
+            Self::Gpu(object) => on_device(object.address()),
+            Self::Converted(converted) => on_device(converted.on_gpu().map_or(0, |(address, _)| address)),
+        }
+    }
+
+    /// The GPU that it is on, as this process numbers them.
+    pub(crate) fn gpu(&self) -> Option<u16> {
+        match self {
+            Self::Gpu(object) => Some(object.device().ordinal()),
+            Self::Converted(converted) => converted.on_gpu().map(|(_, ordinal)| ordinal),
+            Self::Shared(_) | Self::Private(_) | Self::Owned(_) => None,
         }
     }
 
@@ -48,7 +63,7 @@ impl Memory {
         match self {
             Self::Shared(object) => Some(object),
             Self::Owned(owned) => Some(owned.bytes()),
-            Self::Private(_) | Self::Gpu(_) => None,
+            Self::Private(_) | Self::Gpu(_) | Self::Converted(_) => None,
         }
     }
 
@@ -59,6 +74,7 @@ impl Memory {
             Self::Shared(object) => object.is_here(),
             Self::Private(bytes) => bytes.is_here(),
             Self::Gpu(object) => object.is_here(),
+            Self::Converted(converted) => converted.is_here(),
             Self::Owned(_) => true,
         }
     }
@@ -96,6 +112,11 @@ pub(crate) struct Owned {
 }
 
 impl Owned {
+    /// Bytes that nobody else has.
+    pub(crate) fn of(buffer: Vec<u8>) -> Self {
+        Self { buffer, start: 0 }
+    }
+
     fn copy_of(bytes: &[u8]) -> Result<Self, StoreError> {
         let mut buffer: Vec<u8> = Vec::new();
         buffer

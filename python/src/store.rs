@@ -155,17 +155,19 @@ impl PyStore {
     /// device: "cpu" (the default) or "cuda:N"; it is brought there. zero_copy: "required" raises hetmem.Unavailable
     /// rather than let bytes pass through a buffer that is neither source nor target. timeout: how long another node
     /// may take, in seconds. copy: return a copy in this process's memory. verify: compare with its checksum first.
-    /// keep: let this node keep what came from another one for later readers.
+    /// keep: let this node keep what came from another one for later readers. dtype: convert an array of float32, bfloat16
+    /// or float16 to another of these, on the device where it is, rounded to the nearest, into memory of this process.
     ///
     /// Raises hetmem.NotFound (a KeyError), hetmem.TimedOut (a TimeoutError), hetmem.PeerLost (a ConnectionError),
     /// hetmem.Corrupt.
-    #[pyo3(signature = (key, device=None, *, zero_copy="preferred", timeout=None, copy=false, verify=false, keep=true))]
+    #[pyo3(signature = (key, device=None, *, dtype=None, zero_copy="preferred", timeout=None, copy=false, verify=false, keep=true))]
     #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools, reason = "Python's keywords")]
     fn get(
         &self,
         py: Python<'_>,
         key: &str,
         device: Option<&Bound<'_, PyAny>>,
+        dtype: Option<&Bound<'_, PyAny>>,
         zero_copy: &str,
         timeout: Option<f64>,
         copy: bool,
@@ -176,6 +178,11 @@ impl PyStore {
         let store = self.store(py)?;
         let device = Device::parse(device)?;
         let options = self.get_options(py, Getting { timeout, verify, keep }, zero_copy)?;
+        if let Some(dtype) = dtype {
+            let dtype = named_dtype(dtype)?;
+            let get = || store.get_as(&key, TierHint::from(device.tier(&store)?), dtype, &options);
+            return Ok(PyTensor::of_converted(without_gil(py, get)?));
+        }
         if device == Device::Host
             && !verify
             && let Some(object) = store.get_here(&key).map_err(|error| to_python(py, &error))?

@@ -8,7 +8,7 @@
 use std::ffi::c_int;
 use std::sync::Arc;
 
-use hetmem_client::{DType, GpuObject, Object, ObjectMeta, Receipt, Shape, StoreError};
+use hetmem_client::{Converted, DType, GpuObject, Object, ObjectMeta, Receipt, Shape, StoreError};
 use pyo3::exceptions::{PyBufferError, PyIndexError, PyTypeError};
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -19,7 +19,7 @@ use crate::dtype;
 use crate::errors::{invalid, to_python};
 use crate::fork::OfProcess;
 use crate::frameworks;
-use crate::memory::Memory;
+use crate::memory::{Memory, Owned};
 use crate::receipt::PyReceipt;
 use crate::signals::without_gil;
 
@@ -62,6 +62,17 @@ impl PyTensor {
         let (dtype, shape) = meaning(object.meta(), object.len_bytes());
         let len = usize::try_from(object.len_bytes()).unwrap_or(0);
         Self::new(Memory::Gpu(OfProcess::new(object)), 0, len, dtype, shape.dims())
+    }
+
+    /// Numbers that were converted, in memory of their own.
+    pub(crate) fn of_converted(converted: Converted) -> Self {
+        let (dtype, shape) = (converted.meta().dtype, converted.meta().shape);
+        let len = usize::try_from(converted.meta().len_bytes).unwrap_or(0);
+        let memory = match converted {
+            Converted::Host { bytes, .. } => Memory::Owned(Owned::of(bytes)),
+            on_gpu @ Converted::Gpu { .. } => Memory::Converted(OfProcess::new(on_gpu)),
+        };
+        Self::new(memory, 0, len, dtype, shape.dims())
     }
 
     fn new(memory: Memory, start: usize, len: usize, dtype: DType, dims: &[u64]) -> Self {
@@ -158,18 +169,14 @@ impl PyTensor {
         self.check_whole_bytes(py)?;
         let code = dtype::to_dlpack(dtype)
             .ok_or_else(|| PyBufferError::new_err(format!("DLPack has no element type {dtype}")))?;
-        let (memory, start, device) = match &*self.memory {
-            Memory::Gpu(object) if !copy => {
-                (Arc::clone(&self.memory), self.start, (CUDA, i32::from(object.device().ordinal())))
-            }
-            Memory::Gpu(_) => {
-                return Err(PyBufferError::new_err("a GPU's bytes are not copied by this export"));
-            }
-            _ if copy => {
+        let (memory, start, device) = match self.memory.gpu() {
+            Some(gpu) if !copy => (Arc::clone(&self.memory), self.start, (CUDA, i32::from(gpu))),
+            Some(_) => return Err(PyBufferError::new_err("a GPU's bytes are not copied by this export")),
+            None if copy => {
                 let owned = without_gil(py, || self.memory.copy(self.start, self.len))?;
                 (Arc::new(Memory::Owned(owned)), 0, (CPU, 0))
             }
-            _ => {
+            None => {
                 let (memory, start) = self.private(py)?;
                 (memory, start, (CPU, 0))
             }
@@ -249,10 +256,7 @@ impl PyTensor {
     /// Where it is: "cpu", or "cuda:N" as this process numbers devices.
     #[getter]
     fn device(&self) -> String {
-        match &*self.memory {
-            Memory::Gpu(object) => format!("cuda:{}", object.device().ordinal()),
-            _ => "cpu".to_owned(),
-        }
+        self.memory.gpu().map_or("cpu".to_owned(), |gpu| format!("cuda:{gpu}"))
     }
 
     /// Its length in bytes.
@@ -306,7 +310,7 @@ impl PyTensor {
         self.copied(py)
     }
 
-    /// Compares the bytes with the checksum that their producer stored. False where there is none to compare with: the
+    /// Compares the bytes with the checksum that their producer stored, on the GPU if they are there. False where there is none to compare with: the
     /// producer stored none, or this is a part or a copy.
     ///
     /// Raises hetmem.Corrupt, with both values, if they differ.
@@ -314,6 +318,9 @@ impl PyTensor {
         self.check_here(py)?;
         match &*self.memory {
             Memory::Shared(object) if self.len == object.len() => without_gil(py, || object.verify()),
+            Memory::Gpu(object) if self.len as u64 == object.len_bytes() => {
+                without_gil(py, || object.verify())
+            }
             _ => Ok(false),
         }
     }
@@ -379,10 +386,7 @@ impl PyTensor {
 
     /// DLPack's type and number of the device.
     fn __dlpack_device__(&self) -> (i32, i32) {
-        match &*self.memory {
-            Memory::Gpu(object) => (CUDA, i32::from(object.device().ordinal())),
-            _ => (CPU, 0),
-        }
+        self.memory.gpu().map_or((CPU, 0), |gpu| (CUDA, i32::from(gpu)))
     }
 
     /// A DLPack capsule: with a version and flags where `max_version` is 1.0 or more, else of the older kind. Of host

@@ -149,6 +149,19 @@ def test_without_a_gpu_the_error_names_what_is_missing(store, key):
         store.get(key, device="cuda:0")
 
 
+def test_checksums_are_compared_and_numbers_converted_on_the_device(gpu_store, driver, key):
+    given = numpy.linspace(-3, 3, 30_001, dtype="f4")
+    gpu_store.put(key, given, device="cuda:0")
+    assert gpu_store.get(key, device="cuda:0").verify()
+    assert gpu_store.get(key, device="cuda:0", verify=True).device == "cuda:0"
+    half = gpu_store.get(key, device="cuda:0", dtype="float16")
+    assert (half.device, half.dtype, half.shape, half.receipt) == ("cuda:0", "float16", (30_001,), None)
+    address, managed = consume(half.__dlpack__(max_version=(1, 0)), b"dltensor_versioned", Versioned)
+    assert driver.read(managed.tensor.data, half.nbytes) == given.astype("f2").tobytes()
+    gpu_store.delete(key)
+    managed.deleter(address)
+
+
 def test_many_and_rows_on_a_gpu(gpu_store, driver, key):
     given = {f"{key}/{number}": numpy.full((4, 4), number, "f4") for number in range(5)}
     gpu_store.put_many(given, device="cuda:0")

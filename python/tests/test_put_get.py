@@ -207,3 +207,19 @@ def test_checksums(store, key):
     assert store.get(key)[1:2].verify() is False
     store.put(key + "/none", numpy.arange(1000), checksum=False)
     assert store.get(key + "/none").verify() is False
+
+
+def test_numbers_are_converted_on_the_way(store, key):
+    values = numpy.array([0.0, 1.0, 1.0 / 3, 65504, 1e-7, -2.5, numpy.inf], dtype="f4")
+    store.put(key, values)
+    for name in ("float16", "float32", numpy.float16):
+        found = store.get(key, dtype=name)
+        expected = values.astype(numpy.dtype(name))
+        assert found.numpy().dtype == expected.dtype and (found.numpy() == expected).all()
+    brain = store.get(key, dtype="bfloat16")
+    assert (brain.dtype, brain.shape, brain.nbytes) == ("bfloat16", (7,), 14)
+    words = numpy.frombuffer(bytes(brain), "u2").astype("u4") << 16
+    assert numpy.allclose(words.view("f4"), values, rtol=1 / 256)
+    store.put(key + "/bytes", b"abc")
+    with pytest.raises(hetmem.Invalid, match="uint8|bytes"):
+        store.get(key + "/bytes", dtype="float16")

@@ -32,6 +32,11 @@ impl Moves {
         self.copying.contains_key(&copy)
     }
 
+    /// Whether an object is on its way out of a tier.
+    pub(super) fn any_leaves(&self, tier: Tier) -> bool {
+        self.leaving_bytes(tier) > 0
+    }
+
     fn leaving_bytes(&self, tier: Tier) -> u64 {
         self.leaving.get(&tier).copied().unwrap_or(0)
     }

@@ -235,6 +235,10 @@ impl Engine {
             request.recalled = true;
             return Outcome::Wait;
         }
+        // The end of each move is looked at again.
+        if self.moves.any_leaves(tier) {
+            return Outcome::Wait;
+        }
         if request.rounds < ROUNDS_MAX && self.make_room_on_gpu(tier, owner, len_bytes) {
             request.rounds += 1;
             return Outcome::Wait;
@@ -284,7 +288,9 @@ impl Engine {
             return false;
         }
         // What leaves may leave holes that are too small: as much again goes with each round.
+        // A segment granted to somebody else makes way as well, but only when nothing is left in it.
         self.demote(tier, len_bytes, |object, space| is_of(space, object, owner))
+            || self.demote(tier, len_bytes, |_, _| true)
     }
 
     /// Withdraws objects that may go, if together they can make the room that is wanted. True if any went.

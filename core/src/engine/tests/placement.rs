@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::tiers::{gpus, hinted};
 use super::world::*;
-use crate::engine::Input;
+use crate::engine::{GpuUse, Input};
 use crate::error::{ErrorKind, StoreError};
 use crate::meta::ObjectMeta;
 use crate::placement::{HIGH_PERCENT, LOW_PERCENT, REST_MS};
@@ -209,6 +209,32 @@ fn a_move_that_fails_or_is_overtaken_by_a_delete_changes_nothing_else() {
     world.finish_copies();
     world.assert_drained();
     assert!(world.place("o0").is_none());
+}
+
+/// What fills the GPU was written there by a client, in memory granted to it: that makes way when it is empty.
+#[test]
+fn memory_granted_to_others_makes_way_when_nothing_is_left_in_it() {
+    let mut world = World::shaped(1, &Shape { gpus: roomy_gpu(), ..roomy() });
+    let (a, b) = (world.client(0, 1), world.client(0, 2));
+    for number in 0..2 {
+        world.put_from(a, &format!("a{number}"), &pattern(number, 1 << 20), GPU).expect("room");
+    }
+    let bytes = pattern(9, 3 << 20);
+    let (reservation, extent, _) =
+        world.reserve_in(b, "b", 3 * MIB, hinted(GPU, false), Tier::Host).expect("host memory");
+    world.write(0, extent, &bytes);
+    world.seal(0, b, reservation).expect("room on the GPU");
+    assert_eq!((world.tier_of("b"), world.tier_of("a0"), world.tier_of("a1")), (GPU, Tier::Host, Tier::Host));
+    for number in 0..2 {
+        let located = world.get_in((0, a), &format!("a{number}"), None, None).expect("there");
+        world.read((0, a), &located, &pattern(number, 1 << 20));
+    }
+    world.assert_drained();
+}
+
+/// One GPU, of which a client may have all.
+fn roomy_gpu() -> Vec<GpuUse> {
+    gpus(&[]).gpus.into_iter().take(1).map(|gpu| GpuUse { client_quota_bytes: CAPACITY, ..gpu }).collect()
 }
 
 #[test]
