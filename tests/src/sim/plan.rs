@@ -102,7 +102,7 @@ impl Plan {
         } else {
             &[(15, 6), (15, 16), (10, FEW_AHEAD), (60, 256)]
         });
-        Self {
+        let mut plan = Self {
             weather,
             nodes,
             heirs: rng.weighted(&[(55, 1), (25, 2), (20, 3)]),
@@ -143,7 +143,20 @@ impl Plan {
             network,
             clock_ppm: rng.pick(&[0, 20_000, 50_000]),
             repeats: if weather == Weather::Calm { 0 } else { rng.pick(&[0, 5, 30]) },
+        };
+        // Drawn apart, too.
+        if Rng::new(seed ^ 0xde1e_7ed0_bec7_0555).percent(3) {
+            plan.let_deletes_overtake_reads();
         }
+        plan
+    }
+
+    /// Few objects, read and deleted all the while, and most completions late: what is read is deleted meanwhile.
+    fn let_deletes_overtake_reads(&mut self) {
+        (self.keys, self.deletes) = (3, 15);
+        self.threshold_bytes = Some(0);
+        self.lease_ms = self.lease_ms.max(300);
+        (self.network.late_chance, self.network.late_ns) = (700_000, 60 * MS);
     }
 
     /// The GPU tiers that the fabric reaches.
