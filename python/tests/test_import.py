@@ -31,7 +31,7 @@ def test_import_is_quick():
 
 def test_help_reads_well():
     text = run("import hetmem; help(hetmem.Store); help(hetmem.local); help(hetmem.Tensor)")
-    for words in ("get(self, /, key, device=None, *, zero_copy='preferred'", "hetmem.NotFound (a KeyError)", "in seconds"):
+    for words in ("get(self, /, key, device=None, *, dtype=None, zero_copy='preferred'", "hetmem.NotFound (a KeyError)", "in seconds"):
         assert words in text, words
     undocumented = run(
         "import hetmem\n"
