@@ -63,12 +63,12 @@ const fn percent_of(bytes: u64, percent: u64) -> u64 {
 }
 
 /// The tier of a new object of `len_bytes` bytes: the one that its hint names; else where it was written, unless that is a
-/// GPU and so much of it is never meant to be one object's. `room` is that of the tier that it was written in.
+/// GPU and so much of it is never meant to be one object's. `capacity_bytes` is that of the tier that it was written in.
 #[must_use]
-pub fn tier_of_new(hint: Option<TierHint>, written: Tier, len_bytes: u64, room: Room) -> Tier {
+pub fn tier_of_new(hint: Option<TierHint>, written: Tier, len_bytes: u64, capacity_bytes: u64) -> Tier {
     match hint {
         Some(hint) => hint.tier,
-        None if written != Tier::Host && len_bytes > room.low_bytes() => Tier::Host,
+        None if written != Tier::Host && len_bytes > percent_of(capacity_bytes, LOW_PERCENT) => Tier::Host,
         None => written,
     }
 }
@@ -136,7 +136,7 @@ mod tests {
             (None, GPU, 75 * MIB + 1, Tier::Host),
             (None, GPU, 0, GPU),
         ] {
-            assert_eq!(tier_of_new(hinted, written, len_bytes, room(0, 0)), expected, "{hinted:?} {written}");
+            assert_eq!(tier_of_new(hinted, written, len_bytes, 100 * MIB), expected, "{hinted:?} {written}");
         }
     }
 

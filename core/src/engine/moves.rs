@@ -3,7 +3,7 @@
 //! (`crossing`). Invariant: a key is found all the while, in the old place until the new one has all its bytes; the old
 //! extent stays until its pins and leases are gone; and a move that comes to nothing has changed nothing.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use super::action::Action;
 use super::objects::Object;
@@ -19,8 +19,6 @@ use crate::wire::Role;
 /// Moves to host memory that are under way.
 #[derive(Debug, Default)]
 pub(super) struct Moves {
-    /// Objects that wait for room there.
-    waiting: BTreeSet<Generation>,
     /// Objects that are being copied, by the generation of the copy.
     copying: BTreeMap<Generation, Generation>,
     /// Bytes of all of them, by the tier that they leave.
@@ -45,13 +43,10 @@ impl Moves {
 impl Engine {
     /// How full a tier is.
     pub(super) fn room_of(&self, tier: Tier) -> Room {
-        let draining = self.objects.draining().filter_map(|generation| self.objects.get(generation));
-        let draining: u64 =
-            draining.filter(|object| object.tier == tier).map(|object| object.extent.len_bytes).sum();
         Room {
             capacity_bytes: self.space.capacity_bytes(tier),
             used_bytes: self.space.used_bytes(tier),
-            leaving_bytes: draining.saturating_add(self.moves.leaving_bytes(tier)),
+            leaving_bytes: self.objects.draining_bytes(tier).saturating_add(self.moves.leaving_bytes(tier)),
         }
     }
 
@@ -98,7 +93,6 @@ impl Engine {
         self.eviction = queue;
         for generation in &movers {
             let len_bytes = self.objects.get(*generation).map_or(0, |object| object.extent.len_bytes);
-            self.moves.waiting.insert(*generation);
             *self.moves.leaving.entry(tier).or_default() += len_bytes;
             if let Some(object) = self.objects.get_mut(*generation) {
                 object.copies += 1;
@@ -113,7 +107,6 @@ impl Engine {
     pub(super) fn is_move_wanted(&mut self, source: Generation) -> bool {
         let wanted = self.is_movable(source);
         if !wanted {
-            self.moves.waiting.remove(&source);
             self.end_move(source);
         }
         wanted
@@ -143,7 +136,6 @@ impl Engine {
 
     /// There is room in host memory.
     pub(super) fn move_into(&mut self, source: Generation, to: Extent) {
-        self.moves.waiting.remove(&source);
         let Some(object) = self.objects.get(source).filter(|_| self.is_movable(source)) else {
             let _ = self.space.free(to);
             return self.end_move(source);
@@ -157,7 +149,6 @@ impl Engine {
 
     /// There is none: it stays where it is for a while.
     pub(super) fn move_missing(&mut self, source: Generation) {
-        self.moves.waiting.remove(&source);
         self.move_failed(source);
     }
 
@@ -189,7 +180,6 @@ impl Engine {
         self.end_move(source);
         if self.switch(source, copy, self.now.after_ms(placement::REST_MS)) {
             self.counters.demoted += 1;
-            self.scan_wanted = true;
             self.gpu_grew = true;
         }
     }
@@ -217,16 +207,17 @@ impl Engine {
             return false;
         }
         self.counters.promoted += 1;
-        self.scan_wanted = true;
         true
     }
 
     /// Makes another place the object's, in one step for whoever looks; the old one goes with its last reader.
     fn switch(&mut self, old: Generation, new: Generation, rests_until: Time) -> bool {
-        let Some(from) = self.objects.get(old).map(|object| object.tier) else {
+        let Some((from, old_len)) =
+            self.objects.get(old).map(|object| (object.tier, object.extent.len_bytes))
+        else {
             return false;
         };
-        let Some(slot) = self.objects.replace(old, new, self.now, rests_until) else {
+        let Some(slot) = self.objects.replace(old, new, rests_until) else {
             return false;
         };
         self.eviction.forget(from, old);
@@ -246,6 +237,9 @@ impl Engine {
         }
         self.out.push(Action::Publish { slot, object: object.published(new) });
         self.timers.set(self.now.after_ms(DRAIN_MS), Timer::Drain);
+        // Whoever waits for room may have that of the old place.
+        self.scan_wanted |= !self.waiting_space.is_empty();
+        self.scan_if_worth_it(old_len);
         true
     }
 }

@@ -143,7 +143,9 @@ pub(super) struct Objects {
     slots_kept: u32,
     next_generation: u64,
     next_object: u64,
-    draining: BTreeMap<Generation, Time>,
+    /// What of which tier each keeps from being used again.
+    draining: BTreeMap<Generation, (Tier, u64)>,
+    draining_bytes: BTreeMap<Tier, u64>,
 }
 
 impl Objects {
@@ -159,6 +161,7 @@ impl Objects {
             next_generation: 1,
             next_object: 1,
             draining: BTreeMap::new(),
+            draining_bytes: BTreeMap::new(),
         }
     }
 
@@ -255,13 +258,7 @@ impl Objects {
 
     /// Makes another place that of a sealed object: what has its bytes there takes its key, its slot and all that is known
     /// of it, and is not moved before `rests_until`. The old one is out of reach of new readers. Returns the slot.
-    pub(super) fn replace(
-        &mut self,
-        old: Generation,
-        new: Generation,
-        now: Time,
-        rests_until: Time,
-    ) -> Option<SlotId> {
+    pub(super) fn replace(&mut self, old: Generation, new: Generation, rests_until: Time) -> Option<SlotId> {
         let was = self.table.get_mut(old).filter(|was| was.state == State::Sealed)?;
         was.state.advance(State::Draining, was.key.as_str()).ok()?;
         let (meta, slot, hints, if_exists) = (was.meta, was.slot.take()?, was.hints, was.if_exists);
@@ -274,21 +271,22 @@ impl Objects {
         (is.lasting, is.rests_until) = (lasting, rests_until);
         self.keys.insert(key, new);
         self.slots.insert(slot, new);
-        self.draining.insert(old, now);
+        self.begins_to_drain(old);
         Some(slot)
     }
 
     /// Takes an object out of reach of new readers. Returns its slot if it had one.
-    pub(super) fn drain(&mut self, generation: Generation, now: Time) -> Option<SlotId> {
+    pub(super) fn drain(&mut self, generation: Generation) -> Option<SlotId> {
         let object = self.table.get_mut(generation)?;
         let was_sealed = object.state == State::Sealed;
         object.state.advance(State::Draining, object.key.as_str()).ok()?;
         object.writer = None;
-        self.draining.insert(generation, now);
+        let slot = object.slot.take();
         if was_sealed {
             self.keys.remove(&object.key);
         }
-        let slot = object.slot.take()?;
+        self.begins_to_drain(generation);
+        let slot = slot?;
         self.slots.remove(&slot);
         self.free_slots.push(slot);
         Some(slot)
@@ -296,8 +294,25 @@ impl Objects {
 
     /// Takes an object out of the books. Its extent can be freed.
     pub(super) fn remove(&mut self, generation: Generation) -> Option<Box<Object>> {
-        self.draining.remove(&generation);
+        if let Some((tier, len_bytes)) = self.draining.remove(&generation)
+            && let Some(bytes) = self.draining_bytes.get_mut(&tier)
+        {
+            *bytes = bytes.saturating_sub(len_bytes);
+        }
         self.table.remove(generation)
+    }
+
+    fn begins_to_drain(&mut self, generation: Generation) {
+        if let Some(object) = self.table.get(generation) {
+            let (tier, len_bytes) = (object.tier, object.extent.len_bytes);
+            self.draining.insert(generation, (tier, len_bytes));
+            *self.draining_bytes.entry(tier).or_default() += len_bytes;
+        }
+    }
+
+    /// Bytes of all that is draining in a tier.
+    pub(super) fn draining_bytes(&self, tier: Tier) -> u64 {
+        self.draining_bytes.get(&tier).copied().unwrap_or(0)
     }
 
     /// In rising order.

@@ -12,7 +12,7 @@ use super::timer::{Time, Timer};
 use super::{Engine, INLINE_PUT_MAX, State};
 use crate::checksum::Checksum;
 use crate::error::StoreError;
-use crate::placement::{self, Room};
+use crate::placement;
 use crate::receipt::Path;
 use crate::tier::{ClientId, Extent, Generation, ObjectId, SegmentId, SlotId, Tier, TierHint};
 use crate::wire::{ClientReply, IfExists, PutHints, Role};
@@ -25,12 +25,8 @@ fn kept((object, slot, tier): (ObjectId, Option<SlotId>, Tier)) -> ClientReply {
 impl Engine {
     /// Where an object of so many bytes is to be that its client writes in this tier.
     fn final_tier(&self, hints: &PutHints, writes: Tier, len_bytes: u64) -> Result<Tier, StoreError> {
-        let room = Room {
-            capacity_bytes: self.space.capacity_bytes(writes),
-            used_bytes: self.space.used_bytes(writes),
-            leaving_bytes: 0,
-        };
-        let tier = placement::tier_of_new(hints.tier, writes, len_bytes, room);
+        let capacity_bytes = self.space.capacity_bytes(writes);
+        let tier = placement::tier_of_new(hints.tier, writes, len_bytes, capacity_bytes);
         hints.tier.map_or(Ok(tier), |hint| self.tier_of(hint))
     }
 

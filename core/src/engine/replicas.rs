@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::Engine;
 use super::cluster::Pending;
 use super::fetch::{FetchFor, Scope, Want};
-use super::objects::Object;
+use super::objects::{Object, Objects};
 use super::timer::{Time, Timer};
 use crate::error::StoreError;
 use crate::key::Key;
@@ -42,6 +42,13 @@ pub(super) struct Replication {
     under_way: BTreeMap<NodeId, Option<Time>>,
     tried: BTreeSet<NodeId>,
     deadline: Time,
+}
+
+impl Replication {
+    /// The object, if it is still that of its key.
+    fn here<'a>(&self, objects: &'a Objects) -> Option<(Generation, &'a Object)> {
+        objects.sealed(&self.key).filter(|(_, object)| object.id == self.object)
+    }
 }
 
 /// Who wants a replica here.
@@ -136,14 +143,9 @@ impl Engine {
         }
     }
 
-    /// The object, if it is still that of its key.
-    fn replicated_here(&self, replication: &Replication) -> Option<(Generation, &Object)> {
-        self.objects.sealed(&replication.key).filter(|(_, object)| object.id == replication.object)
-    }
-
     /// The node that is asked next: one that is known to live and was not tried.
     fn replica_target(&self, replication: &Replication) -> Option<NodeId> {
-        let (_, object) = self.replicated_here(replication)?;
+        let (_, object) = replication.here(&self.objects)?;
         let told = self.directory.is_some() || self.directory_link.is_some();
         let there = self.peers.iter().filter(|(node, peer)| {
             let dialled = |address: &str| !self.redial.is_paused(address, self.now);
@@ -161,8 +163,7 @@ impl Engine {
             return;
         };
         replication.tried.insert(node);
-        let found = self.objects.sealed(&replication.key).map(|(_, object)| object);
-        let Some(object) = found.filter(|object| object.id == replication.object) else {
+        let Some((_, object)) = replication.here(&self.objects) else {
             return;
         };
         let Some(link) = link else {
@@ -240,7 +241,7 @@ impl Engine {
         };
         self.timers.unset(replication.deadline, Timer::Operation(operation));
         let held = 1 + replication.held_by.len();
-        let here = self.replicated_here(&replication).map(|(generation, _)| generation);
+        let here = replication.here(&self.objects).map(|(generation, _)| generation);
         if let Some(object) = here.and_then(|generation| self.objects.get_mut(generation))
             && object.role.is_lasting()
         {

@@ -487,6 +487,11 @@ impl Engine {
     pub(super) fn withdraw_handed_out(&mut self, generation: Generation) {
         let len_bytes = self.objects.get(generation).map_or(0, |object| object.extent.len_bytes);
         self.take_out(generation);
+        self.scan_if_worth_it(len_bytes);
+    }
+
+    /// So many bytes more are out of everyone's reach, and may be free by now.
+    pub(super) fn scan_if_worth_it(&mut self, len_bytes: u64) {
         self.scans.bytes += len_bytes;
         self.scan_wanted |=
             self.objects.draining_count() >= 2 * self.scans.left || self.scans.bytes >= UNSCANNED_BYTES_MAX;
@@ -498,7 +503,7 @@ impl Engine {
         };
         let (was_sealed, tier) = (object.state == State::Sealed, object.tier);
         let announced = object.announced(self.now);
-        if let Some(slot) = self.objects.drain(generation, self.now) {
+        if let Some(slot) = self.objects.drain(generation) {
             self.out.push(Action::Withdraw { slot });
         }
         if was_sealed {
